@@ -1,0 +1,69 @@
+"""What a user sets once, when an engine starts."""
+
+from dataclasses import dataclass, fields
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("safetensors", "dummy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is started with. Raises `ValueError` naming the field, the value and the remedy."""
+
+    model: str  # a directory with config.json, safetensors and tokenizer.json
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"  # the checkpoint's, but float32 on CPU
+    device: str = "auto"  # cuda where the cluster has GPUs
+    load_format: str = "safetensors"
+    seed: int = 0  # of requests that bring none, and of dummy weights
+    max_model_len: int | None = None  # the model's own limit
+    block_size: int | None = None  # tokens in a KV block: 16 on CPU, 128 on CUDA
+    max_num_seqs: int = 256  # rows
+    max_num_batched_tokens: int = 8192  # token budget of a step
+    max_slice_tokens: int | None = None  # longest slice of one request in a step
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None  # of each rank; 1 GiB on CPU, what the profile run leaves on CUDA
+    steps_in_flight: int = 2  # 1 waits for each step before the next is sent
+    compile: bool = False
+    cpus_per_rank: float = 1.0
+    threads_per_rank: int | None = None  # CPU only: the node's cores divided among its ranks
+    placement_timeout_s: float = 60.0
+    start_timeout_s: float = 1800.0
+    step_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "steps_in_flight"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_model_len", "block_size", "max_slice_tokens", "kv_cache_bytes", "threads_per_rank"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name in ("cpus_per_rank", "placement_timeout_s", "start_timeout_s", "step_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; give a share above 0, up to 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
+                "a step could not run one token of every request; raise the first or lower the second"
+            )
+
+    @classmethod
+    def names(cls) -> frozenset[str]:
+        """Every option's name."""
+        return frozenset(field.name for field in fields(cls))
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")

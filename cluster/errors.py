@@ -1,0 +1,9 @@
+"""What callers of the engine handle."""
+
+
+class EngineStartError(RuntimeError):
+    """The engine could not start: no room on the cluster, or a rank failed; the message is that rank's own."""
+
+
+class EngineDeadError(RuntimeError):
+    """A rank or the engine core is gone; every request that ran has ended with this cause."""

@@ -1,0 +1,56 @@
+"""What crosses between front ends and the engine core."""
+
+import msgspec
+
+from eagleray.workers.wire import Sampling, TokenLogprobs
+
+
+class EngineRequest(msgspec.Struct, omit_defaults=True, tag="request"):
+    """One sequence to generate. `id` is unique within the front end that sends it."""
+
+    id: int
+    prompt_token_ids: bytes  # int32
+    sampling: Sampling
+    max_tokens: int  # at least 1; prompt and output together fit the model
+    priority: int = 0  # lower runs first
+
+
+class Submit(msgspec.Struct, tag="submit"):
+    requests: list[EngineRequest]
+
+
+class Abort(msgspec.Struct, tag="abort"):
+    ids: list[int]
+
+
+class Tokens(msgspec.Struct, omit_defaults=True):
+    """News of one request: the tokens committed by one step, or its end."""
+
+    id: int
+    token_ids: list[int] = []
+    finish_reason: str | None = None  # stop (a stop token was drawn), length, abort, error
+    error: str | None = None  # the cause, when finish_reason is error
+    logprobs: list[TokenLogprobs] = []  # one for each of token_ids, when asked for
+    prompt_logprobs: list[TokenLogprobs] = []  # for prompt tokens 1, 2, … as their slices run, when asked for
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once, with the first news
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """The scheduler's state after a step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    num_blocks: int = 0
+    num_preemptions: int = 0  # since the start
+    num_prefix_hit_tokens: int = 0  # since the start
+
+
+class EngineOutputs(msgspec.Struct, omit_defaults=True):
+    """One message per step and front end."""
+
+    outputs: list[Tokens]
+    stats: EngineStats
+
+
+FrontEndMessage = Submit | Abort

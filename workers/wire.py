@@ -1,0 +1,66 @@
+"""What crosses between the engine core and the ranks: plain structs in MessagePack that say only what changed.
+
+Token ids travel as little-endian int32 bytes, which numpy and `array` read without a loop.
+"""
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one request's tokens are drawn. Values are checked where users give them (`SamplingParams`)."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0  # unsigned 64-bit key of the noise
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []  # empty allows every token
+    min_tokens: int = 0  # until so many are generated, `stop_token_ids` cannot be drawn
+    stop_token_ids: list[int] = []  # end of sequence included, unless the user ignores it
+    logprobs: int | None = None  # how many of the most likely tokens to report beside the sampled one
+    prompt_logprobs: int | None = None
+
+
+class RowStart(msgspec.Struct, omit_defaults=True):
+    """A request enters a row of the workers' tables, for the first time or again after preemption."""
+
+    row: int
+    token_ids: bytes  # int32, the prompt and every committed token
+    num_prompt_tokens: int
+    block_ids: list[int]
+    sampling: Sampling
+    num_computed_tokens: int = 0  # found in the prefix cache
+
+
+class Step(msgspec.Struct, omit_defaults=True):
+    """One forward pass. A live row that is not in `slices` runs one token.
+
+    A rank applies `stop`, then `start`, then `blocks`, then runs the batch in ascending order of rows.
+    """
+
+    step: int
+    stop: list[int] = []
+    start: list[RowStart] = []
+    blocks: dict[int, list[int]] = {}  # row -> block ids to append to its block table
+    slices: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
+
+
+class TokenLogprobs(msgspec.Struct, omit_defaults=True):
+    """Log-probabilities at one position: the token itself first, then the most likely ones in order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # how many tokens of the vocabulary are more likely than the first, plus one
+
+
+class StepOutput(msgspec.Struct, omit_defaults=True):
+    """What rank 0 returns. `token_ids` holds one int32 for each row whose slice reached its last known token."""
+
+    step: int
+    token_ids: bytes = b""  # in ascending order of rows
+    logprobs: dict[int, TokenLogprobs] = {}  # row -> of its sampled token
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
