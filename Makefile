@@ -1,0 +1,53 @@
+# make demo    install, then generate with a real model on two ranks
+# make test    every test            TESTS="tests/cluster -k scheduler" runs some
+# make check   ruff, its formatter and mypy
+# make bench   the benchmarks in tests/bench
+#
+# Python 3.11 or newer is looked for; PYTHON=/path/to/python names one. VENV=/path puts the environment elsewhere.
+
+PYTHON ?= $(shell for name in python3 python3.12 python3.11 python3.13; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TESTS ?=
+DEMO_PROMPTS := \
+	"What is the capital of France?" \
+	"Explain in two sentences why the sky is blue." \
+	"Write a haiku about rays gliding through the sea." \
+	"Name three things a compiler does."
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	set -e; for script in tests/bench/bench_*.py; do $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+
+# A bare Debian has python3 and pip but not ensurepip, which venv wants for putting pip in: then the host's pip does it.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; install one or give PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip --clear $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	$(PIP) install --quiet --editable ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) with the tools for checks and tests; the first time takes a few minutes"
+	$(PIP) install --quiet --editable ".[demo,dev]"
+	@touch $@ $(VENV)/.demo

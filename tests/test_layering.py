@@ -1,0 +1,189 @@
+"""The rooms' rules, read from the syntax trees: which way imports point, who imports what, which words stay out.
+
+Each rule is a function from a file's path and text to the lines that break it. One test runs it over the tree and
+another gives it a text that breaks it.
+"""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("parallel", "models", "workers", "cluster", "deploy")  # each may import itself and those before it
+RAY_FILES = ("cluster/placement.py", "cluster/engine_client.py", "workers/actor.py")  # and all of deploy/
+FOREIGN_WORDS = frozenset({"cache", "caches", "cached", "caching", "metadata", "ray"})  # in parallel/ and models/
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+Rule = Callable[[str, str], list[str]]
+
+
+def room_of(path: str) -> str:
+    return PurePosixPath(path).parts[0]
+
+
+def imports(text: str) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of every import, at the top or inside a function; relative ones begin with a dot."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def is_or_inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def points_one_way(path: str, text: str) -> list[str]:
+    """deploy -> cluster -> workers -> models -> parallel; no room takes the public names from the package itself."""
+    room = room_of(path)
+    later = ROOMS[ROOMS.index(room) + 1 :]
+    wrong = []
+    for line, name in imports(text):
+        if not is_or_inside(name, "eagleray"):
+            continue
+        target = name.partition(".")[2].split(".")[0]
+        if target not in ROOMS or target in later:
+            wrong.append(f"{path}:{line}: {room}/ imports {name}")
+    return wrong
+
+
+def imports_absolutely(path: str, text: str) -> list[str]:
+    """`eagleray.models.config`, neither `.config` nor `models.config`."""
+    return [
+        f"{path}:{line}: {name} is not an absolute import from eagleray"
+        for line, name in imports(text)
+        if name.startswith(".") or any(is_or_inside(name, room) for room in ROOMS)
+    ]
+
+
+def cluster_without_torch(path: str, text: str) -> list[str]:
+    if room_of(path) != "cluster":
+        return []
+    return [f"{path}:{line}: cluster/ imports {name}" for line, name in imports(text) if is_or_inside(name, "torch")]
+
+
+def ray_where_actors_are_placed(path: str, text: str) -> list[str]:
+    if room_of(path) == "deploy" or path in RAY_FILES:
+        return []
+    return [f"{path}:{line}: Ray is imported" for line, name in imports(text) if is_or_inside(name, "ray")]
+
+
+def words(token: str) -> set[str]:
+    """`KVCache_size` -> {kv, cache, size}."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", token)}
+
+
+def speaks_of_tokens_only(path: str, text: str) -> list[str]:
+    """parallel/ and models/ name no cache, metadata or Ray: in no identifier, text or comment."""
+    if room_of(path) not in ("parallel", "models"):
+        return []
+    return [
+        f"{path}:{token.start[0]}: says {', '.join(sorted(found))}"
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if (found := words(token.string) & FOREIGN_WORDS)
+    ]
+
+
+def rooms_re_export_nothing(path: str, text: str) -> list[str]:
+    """A room's `__init__.py` holds at most a docstring."""
+    if PurePosixPath(path).name != "__init__.py":
+        return []
+    body = ast.parse(text).body
+    return [
+        f"{path}:{node.lineno}: only a docstring may stand here"
+        for node in body
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
+
+
+RULES: list[Rule] = [
+    points_one_way,
+    imports_absolutely,
+    cluster_without_torch,
+    ray_where_actors_are_placed,
+    speaks_of_tokens_only,
+    rooms_re_export_nothing,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_every_file_keeps(rule: Rule) -> None:
+    broken = [line for path in SOURCES for line in rule(path, (ROOT / path).read_text())]
+    assert not broken, "\n" + "\n".join(broken)
+
+
+VIOLATIONS: list[tuple[Rule, str, str]] = [
+    (points_one_way, "models/x.py", "from eagleray.workers.wire import Step"),
+    (points_one_way, "workers/x.py", "import eagleray.cluster.config"),
+    (points_one_way, "cluster/x.py", "def f():\n    from eagleray.deploy import cli"),
+    (points_one_way, "cluster/x.py", "from eagleray import LLM"),
+    (points_one_way, "parallel/x.py", "import eagleray"),
+    (imports_absolutely, "cluster/x.py", "from .config import EngineConfig"),
+    (imports_absolutely, "cluster/x.py", "from .. import workers"),
+    (imports_absolutely, "cluster/x.py", "from models.config import ModelConfig"),
+    (imports_absolutely, "deploy/x.py", "import cluster.config"),
+    (cluster_without_torch, "cluster/x.py", "import torch"),
+    (cluster_without_torch, "cluster/x.py", "def f():\n    from torch.distributed import Store"),
+    (ray_where_actors_are_placed, "cluster/scheduler.py", "import ray"),
+    (ray_where_actors_are_placed, "workers/worker.py", "def f():\n    from ray.util import placement_group"),
+    (speaks_of_tokens_only, "models/x.py", "kv_cache = 1"),
+    (speaks_of_tokens_only, "models/x.py", "class AttentionMetadata: ..."),
+    (speaks_of_tokens_only, "parallel/x.py", "x = 1  # one per Ray actor"),
+    (speaks_of_tokens_only, "models/x.py", '"""Writes to the KVCache."""'),
+    (rooms_re_export_nothing, "cluster/__init__.py", '"""Words."""\nfrom eagleray.cluster.config import EngineConfig'),
+    (rooms_re_export_nothing, "models/__init__.py", "__all__ = []"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), VIOLATIONS)
+def test_a_violation_is_caught(rule: Rule, path: str, text: str) -> None:
+    assert len(rule(path, text)) == 1
+
+
+ALLOWED: list[tuple[Rule, str, str]] = [
+    (points_one_way, "deploy/x.py", "from eagleray.parallel.group import TPGroup\nimport eagleray.cluster.config"),
+    (points_one_way, "models/x.py", "from eagleray.models.config import ModelConfig"),
+    (imports_absolutely, "cluster/x.py", "import transformers.models\nfrom eagleray.models.config import ModelConfig"),
+    (cluster_without_torch, "workers/x.py", "import torch"),
+    (ray_where_actors_are_placed, "workers/actor.py", "import ray"),
+    (ray_where_actors_are_placed, "deploy/x.py", "from ray import serve"),
+    (speaks_of_tokens_only, "models/x.py", "array = 'an array, a stray word'  # Raymond"),
+    (rooms_re_export_nothing, "cluster/__init__.py", '"""What runs next."""'),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "text"), ALLOWED)
+def test_what_is_allowed_passes(rule: Rule, path: str, text: str) -> None:
+    assert rule(path, text) == []
+
+
+def modules_left_behind(statements: str) -> set[str]:
+    """Names in `sys.modules` of a new Python that ran `statements`."""
+    script = f"{statements}\nimport sys\nprint('\\n'.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return set(run.stdout.split())
+
+
+def test_importing_all_of_cluster_leaves_torch_out() -> None:
+    modules = [path.removesuffix(".py").replace("/", ".") for path in SOURCES if room_of(path) == "cluster"]
+    loaded = modules_left_behind("\n".join(f"import eagleray.{module}" for module in modules))
+    assert "eagleray.cluster.config" in loaded
+    assert "torch" not in loaded
+
+
+def test_torch_would_be_seen() -> None:
+    assert "torch" in modules_left_behind("import torch")
+
+
+def test_every_room_is_read() -> None:
+    assert {room_of(path) for path in SOURCES} == set(ROOMS)
+    assert {entry.name for entry in (ROOT / "src" / "eagleray").iterdir() if entry.is_symlink()} == set(ROOMS)
