@@ -27,7 +27,7 @@ class DemoModelError(RuntimeError):
 
 
 def resolve_model(name: str) -> Path:
-    """The directory of `name`: "demo" is the demo model, converted on first use; all else is a path, not checked here."""
+    """The directory of `name`: "demo" is the demo model, made on first use; all else is a path, not checked here."""
     return demo_model() if name == "demo" else Path(name)
 
 

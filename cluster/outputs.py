@@ -1,0 +1,54 @@
+"""What callers get back, under vLLM's names."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's natural log-probability at one position."""
+
+    logprob: float
+    rank: int  # 1 is the most likely token of the vocabulary
+    decoded_token: str | None  # None without a tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One sequence so far."""
+
+    index: int  # 0 up to n - 1
+    text: str
+    token_ids: list[int]  # the stop token included, which `text` leaves out
+    cumulative_logprob: float | None  # of the sampled tokens, when logprobs are asked for
+    logprobs: list[dict[int, Logprob]] | None  # of each token: the sampled one first, then the most likely ones
+    finish_reason: str | None = None  # stop, length, abort or error; None while it runs
+    stop_reason: int | str | None = None  # the stop token or stop string; None for the end of sequence
+    error: str | None = None  # the cause, when finish_reason is error
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic()`."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One request so far: cumulative, so that the last one says everything."""
+
+    request_id: str
+    prompt: str | None  # None when token ids were given
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # None for the first token, which nothing predicts
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int | None  # prompt tokens found in the prefix cache; None before the first news
+    metrics: RequestMetrics
