@@ -1,0 +1,79 @@
+"""What the families have in common: embedding, a stack of layers, a norm, a head."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from eagleray.models.config import ModelConfig
+from eagleray.models.layers import RMSNorm, Rotary
+from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from eagleray.parallel.group import TPGroup
+
+
+class DecoderLayer(nn.Module):
+    """One layer: `(hidden, residual, rotation)` to `(hidden, residual)`, where their sum is the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
+        super().__init__()
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(
+        self, config: ModelConfig, tp: TPGroup, layer: type[DecoderLayer], norm: type[RMSNorm], scale: float | None
+    ) -> None:
+        super().__init__()
+        self.embedding_scale = scale
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(layer(config, index, tp) for index in range(config.num_layers))
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_size, config.max_position_embeddings, config.rope)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden, residual = self.embed_tokens(input_ids), None
+        if self.embedding_scale is not None:
+            hidden = hidden * self.embedding_scale
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, rotation)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden  # type: ignore[no-any-return]
+
+
+class CausalLM(nn.Module):
+    """A language model: one rank's shard of it. A family names its layer, its norm, and how it scales embeddings."""
+
+    layer_class: ClassVar[type[DecoderLayer]]
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
+    def __init__(self, config: ModelConfig, tp: TPGroup) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, tp, self.layer_class, self.norm_class, self.embedding_scale(config))
+        self.lm_head: VocabParallelHead = (
+            self.model.embed_tokens
+            if config.tie_word_embeddings
+            else VocabParallelHead(config.vocab_size, config.hidden_size, tp)
+        )
+
+    @staticmethod
+    def embedding_scale(config: ModelConfig) -> float | None:
+        """What embeddings are multiplied by, if anything."""
+        return None
+
+    @property
+    def vocab_share(self) -> range:
+        """The token ids whose logits this rank computes."""
+        return self.lm_head.own
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """`input_ids` and `positions`, `[tokens]` int64, to `[tokens, hidden_size]`, equal on all ranks."""
+        return self.model(input_ids, positions)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden_size]` to `[n, len(vocab_share)]` float32."""
+        logits = self.lm_head.logits(hidden).float()
+        cap = self.config.final_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

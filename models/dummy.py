@@ -1,0 +1,51 @@
+"""Random-normal weights that are the same whole tensor however it is cut.
+
+Each value depends only on the seed, the tensor's name and its place in the whole tensor, so a rank computes its own
+region and nothing else, on its own device.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from eagleray.parallel.piece import Piece
+
+STD = 0.02
+_CHUNK = 1 << 24  # values at a time, to bound memory
+
+
+def fill(name: str, piece: Piece, seed: int) -> None:
+    """Fill `piece` of tensor `name` with `mean` plus normal noise of standard deviation 0.02."""
+    rows, *columns = (torch.arange(cut.start, cut.stop, device=piece.target.device) for cut in piece.region)
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little", signed=True)
+    width = columns[0].numel() if columns else 1
+    step = max(1, _CHUNK // max(1, width))
+    for start in range(0, rows.numel(), step):
+        index = rows[start : start + step]
+        if columns:
+            index = index.unsqueeze(1) * piece.shape[1] + columns[0]
+        piece.target[start : start + step].copy_(_normal(index, key).mul_(STD).add_(piece.mean))
+
+
+def _normal(index: Tensor, key: int) -> Tensor:
+    """Standard normal float32 values by Box and Muller's transform of two 24-bit halves of a hash."""
+    bits = _splitmix(index, key)
+    radius = ((bits >> 40) & 0xFFFFFF).float().add_(1.0).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    angle = (bits & 0xFFFFFF).float().mul_(2.0 * math.pi * 2.0**-24)
+    return radius.mul_(angle.cos_())
+
+
+def _splitmix(index: Tensor, key: int) -> Tensor:
+    """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) in int64, whose products wrap and whose shifts are masked."""
+    bits = index * _signed(0x9E3779B97F4A7C15) + key
+    bits ^= (bits >> 30) & (1 << 34) - 1
+    bits *= _signed(0xBF58476D1CE4E5B9)
+    bits ^= (bits >> 27) & (1 << 37) - 1
+    bits *= _signed(0x94D049BB133111EB)
+    return bits ^ ((bits >> 31) & (1 << 33) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64)

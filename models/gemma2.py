@@ -1,0 +1,55 @@
+"""Gemma 2 (arXiv:2408.00118): every second layer windowed, soft caps, and norms both before and after each block."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eagleray.models.config import ModelConfig
+from eagleray.models.decoder import CausalLM, DecoderLayer
+from eagleray.models.layers import GatedMLP, RMSNorm
+from eagleray.models.llama import LlamaAttention
+from eagleray.parallel.group import TPGroup
+from eagleray.parallel.piece import Piece, region
+
+
+class GemmaRMSNorm(RMSNorm):
+    """A norm whose weights are kept as their distance from one, and applied in float32."""
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (self.size,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+
+    def pieces(self) -> list[Piece]:
+        cut = region(range(self.size))
+        return [Piece(name="weight", shape=(self.size,), region=cut, target=self.weight.detach())]
+
+
+class Gemma2DecoderLayer(DecoderLayer):
+    """Attention, then MLP, each between two norms."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
+        super().__init__(config, layer_index, tp)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = GemmaRMSNorm(size, eps)
+        self.self_attn = LlamaAttention(config, layer_index, tp)
+        self.post_attention_layernorm = GemmaRMSNorm(size, eps)
+        self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps)
+        self.mlp = GatedMLP(config, tp, activation="gelu_tanh")
+        self.post_feedforward_layernorm = GemmaRMSNorm(size, eps)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.post_attention_layernorm.normalize(self.self_attn(hidden, rotation))
+        hidden, residual = self.pre_feedforward_layernorm(hidden, residual)
+        return self.post_feedforward_layernorm.normalize(self.mlp(hidden)), residual
+
+
+class Gemma2ForCausalLM(CausalLM):
+    layer_class = Gemma2DecoderLayer
+    norm_class = GemmaRMSNorm
+
+    @staticmethod
+    def embedding_scale(config: ModelConfig) -> float | None:
+        """The root of the hidden size, rounded to the weights' dtype as in training."""
+        return torch.tensor(config.hidden_size**0.5, device="cpu").item()

@@ -1,0 +1,100 @@
+"""Layers that the families share: norms, rotary positions, the gated MLP."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eagleray.models.config import ModelConfig, RopeConfig
+from eagleray.parallel.group import TPGroup
+from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from eagleray.parallel.piece import Piece, parameter, region
+from eagleray.parallel.shares import share_columns
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = parameter(size)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add `x` to the residual stream; return the norm of the sum, and the sum."""
+        residual = x if residual is None else x + residual
+        return self.normalize(residual), residual
+
+    def pieces(self) -> list[Piece]:
+        cut = region(range(self.size))
+        return [Piece(name="weight", shape=(self.size,), region=cut, target=self.weight.detach(), mean=1.0)]
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (Su and others, arXiv:2104.09864), each head split into halves."""
+
+    def __init__(self, head_size: int, max_positions: int, rope: RopeConfig) -> None:
+        super().__init__()
+        angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies(head_size, rope)
+        cos, sin = angles.cos(), angles.sin()
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # [max_positions, head_size]
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of `positions`, both `[tokens, 1, head_size]` float32, for `rotate`."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each head of `x`, `[tokens, heads * head_size]`, by its token's position."""
+    cos, sin = rotation
+    heads = x.view(*x.shape[:-1], -1, cos.shape[-1]).float()
+    swapped = heads.roll(cos.shape[-1] // 2, dims=-1)  # the halves change places; the sign is in the sine
+    return torch.addcmul(heads * cos, swapped, sin).to(x.dtype).flatten(-2)
+
+
+def frequencies(head_size: int, rope: RopeConfig) -> Tensor:
+    """Radians per position of each pair of values: `[head_size / 2]` float32."""
+    exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+    freqs = 1.0 / (rope.theta**exponents)
+    if rope.kind == "linear":
+        return freqs / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(freqs, rope)
+    return freqs
+
+
+def _llama3(freqs: Tensor, rope: RopeConfig) -> Tensor:
+    """Llama 3.1: slow down long wavelengths by `factor`, keep short ones, and blend in between.
+
+    Source: meta-llama/llama-models, `apply_scaling` in models/llama3/reference_impl/model.py.
+    """
+    turns = rope.original_max_position_embeddings * freqs / (2 * math.pi)  # within the original context
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    smooth = smooth.clamp(0.0, 1.0)
+    return (1 - smooth) * freqs / rope.factor + smooth * freqs
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, with gate and up merged. `activation` is "silu" or "gelu_tanh"."""
+
+    def __init__(self, config: ModelConfig, tp: TPGroup, activation: str = "silu") -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.activation = activation
+        self.gate_up_proj = ColumnParallelLinear(
+            hidden, {"gate_proj": inner, "up_proj": inner}, tp, bias=config.mlp_bias
+        )
+        own = share_columns(inner, tp.rank, tp.size)
+        self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down_proj(gate * up)  # type: ignore[no-any-return]

@@ -1,0 +1,65 @@
+"""Llama 2 and 3, SmolLM2, and Mistral, which is a Llama whose layers have a window."""
+
+from torch import Tensor, nn
+
+from eagleray.models.attention import Attention, AttentionSpec
+from eagleray.models.config import ModelConfig
+from eagleray.models.decoder import CausalLM, DecoderLayer
+from eagleray.models.layers import GatedMLP, RMSNorm, rotate
+from eagleray.parallel.group import TPGroup
+from eagleray.parallel.linear import QKVParallelLinear, RowParallelLinear, head_columns
+from eagleray.parallel.shares import share_heads
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
+        super().__init__()
+        hidden, head_size, num_heads = config.hidden_size, config.head_size, config.num_heads
+        heads = share_heads(num_heads, config.num_kv_heads, tp.rank, tp.size)
+        self.qkv_proj = QKVParallelLinear(
+            hidden, num_heads, config.num_kv_heads, head_size, heads, bias=config.qkv_bias
+        )
+        self.o_proj = RowParallelLinear(
+            num_heads * head_size, hidden, head_columns(heads.query, head_size), tp, bias=config.output_bias
+        )
+        spec = AttentionSpec(
+            num_heads=len(heads.query),
+            num_kv_heads=len(heads.kv),
+            head_size=head_size,
+            scale=config.attention_scale,
+            sliding_window=config.sliding_windows[layer_index],
+            logits_soft_cap=config.attention_soft_cap,
+        )
+        self.attn = Attention(layer_index, spec)
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.out_sizes, dim=-1)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.o_proj(self.attn(q, k, v))  # type: ignore[no-any-return]
+
+
+class LlamaDecoderLayer(DecoderLayer):
+    """Attention, then MLP, each after a norm."""
+
+    attention_class: type[LlamaAttention] = LlamaAttention
+
+    def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
+        super().__init__(config, layer_index, tp)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = self.attention_class(config, layer_index, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, tp)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, rotation)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class LlamaForCausalLM(CausalLM):
+    layer_class = LlamaDecoderLayer

@@ -1,0 +1,81 @@
+"""Build one rank's shard of a model and fill it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from eagleray.models import dummy
+from eagleray.models.checkpoint import Checkpoint
+from eagleray.models.config import ModelConfig, check_tp
+from eagleray.models.decoder import CausalLM
+from eagleray.models.registry import model_class
+from eagleray.parallel.group import TPGroup
+from eagleray.parallel.piece import HasPieces, Piece
+
+LOAD_FORMATS = ("safetensors", "dummy")
+
+
+@torch.no_grad()
+def load_model(
+    path: str | Path,
+    *,
+    tp: TPGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "safetensors",
+    seed: int = 0,
+) -> CausalLM:
+    """This rank's shard of the model in directory `path`, in eval mode and without gradients.
+
+    A rank reads only its own bytes of the safetensors files. "dummy" needs `config.json` only and makes random weights
+    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. Raises `ValueError`
+    for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
+    config = ModelConfig.from_dir(path)
+    model = build_model(config, tp=tp, dtype=dtype, device=device)
+    if load_format == "dummy":
+        for name, piece in checkpoint_pieces(model):
+            dummy.fill(name, piece, seed)
+        return model
+    with Checkpoint(path) as checkpoint:
+        loaded = set()
+        for name, piece in checkpoint_pieces(model):
+            checkpoint.load(name, piece)
+            loaded.add(name)
+        checkpoint.check_left_over(loaded | _superfluous(config))
+    return model
+
+
+def build_model(config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """The model with its weights uninitialised. On the meta device it takes no memory."""
+    check_tp(config, tp.size)
+    with device, _default_dtype(dtype):
+        return model_class(config.architecture)(config, tp).eval()
+
+
+def checkpoint_pieces(model: torch.nn.Module) -> Iterator[tuple[str, Piece]]:
+    """Every tensor that the model is made of: its name in a checkpoint, and what this rank wants of it."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, HasPieces):
+            for piece in layer.pieces():
+                yield piece.path(path), piece
+
+
+def _superfluous(config: ModelConfig) -> set[str]:
+    """Tensors that some checkpoints hold although they follow from the rest."""
+    names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)}
+    return names | {"lm_head.weight"} if config.tie_word_embeddings else names
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,40 @@
+"""The token embedding and the output head, of which each rank owns some rows of the vocabulary."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eagleray.parallel.group import TPGroup
+from eagleray.parallel.piece import Piece, parameter, region
+from eagleray.parallel.shares import share_columns
+
+
+class VocabParallelHead(nn.Module):
+    """Scores of this rank's rows of the vocabulary. Nothing is exchanged: the ranks agree on a token, not on scores."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TPGroup) -> None:
+        super().__init__()
+        self.vocab_size, self.hidden_size, self.tp = vocab_size, hidden_size, tp
+        self.own = share_columns(vocab_size, tp.rank, tp.size)
+        self.weight = parameter(len(self.own), hidden_size)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden_size]` to `[n, len(own)]`."""
+        return F.linear(hidden, self.weight)
+
+    def pieces(self) -> list[Piece]:
+        shape = (self.vocab_size, self.hidden_size)
+        cut = region(self.own, range(self.hidden_size))
+        return [Piece(name="weight", shape=shape, region=cut, target=self.weight.detach())]
+
+
+class VocabParallelEmbedding(VocabParallelHead):
+    """Token ids to vectors. Tied weights: the embedding is a head, too, so a model may use it as both."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`[tokens]` to `[tokens, hidden_size]`, equal on all ranks. Exactly one rank adds something that is not 0."""
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        local = input_ids - self.own.start
+        elsewhere = (local < 0) | (local >= len(self.own))
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.tp.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))

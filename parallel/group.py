@@ -1,0 +1,135 @@
+"""The tensor-parallel group: an argument of every sharded layer, and its collectives.
+
+The collectives are custom ops with a schema and a fake, so `torch.compile(fullgraph=True)` traces through them. They
+find their process group by name, since an op takes no objects.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+ReduceOp = Literal["sum", "max"]
+
+
+@dataclass(frozen=True)
+class TPGroup:
+    """Rank `rank` of `size`. A group of one never communicates.
+
+    Layers only need `rank` and `size`, so any shard can be built and loaded in one process; collectives also need the
+    process group that `init_tp_group` registers as `name`, and raise `RuntimeError` without it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"there is no rank {self.rank} in a group of {self.size}; ranks count from 0")
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
+        """The sum (or maximum) of every rank's `x`, bitwise equal on all ranks; `x` itself in a group of one."""
+        if self.size == 1:
+            return x
+        return torch.ops.eagleray.all_reduce(x, op, self.size, self.name)  # type: ignore[no-any-return]
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x`, which has the same shape on all of them: `[size, *x.shape]`, in order of rank."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        return torch.ops.eagleray.all_gather(x, self.size, self.name)  # type: ignore[no-any-return]
+
+
+def init_tp_group(
+    rank: int, size: int, store: Store, device: torch.device, *, name: str = "tp", timeout_s: float = 600.0
+) -> TPGroup:
+    """Join the group: gloo on CPU, NCCL on CUDA. Every rank calls this with a client of the same store.
+
+    A group of one needs no store and joins nothing. A process belongs to one group at a time: leave it with
+    `destroy_tp_group` before joining the next, which needs a store (or a prefix of one) that was not used before.
+    """
+    group = TPGroup(rank, size, name if size > 1 else "")
+    if size == 1:
+        return group
+    if _process_groups:
+        raise RuntimeError(f"this process is already in group {next(iter(_process_groups))!r}; leave it first")
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if cuda else None,
+    )
+    assert dist.group.WORLD is not None
+    _process_groups[name] = dist.group.WORLD
+    return group
+
+
+def destroy_tp_group(group: TPGroup) -> None:
+    """Leave the group. Leaving a group of one, or one that was left before, does nothing."""
+    if _process_groups.pop(group.name, None) is not None:
+        dist.destroy_process_group()
+
+
+_process_groups: dict[str, dist.ProcessGroup] = {}
+
+torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
+torch.library.define("eagleray::all_gather", "(Tensor x, int size, str group) -> Tensor")
+
+
+def _process_group(name: str) -> dist.ProcessGroup:
+    if name not in _process_groups:
+        raise RuntimeError(f"no process group {name!r} in this process; join one with init_tp_group")
+    return _process_groups[name]
+
+
+@torch.library.impl("eagleray::all_gather", ("cpu", "cuda"))
+def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    return _gather(x, size, group)
+
+
+def _gather(x: Tensor, size: int, group: str) -> Tensor:
+    gathered = x.new_empty(size, *x.shape)
+    dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=_process_group(group))
+    return gathered
+
+
+@torch.library.impl("eagleray::all_reduce", "cpu")
+def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+    """Gather, then reduce in order of rank.
+
+    gloo's own all-reduce adds in an order that depends on an element's place in the message, so a token's sum would
+    change with the tokens beside it. For the few ranks and small messages of a CPU this is not slower either.
+    """
+    gathered = _gather(x, size, group)
+    if op == "max":
+        return gathered.amax(dim=0)
+    total = gathered[0].clone()
+    for other in gathered[1:]:
+        total += other
+    return total
+
+
+@torch.library.impl("eagleray::all_reduce", "cuda")
+def _all_reduce_cuda(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+    """NCCL reduces each element once and hands the same result to every rank."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=_process_group(group))
+    return total
+
+
+@torch.library.register_fake("eagleray::all_reduce")  # type: ignore[untyped-decorator]
+def _all_reduce_fake(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("eagleray::all_gather")  # type: ignore[untyped-decorator]
+def _all_gather_fake(x: Tensor, size: int, group: str) -> Tensor:
+    return x.new_empty(size, *x.shape)

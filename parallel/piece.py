@@ -1,0 +1,61 @@
+"""How a layer says which tensors of a checkpoint it is made of, and which region of each belongs to this rank."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class TensorSlice(Protocol):
+    """A tensor in a safetensors file, of which nothing is read before it is indexed."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, region: tuple[slice, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One tensor of a checkpoint: `region` of it is this rank's and goes to `target`, a view of a parameter.
+
+    The tensor is called `name` inside the layer's own path, or, where a layer merges several (gate and up, or q, k and
+    v), inside the path of its sibling `part`.
+    """
+
+    name: str  # "weight" or "bias"
+    shape: tuple[int, ...]  # of the whole tensor
+    region: tuple[slice, ...]  # one slice with start and stop per dimension
+    target: Tensor
+    part: str | None = None
+    mean: float = 0.0  # of random weights
+
+    def path(self, layer: str) -> str:
+        """The tensor's name in the checkpoint, for a layer that stands at `layer` in the model."""
+        if self.part is None:
+            return f"{layer}.{self.name}"
+        parent, _, _ = layer.rpartition(".")
+        return f"{parent}.{self.part}.{self.name}" if parent else f"{self.part}.{self.name}"
+
+    def load(self, source: TensorSlice) -> None:
+        """Read this rank's region, and nothing else. Raises `ValueError` when the tensor has another shape."""
+        if tuple(source.get_shape()) != self.shape:
+            raise ValueError(f"has shape {source.get_shape()}, but the model needs {list(self.shape)}")
+        self.target.copy_(source[self.region])
+
+
+@runtime_checkable
+class HasPieces(Protocol):
+    """A layer with weights."""
+
+    def pieces(self) -> list[Piece]: ...
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """Uninitialised weights of the default dtype on the default device, for inference only."""
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+def region(*ranges: range) -> tuple[slice, ...]:
+    """The slices that cut these ranges out of a tensor, one per dimension."""
+    return tuple(slice(own.start, own.stop) for own in ranges)

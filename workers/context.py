@@ -1,0 +1,57 @@
+"""The forward context: what attention needs beyond its tensors, for exactly as long as one model forward."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eagleray.models.attention import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """One batch, request after request: request `i` owns tokens `query_start_loc[i]` up to `query_start_loc[i + 1]`."""
+
+    query_start_loc: Tensor  # [requests + 1] int32
+    seq_lens: Tensor  # [requests] int32, tokens in the cache once this batch is written
+    slot_mapping: Tensor  # [tokens] int64, where each new key and value goes
+    block_table: Tensor  # [requests, max_blocks] int32
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What one attention layer finds. Layers may share their metadata; each has its own cache and spec."""
+
+    metadata: AttentionMetadata
+    kv_cache: Tensor  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
+    spec: AttentionSpec
+
+
+ForwardContext = Sequence[LayerContext]  # one per layer
+
+_current: ForwardContext | None = None
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Set the context for one forward pass. Passes never overlap in a process: nesting raises `RuntimeError`."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("a forward pass is already running; forward contexts are never nested")
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def current_layer(layer_index: int) -> LayerContext:
+    """The context of one layer. Raises `RuntimeError` outside of a forward pass, or for a layer it does not have."""
+    if _current is None:
+        raise RuntimeError("attention runs only inside `with forward_context(...)`")
+    if not 0 <= layer_index < len(_current):
+        raise RuntimeError(f"the forward context has {len(_current)} layers, so no layer {layer_index}")
+    return _current[layer_index]
