@@ -2,6 +2,7 @@
 
 import msgspec
 
+from eagleray.workers.channel import Endpoint
 from eagleray.workers.wire import Sampling, TokenLogprobs
 
 
@@ -21,6 +22,10 @@ class Submit(msgspec.Struct, tag="submit"):
 
 class Abort(msgspec.Struct, tag="abort"):
     ids: list[int]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """The owner closes the engine; whatever still runs ends as aborted."""
 
 
 class Tokens(msgspec.Struct, omit_defaults=True):
@@ -53,4 +58,17 @@ class EngineOutputs(msgspec.Struct, omit_defaults=True):
     stats: EngineStats
 
 
-FrontEndMessage = Submit | Abort
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a front end is told once the engine is ready."""
+
+    endpoint: Endpoint
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    device: str
+    dtype: str
+    rank_pids: list[int]
+
+
+FrontEndMessage = Submit | Abort | Shutdown

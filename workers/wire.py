@@ -63,4 +63,6 @@ class StepOutput(msgspec.Struct, omit_defaults=True):
     step: int
     token_ids: bytes = b""  # in ascending order of rows
     logprobs: dict[int, TokenLogprobs] = {}  # row -> of its sampled token
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
+    prompt_logprobs: dict[
+        int, list[TokenLogprobs]
+    ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice

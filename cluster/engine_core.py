@@ -1,0 +1,127 @@
+"""The engine's loop: messages from front ends in, steps to the ranks, tokens back to the front ends."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+
+import msgspec
+import zmq
+
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.executor import Executor, RankFailedError
+from eagleray.cluster.messages import Abort, EngineOutputs, FrontEndMessage, Shutdown, Submit, Tokens
+from eagleray.cluster.request import FrontEndId
+from eagleray.cluster.scheduler import News, Scheduler
+from eagleray.workers.channel import Hub, PeerGoneError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Owns the scheduler. While a step runs, the next is scheduled and sent, up to `steps_in_flight` of them."""
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, front_ends: Hub, *, steps_in_flight: int, step_timeout_s: float
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._front_ends = front_ends
+        self._steps_in_flight = steps_in_flight
+        self._step_timeout_s = step_timeout_s
+        self._step_due = 0.0  # when the oldest step in flight is late
+        self._news: dict[FrontEndId, list[Tokens]] = defaultdict(list)
+        self._stopping = False
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FrontEndMessage).decode
+        self._poller = zmq.Poller()
+        for source in (front_ends.socket, *executor.pollable):
+            self._poller.register(source, zmq.POLLIN)
+
+    def run(self) -> None:
+        """Serve until told to shut down. Raises `EngineDeadError` when a rank fails, once every request has ended with it."""
+        try:
+            while not self._stopping:
+                self.turn()
+            self._tell(self._scheduler.fail("the engine was shut down"))
+            self._send_news()
+        except RankFailedError as error:
+            logger.error("%s", error)
+            self._tell(self._scheduler.fail(str(error)))
+            self._send_news()
+            raise EngineDeadError(str(error)) from None
+        finally:
+            self._executor.close()
+            self._front_ends.close()
+
+    def turn(self) -> None:
+        """Take what has arrived; then send a step, or wait until there is something to do."""
+        self._take_messages()
+        self._take_output()
+        if self._send_step():
+            return  # perhaps there is room for another, before anything else
+        self._send_news()
+        self._wait()
+
+    def _take_messages(self) -> None:
+        while message := self._front_ends.receive():
+            front_end, payload = message
+            self._handle(front_end, self._decode(payload))
+
+    def _handle(self, front_end: FrontEndId, message: FrontEndMessage) -> None:
+        match message:
+            case Submit(requests):
+                for request in requests:
+                    try:
+                        self._scheduler.add(front_end, request)
+                    except ValueError as error:
+                        self._tell([(front_end, Tokens(request.id, finish_reason="error", error=str(error)))])
+            case Abort(ids):
+                ended = (self._scheduler.abort(front_end, request_id) for request_id in ids)
+                self._tell((front_end, tokens) for tokens in ended if tokens is not None)
+            case Shutdown():
+                self._stopping = True
+
+    def _take_output(self) -> None:
+        while output := self._executor.receive():
+            self._tell(self._scheduler.update(output))
+            self._step_due = time.monotonic() + self._step_timeout_s
+
+    def _send_step(self) -> bool:
+        in_flight = self._scheduler.num_in_flight
+        if in_flight >= self._steps_in_flight:
+            return False
+        step = self._scheduler.schedule()
+        if step is None:
+            return False
+        if in_flight == 0:
+            self._step_due = time.monotonic() + self._step_timeout_s
+        self._executor.send(step)
+        return True
+
+    def _wait(self) -> None:
+        if not self._scheduler.num_in_flight:
+            self._poller.poll()
+        elif (
+            not self._poller.poll(max(0.0, self._step_due - time.monotonic()) * 1000)
+            and time.monotonic() >= self._step_due
+        ):
+            raise RankFailedError(
+                f"no rank answered a step within step_timeout_s, {self._step_timeout_s:g} s; a rank hangs, or the limit is too low"
+            )
+
+    def _tell(self, news: Iterable[News]) -> None:
+        for front_end, tokens in news:
+            self._news[front_end].append(tokens)
+
+    def _send_news(self) -> None:
+        if not self._news:
+            return
+        news, self._news = self._news, defaultdict(list)
+        stats = self._scheduler.stats()
+        for front_end, tokens in news.items():
+            try:
+                self._front_ends.send(front_end, self._encode(EngineOutputs(tokens, stats)))
+            except PeerGoneError:
+                logger.warning("a front end is gone; its requests are aborted")
+                self._scheduler.abort_front_end(front_end)

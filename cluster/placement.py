@@ -1,0 +1,69 @@
+"""Room for an engine on a Ray cluster: one bundle per rank, found within a bounded time or refused with the figures."""
+
+import logging
+import os
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.errors import EngineStartError
+
+logger = logging.getLogger(__name__)
+
+Resources = dict[str, float]
+
+
+def connect(config: EngineConfig) -> None:
+    """Join the Ray cluster that runs here or that RAY_ADDRESS names; else start one on this machine."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        wanted = config.tensor_parallel_size * config.cpus_per_rank
+        ray.init(
+            address="local", num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, **options
+        )
+
+
+def choose_device(config: EngineConfig) -> str:
+    """`auto` means the GPUs, if the cluster has any."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+
+
+def rank_resources(config: EngineConfig, device: str) -> Resources:
+    gpu = {"GPU": 1.0} if device == "cuda" else {}
+    return {"CPU": config.cpus_per_rank, **gpu}
+
+
+def place(config: EngineConfig, device: str) -> PlacementGroup:
+    """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
+    bundle = rank_resources(config, device)
+    group = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
+    if group.wait(config.placement_timeout_s):
+        return group
+    remove_placement_group(group)
+    raise EngineStartError(_no_room(config, bundle))
+
+
+def _no_room(config: EngineConfig, bundle: Resources) -> str:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    have = ", ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in bundle)
+    fits = min(int(total.get(name, 0) // amount) for name, amount in bundle.items())
+    return (
+        f"tensor_parallel_size {config.tensor_parallel_size} asks for {config.tensor_parallel_size} ranks of "
+        f"{_text(bundle)} each, but after {config.placement_timeout_s:g} s the cluster of {len(ray.nodes())} node(s) has "
+        f"{have}; add nodes, free some by ending other jobs, or lower tensor_parallel_size"
+        + (f" to {fits} or less" if 0 < fits < config.tensor_parallel_size else "")
+    )
+
+
+def _text(bundle: Resources) -> str:
+    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())

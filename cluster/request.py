@@ -1,0 +1,80 @@
+"""One sequence on its way: what is known of it, and how far the ranks are."""
+
+from array import array
+from dataclasses import dataclass, field
+
+from eagleray.cluster.block_pool import ROOT, hash_block
+from eagleray.cluster.messages import EngineRequest
+from eagleray.workers.wire import Sampling
+
+FrontEndId = bytes
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State that outlives any rank. A token is committed once its step's output has reached the engine core."""
+
+    front_end: FrontEndId
+    id: int
+    arrival: int  # counts up
+    priority: int
+    sampling: Sampling
+    max_tokens: int
+    num_prompt_tokens: int
+    token_ids: "array[int]"  # prompt and committed tokens
+    stop_token_ids: frozenset[int]
+
+    row: int | None = None  # None while it waits
+    block_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # tokens whose KV is written once the steps in flight are done
+    num_pending: int = 0  # sampled by steps in flight, not committed yet
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of committed tokens
+    num_published: int = 0  # blocks of `block_ids` offered to the prefix cache
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first start
+    num_prompt_logprobs: int = 0  # delivered
+    finished: bool = False
+
+    @classmethod
+    def from_wire(cls, front_end: FrontEndId, request: EngineRequest, arrival: int) -> "Request":
+        token_ids = array("i", request.prompt_token_ids)
+        return cls(
+            front_end=front_end,
+            id=request.id,
+            arrival=arrival,
+            priority=request.priority,
+            sampling=request.sampling,
+            max_tokens=request.max_tokens,
+            num_prompt_tokens=len(token_ids),
+            token_ids=token_ids,
+            stop_token_ids=frozenset(request.sampling.stop_token_ids),
+        )
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: priority, then arrival."""
+        return self.priority, self.arrival
+
+    @property
+    def num_runnable_tokens(self) -> int:
+        """How many tokens the ranks could run now; the last token of the longest output is never run."""
+        known = len(self.token_ids) + self.num_pending
+        return min(known, self.num_prompt_tokens + self.max_tokens - 1) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities are still owed."""
+        return self.sampling.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    def commit(self, token_id: int) -> str | None:
+        """Append a sampled token; return the reason if the request ends with it."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_token_ids:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.num_prompt_tokens + self.max_tokens else None
+
+    def hash_full_blocks(self, block_size: int) -> None:
+        """Bring `block_hashes` up to date with the committed tokens."""
+        hashes = self.block_hashes
+        for start in range(len(hashes) * block_size, len(self.token_ids) - block_size + 1, block_size):
+            parent = hashes[-1] if hashes else ROOT
+            hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))

@@ -1,0 +1,312 @@
+"""What to run next. There are no phases: a slice of a prompt and a decode of one token are both tokens of a request."""
+
+import heapq
+from array import array
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
+
+import msgspec
+
+from eagleray.cluster.block_pool import BlockPool
+from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
+from eagleray.cluster.request import FrontEndId, Request
+from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
+
+News = tuple[FrontEndId, Tokens]
+
+
+# One request's part of a step: (request, row, first position, number of tokens, whether it samples).
+# A bare tuple, because 256 are made while the ranks wait.
+Slice = tuple[Request, int, int, int, bool]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making."""
+
+    budget: int
+    slices: list[Slice] = field(default_factory=list)
+    starts: list[RowStart] = field(default_factory=list)
+    blocks: dict[int, list[int]] = field(default_factory=dict)
+    preempted: bool = False
+
+
+class Scheduler:
+    """Turns requests into steps and step outputs into news, `steps in flight` or not.
+
+    Ranks run steps in the order in which they are scheduled. So a row or a block may be given to another request in the
+    very step after its last use, even while that use is still in flight, and a block may be shared before it is written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_slice_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self._block_size = block_size
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_slice_tokens = max_slice_tokens or max_num_batched_tokens
+        self._caching = enable_prefix_caching
+        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
+        self._stopped_rows: list[int] = []  # not told to the ranks yet
+        self._requests: dict[tuple[FrontEndId, int], Request] = {}
+        self._waiting: list[tuple[int, int, Request]] = []  # a heap; finished requests in it are skipped
+        self._running: list[Request] = []  # in order; the last is preempted first
+        self._in_flight: deque[tuple[int, list[Slice]]] = deque()
+        self._num_steps = 0
+        self._num_arrived = 0
+        self._num_preemptions = 0
+        self._num_prefix_hit_tokens = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled and not yet updated."""
+        return len(self._in_flight)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._requests) - len(self._running),
+            num_used_blocks=self.pool.num_used,
+            num_blocks=self.pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+        )
+
+    # ---- requests come and go
+
+    def add(self, front_end: FrontEndId, wire: EngineRequest) -> None:
+        """Accept a request. Raises `ValueError` if its id is in use or it could never fit the KV cache."""
+        request = Request.from_wire(front_end, wire, self._num_arrived)
+        key = (front_end, wire.id)
+        if key in self._requests:
+            raise ValueError(f"request id {wire.id} is already in use; give every request of a front end its own")
+        capacity = self.pool.num_blocks * self._block_size
+        if request.num_prompt_tokens + request.max_tokens - 1 > capacity:
+            raise ValueError(
+                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, but the KV cache "
+                f"holds {capacity} tokens; shorten one of them or give the KV cache more memory"
+            )
+        self._num_arrived += 1
+        self._requests[key] = request
+        heapq.heappush(self._waiting, (*request.order, request))
+
+    def abort(self, front_end: FrontEndId, request_id: int) -> Tokens | None:
+        """End a request at once, whatever it is doing; None if it has ended already."""
+        request = self._requests.get((front_end, request_id))
+        return None if request is None else self._end(request, Tokens(request_id, finish_reason="abort"))
+
+    def abort_front_end(self, front_end: FrontEndId) -> None:
+        """End every request of a front end that is gone."""
+        for owner, request_id in list(self._requests):
+            if owner == front_end:
+                self.abort(owner, request_id)
+
+    def fail(self, cause: str) -> list[News]:
+        """End every request with an error: the ranks are gone."""
+        self._in_flight.clear()
+        self.pool.forget_prefixes()
+        return [
+            (request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))
+            for request in list(self._requests.values())
+        ]
+
+    def _end(self, request: Request, news: Tokens) -> Tokens:
+        request.finished = True
+        del self._requests[request.front_end, request.id]
+        if request.row is not None:
+            self._running.remove(request)
+            self._vacate(request)
+        return news
+
+    def _vacate(self, request: Request) -> None:
+        """Take a running request's row and blocks away; what is in flight for it still runs, and harms nothing."""
+        assert request.row is not None
+        self.pool.release(request.block_ids)
+        heapq.heappush(self._free_rows, request.row)
+        self._stopped_rows.append(request.row)
+        request.row = None
+        request.block_ids = []
+        request.num_computed_tokens = request.num_published = 0
+
+    # ---- a step is made
+
+    def schedule(self) -> Step | None:
+        """Fill the token budget: running requests first, then waiting ones. None if nothing can run now."""
+        plan = _Plan(self._max_num_batched_tokens)
+        self._continue_running(plan)
+        if not plan.preempted:
+            self._admit_waiting(plan)
+        if not plan.slices:
+            return None
+        plan.slices.sort(key=itemgetter(1))
+        self._num_steps += 1
+        self._in_flight.append((self._num_steps, plan.slices))
+        stopped, self._stopped_rows = self._stopped_rows, []
+        return Step(self._num_steps, stopped, plan.starts, plan.blocks, self._uneven_slices(plan))
+
+    def _continue_running(self, plan: _Plan) -> None:
+        for request in self._running:  # preemption shortens the list behind this request, or ends with it
+            if plan.budget == 0:
+                break
+            num_tokens = min(request.num_runnable_tokens, plan.budget, self._max_slice_tokens)
+            if num_tokens > 0 and self._grow(request, num_tokens, plan):
+                self._run(request, num_tokens, plan)
+
+    def _grow(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+        """Give a running request the blocks of its next tokens; False if it had to be preempted itself."""
+        missing = -(-(request.num_computed_tokens + num_tokens) // self._block_size) - len(request.block_ids)
+        if missing <= 0:
+            return True
+        while self.pool.num_free < missing:
+            plan.preempted = True
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is request:
+                return False
+        blocks = self.pool.take(missing)
+        request.block_ids += blocks
+        assert request.row is not None
+        plan.blocks[request.row] = blocks
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Let a request wait again; its prompt and committed tokens are computed anew later."""
+        self._vacate(request)
+        self._num_preemptions += 1
+        heapq.heappush(self._waiting, (*request.order, request))
+
+    def _run(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+        row, start = request.row, request.num_computed_tokens
+        assert row is not None
+        request.num_computed_tokens = end = start + num_tokens
+        samples = end == len(request.token_ids) + request.num_pending
+        request.num_pending += samples
+        plan.budget -= num_tokens
+        plan.slices.append((request, row, start, num_tokens, samples))
+        if self._caching:
+            self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
+        if num_full <= request.num_published:
+            return
+        request.hash_full_blocks(self._block_size)
+        for index in range(request.num_published, num_full):
+            self.pool.publish(request.block_ids[index], request.block_hashes[index])
+        request.num_published = num_full
+
+    def _admit_waiting(self, plan: _Plan) -> None:
+        while self._waiting and self._free_rows and plan.budget > 0:
+            request = self._waiting[0][-1]
+            if not request.finished:
+                if request.num_pending or not self._admit(request, plan):
+                    break  # a preempted request waits for its tokens in flight; nobody overtakes
+                insort(self._running, request, key=attrgetter("order"))
+            heapq.heappop(self._waiting)
+
+    def _admit(self, request: Request, plan: _Plan) -> bool:
+        """Start a waiting request in a row if its first slice finds blocks."""
+        cached = self._find_prefix(request)
+        num_cached = len(cached) * self._block_size
+        num_tokens = min(request.num_runnable_tokens - num_cached, plan.budget, self._max_slice_tokens)
+        missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
+        if self.pool.num_free - self.pool.num_free_among(cached) < missing + self._headroom():
+            return False
+        self.pool.share(cached)
+        request.block_ids = cached + self.pool.take(missing)
+        request.num_computed_tokens = num_cached
+        request.num_published = len(cached)
+        request.row = heapq.heappop(self._free_rows)
+        plan.starts.append(self._row_start(request))
+        self._num_prefix_hit_tokens += num_cached
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_cached
+        self._run(request, num_tokens, plan)
+        return True
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """The cached blocks that begin a request. Its last token always runs, since its logits are wanted."""
+        if not self._caching or request.wants_prompt_logprobs:
+            return []
+        request.hash_full_blocks(self._block_size)
+        return self.pool.match(request.block_hashes[: (len(request.token_ids) - 1) // self._block_size])
+
+    def _headroom(self) -> int:
+        """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
+        return max(1, self.pool.num_blocks // 100) if self._running else 0
+
+    @staticmethod
+    def _row_start(request: Request) -> RowStart:
+        sampling = request.sampling
+        if sampling.prompt_logprobs is not None and not request.wants_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        assert request.row is not None
+        return RowStart(
+            row=request.row,
+            token_ids=request.token_ids.tobytes(),
+            num_prompt_tokens=request.num_prompt_tokens,
+            block_ids=request.block_ids.copy(),
+            sampling=sampling,
+            num_computed_tokens=request.num_computed_tokens,
+        )
+
+    def _uneven_slices(self, plan: _Plan) -> dict[int, int]:
+        """Every live row that does not run exactly one token."""
+        uneven = {row: num_tokens for _, row, _, num_tokens, _ in plan.slices if num_tokens != 1}
+        if len(plan.slices) < len(self._running):
+            ran = {row for _, row, _, _, _ in plan.slices}
+            uneven.update(
+                (request.row, 0) for request in self._running if request.row is not None and request.row not in ran
+            )
+        return uneven
+
+    # ---- a step is done
+
+    def update(self, output: StepOutput) -> list[News]:
+        """Commit what the oldest step in flight sampled. Tokens of requests that have ended meanwhile are dropped."""
+        step, slices = self._in_flight.popleft()
+        assert step == output.step, f"step {output.step} returned while step {step} was due"
+        sampled = iter(array("i", output.token_ids))
+        news = []
+        for request, row, start, _, samples in slices:
+            token_id = next(sampled) if samples else None
+            if request.finished:
+                continue
+            tokens = Tokens(request.id)
+            if row in output.prompt_logprobs:
+                self._take_prompt_logprobs(request, start, output.prompt_logprobs[row], tokens)
+            if token_id is not None:
+                self._commit(request, token_id, tokens)
+                if row in output.logprobs:
+                    tokens.logprobs.append(output.logprobs[row])
+            if tokens.token_ids or tokens.prompt_logprobs:
+                news.append((request.front_end, tokens))
+        return news
+
+    @staticmethod
+    def _take_prompt_logprobs(request: Request, start: int, logprobs: list[TokenLogprobs], tokens: Tokens) -> None:
+        """`logprobs` begin at prompt token `start + 1`; a preempted request computes some of them twice."""
+        tokens.prompt_logprobs = logprobs[request.num_prompt_logprobs - start :]
+        request.num_prompt_logprobs += len(tokens.prompt_logprobs)
+
+    def _commit(self, request: Request, token_id: int, tokens: Tokens) -> None:
+        request.num_pending -= 1
+        if len(request.token_ids) == request.num_prompt_tokens:
+            tokens.num_cached_tokens = request.num_cached_tokens
+        tokens.token_ids.append(token_id)
+        tokens.finish_reason = request.commit(token_id)
+        if tokens.finish_reason:
+            self._end(request, tokens)

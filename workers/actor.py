@@ -1,0 +1,103 @@
+"""A rank as a Ray actor: a thin face over `Worker`."""
+
+import os
+from typing import Any
+
+import msgspec
+import ray
+
+from eagleray.workers.channel import Endpoint, Peer
+from eagleray.workers.config import WorkerConfig
+from eagleray.workers.wire import Step
+
+# NVLink multicast is not available on every machine, and these libraries hang rather than notice.
+CUDA_ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
+GOODBYE = b""  # sent instead of a step, it ends `serve`
+
+
+class RankHost(msgspec.Struct, frozen=True):
+    """Where a rank runs."""
+
+    node_id: str
+    ip: str
+    pid: int
+    store_port: int | None  # of the store through which the ranks meet; rank 0 opens it
+
+
+class RankActor:
+    """Starts in three calls, each made on every rank before the next: `prepare`, `load`, `serve`.
+
+    torch is imported by `prepare` and not with this module: the driver imports the module too, and the environment that
+    torch's libraries read must be set before.
+    """
+
+    def __init__(self, rank: int, size: int, config: WorkerConfig) -> None:
+        self._rank = rank
+        self._size = size
+        self._config = config
+        self._store: Any = None
+        self._model: Any = None
+        self._tp: Any = None
+
+    def prepare(self) -> RankHost:
+        """Import torch, and open the store on rank 0."""
+        self._set_environment()
+        import torch.distributed as dist
+
+        ip = ray.util.get_node_ip_address()
+        if self._rank == 0 and self._size > 1:
+            self._store = dist.TCPStore(ip, 0, self._size, is_master=True, wait_for_workers=False)
+        port = None if self._store is None else self._store.port
+        return RankHost(ray.get_runtime_context().get_node_id(), ip, os.getpid(), port)
+
+    def _set_environment(self) -> None:
+        os.environ.update(CUDA_ENVIRONMENT)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # peer access needs to see the other ranks' GPUs
+        if self._config.threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(self._config.threads)
+
+    def load(self, ip: str, store_port: int | None) -> int:
+        """Join the ranks, load this one's share of the model, and return how many KV blocks fit."""
+        import torch
+        import torch.distributed as dist
+
+        from eagleray.models.loader import load_model
+        from eagleray.parallel.group import init_tp_group
+        from eagleray.workers.memory import num_blocks_that_fit
+
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        device = torch.device("cpu")
+        if self._config.device == "cuda":
+            device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+            torch.cuda.set_device(device)
+        if store_port is not None and self._store is None:
+            self._store = dist.TCPStore(ip, store_port, self._size, is_master=False)
+        self._tp = init_tp_group(self._rank, self._size, self._store, device)
+        self._model = load_model(
+            self._config.model,
+            tp=self._tp,
+            dtype=getattr(torch, self._config.dtype),
+            device=device,
+            load_format=self._config.load_format,
+            seed=self._config.seed,
+        )
+        return num_blocks_that_fit(self._config, self._model, self._tp)
+
+    def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
+        """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
+        from eagleray.workers.worker import Worker
+
+        worker = Worker(self._config, self._model, self._tp, num_blocks)
+        decode, encode = msgspec.msgpack.Decoder(Step).decode, msgspec.msgpack.Encoder().encode
+        hub = Peer(endpoint, b"rank %d" % self._rank)
+        hub.send(b"")  # the hub can only reach a peer that it has heard of
+        while (payload := hub.receive()) != GOODBYE:
+            output = worker.run(decode(payload))
+            if self._rank == 0:
+                hub.send(encode(output))
+        hub.close()

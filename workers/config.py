@@ -1,0 +1,22 @@
+"""What one rank is told when it starts. Importing this needs no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """The same for every rank; checked by `EngineConfig`, from which it is made."""
+
+    model: str  # directory
+    device: str  # cpu or cuda
+    dtype: str  # float32, bfloat16 or float16
+    load_format: str
+    seed: int  # of dummy weights
+    max_model_len: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kv_cache_bytes: int | None
+    compile: bool
+    threads: int | None  # of this rank's CPU kernels; None leaves torch's own choice
