@@ -1,9 +1,18 @@
 """The streaming front end for asyncio."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.engine_link import EngineLink
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation import Generation
+from eagleray.cluster.launch import launch
+from eagleray.cluster.messages import Abort, EngineStats, Submit
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.prompts import Message, Prompt
 from eagleray.cluster.sampling_params import SamplingParams
@@ -11,7 +20,11 @@ from eagleray.cluster.tokenizer import Tokenizer
 
 
 class AsyncLLM:
-    """An engine and its streaming front end."""
+    """An engine and its streaming front end, used from one event loop.
+
+    One task reads the engine's news; each request keeps only its latest state, so a slow consumer gets several steps in
+    one output and memory stays bounded.
+    """
 
     def __init__(
         self,
@@ -22,14 +35,35 @@ class AsyncLLM:
         skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
-        """As `LLM`: blocks until the engine is ready."""
-        raise NotImplementedError
+        """As `LLM`: blocks until the engine is ready, and may be called before there is an event loop."""
+        engine, front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+        self._set_up(engine, front_end)
+
+    @classmethod
+    def attach(cls, engine: EngineLink, front_end: FrontEnd) -> Self:
+        """A front end for an engine that runs already; `close` closes the link."""
+        llm = cls.__new__(cls)
+        llm._set_up(engine, front_end)
+        return llm
+
+    def _set_up(self, engine: EngineLink, front_end: FrontEnd) -> None:
+        self._engine = engine
+        self._front_end = front_end
+        self._news: dict[Generation, asyncio.Event] = {}  # of each request that somebody iterates
+        self._reader: asyncio.Task[None] | None = None  # runs from the first request on
+        self._failure: str | None = None
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        raise NotImplementedError
+        """The model's tokenizer, if it was not skipped."""
+        return self._front_end.tokenizer
 
-    def generate(
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        return self._front_end.stats
+
+    async def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -37,8 +71,26 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """Yields cumulative outputs; raises `ValueError` at the first step for bad input, `EngineDeadError` at any."""
-        raise NotImplementedError
+        """Cumulative outputs, the last one with `finished`. Cancelling or leaving the iteration aborts the request.
+
+        Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
+        gone. Without `request_id` requests are numbered.
+        """
+        self._check_alive()
+        generation = self._front_end.prepare(prompt, sampling_params or SamplingParams(), request_id, priority)
+        news = self._submit(generation)
+        try:
+            while True:
+                await news.wait()
+                news.clear()
+                if not generation.finished:
+                    self._check_alive()
+                yield (output := generation.output())
+                if output.finished:
+                    return
+        finally:
+            del self._news[generation]
+            self._abort(generation)
 
     def chat(
         self,
@@ -49,13 +101,77 @@ class AsyncLLM:
         priority: int = 0,
         **template_options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """As `generate`, for a conversation."""
-        raise NotImplementedError
+        """As `generate`, for a conversation; `template_options` are `Tokenizer.apply_chat_template`'s."""
+        prompt = chat_prompt(self.tokenizer, messages, template_options)
+        return self.generate(prompt, sampling_params, request_id, priority=priority)
 
-    def abort(self, request_id: str) -> None:
-        """End a request, whose iterator yields one last output with finish_reason "abort". Unknown ids are ignored."""
-        raise NotImplementedError
+    async def abort(self, request_id: str) -> None:
+        """End a request: its iterator yields a last output with finish_reason "abort". Unknown ids are ignored."""
+        generation = self._front_end.running(request_id)
+        if generation is not None:
+            self._abort(generation)
 
     def close(self) -> None:
-        """End the engine; whoever waits gets `EngineDeadError`."""
-        raise NotImplementedError
+        """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests."""
+        self._fail("the front end was closed")
+        if self._reader is not None:
+            self._reader.cancel()
+        self._engine.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, generation: Generation) -> asyncio.Event:
+        requests = self._front_end.add(generation)
+        try:
+            self._engine.send(Submit(requests))
+        except EngineDeadError as error:
+            self._fail(str(error))
+            raise
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read(), name="eagleray news")
+        return self._news.setdefault(generation, asyncio.Event())
+
+    async def _read(self) -> None:
+        """Take the engine's news until it is gone; whatever ends this reaches every waiter."""
+        try:
+            while True:
+                changed, aborts = self._front_end.process(await self._engine.areceive())
+                if aborts:
+                    self._engine.send(Abort(aborts))
+                for generation in changed:
+                    self._wake(generation)
+        except EngineDeadError as error:
+            self._fail(str(error))
+        except Exception as error:
+            self._fail(f"the front end failed: {error!r}")
+            raise
+
+    def _abort(self, generation: Generation) -> None:
+        """End a request here and in the engine, if it runs."""
+        ids = self._front_end.abort(generation)
+        self._wake(generation)
+        if ids:
+            try:
+                self._engine.send(Abort(ids))
+            except EngineDeadError as error:
+                self._fail(str(error))
+
+    def _wake(self, generation: Generation) -> None:
+        if generation in self._news:
+            self._news[generation].set()
+
+    def _fail(self, cause: str) -> None:
+        self._failure = self._failure or cause
+        self._front_end.forget()
+        for news in self._news.values():
+            news.set()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)

@@ -1,14 +1,24 @@
 """The offline front end: a list of prompts in, a list of outputs back in the same order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.engine_link import EngineLink
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation import Generation
+from eagleray.cluster.launch import launch
+from eagleray.cluster.messages import Abort, Submit
 from eagleray.cluster.outputs import RequestOutput
-from eagleray.cluster.prompts import Message, Prompt
+from eagleray.cluster.progress import BatchProgress
+from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+
+WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 
 
 class LLM:
@@ -23,15 +33,25 @@ class LLM:
         skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
-        """Start an engine; blocks until it is ready. `options` are `EngineConfig`'s, `tokenizer` a directory.
+        """Start an engine; blocks until it is ready. `options` are `EngineConfig`'s, `tokenizer` is a directory.
 
-        Raises `ValueError` for bad input and `EngineStartError` when the cluster or a rank fails.
+        With `skip_tokenizer_init` prompts are token ids and outputs have no text.
+        Raises `ValueError` for what the user gave and `EngineStartError` when the cluster or a rank fails.
         """
-        raise NotImplementedError
+        self._engine: EngineLink
+        self._engine, self._front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+
+    @classmethod
+    def attach(cls, engine: EngineLink, front_end: FrontEnd) -> Self:
+        """A front end for an engine that runs already; `close` closes the link."""
+        llm = cls.__new__(cls)
+        llm._engine, llm._front_end = engine, front_end
+        return llm
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        raise NotImplementedError
+        """The model's tokenizer, if it was not skipped."""
+        return self._front_end.tokenizer
 
     def generate(
         self,
@@ -41,18 +61,20 @@ class LLM:
         use_tqdm: bool = True,
         priority: int = 0,
     ) -> list[RequestOutput]:
-        """Generate for every prompt; outputs come back in the prompts' order."""
-        raise NotImplementedError
+        """Generate for every prompt, with one set of parameters for all or one for each; outputs in the prompts' order.
 
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        priority: int = 0,
-    ) -> Iterator[RequestOutput]:
-        """As `generate`, but yields each request's cumulative output whenever it has news. `request_id` is "0", "1", …"""
-        raise NotImplementedError
+        All prompts are checked before the first is sent. An output whose finish_reason is "error" failed alone.
+        `use_tqdm` shows a progress bar. Raises `ValueError` for what the user gave and `EngineDeadError`.
+        """
+        all_prompts = prompt_list(prompts)
+        all_params = _params_list(sampling_params, len(all_prompts))
+        generations = [
+            self._front_end.prepare(prompt, params, priority=priority)
+            for prompt, params in zip(all_prompts, all_params, strict=True)
+        ]
+        with BatchProgress(generations, enabled=use_tqdm and bool(generations)) as progress:
+            self._run(generations, progress)
+        return [generation.output() for generation in generations]
 
     def chat(
         self,
@@ -63,12 +85,16 @@ class LLM:
         priority: int = 0,
         **template_options: Any,
     ) -> list[RequestOutput]:
-        """As `generate`, for one conversation or several, put into text by the model's chat template."""
-        raise NotImplementedError
+        """As `generate`, for one conversation or several, put into text by the model's chat template.
+
+        `template_options` are `Tokenizer.apply_chat_template`'s, and variables of the template.
+        """
+        prompts = [chat_prompt(self.tokenizer, chat, template_options) for chat in conversations(messages)]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def close(self) -> None:
         """End the engine."""
-        raise NotImplementedError
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,3 +103,42 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, generations: list[Generation], progress: BatchProgress) -> None:
+        """Run requests to their end; whatever interrupts this ends them in the engine, too."""
+        requests = [request for generation in generations for request in self._front_end.add(generation)]
+        num_running = len(generations)
+        try:
+            if requests:
+                self._engine.send(Submit(requests))
+            while num_running:
+                finished = self._receive()
+                num_running -= len(finished)
+                progress.update(finished)
+        except EngineDeadError:
+            self._front_end.forget()
+            raise
+        finally:
+            running = [id for generation in generations for id in self._front_end.abort(generation)]
+            if running:
+                self._engine.send(Abort(running))
+
+    def _receive(self) -> list[Generation]:
+        """Requests that the next news end."""
+        news = self._engine.receive(WAKE_S)
+        if news is None:
+            return []
+        changed, aborts = self._front_end.process(news)
+        if aborts:
+            self._engine.send(Abort(aborts))
+        return [generation for generation in changed if generation.finished]
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"there are {num_prompts} prompts and {len(params)} sampling_params; give one for all or one each"
+        )
+    return list(params)

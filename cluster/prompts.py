@@ -1,7 +1,9 @@
 """What a prompt can be."""
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
+
+Message = dict[str, Any]  # {"role": …, "content": …} and what else the chat template knows
 
 
 class TextPrompt(TypedDict):
@@ -18,4 +20,17 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
-Message = dict[str, Any]  # {"role": …, "content": …} and what else the chat template knows
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list. A sequence that begins with a number is one prompt's token ids."""
+    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or several as a list."""
+    if not messages or isinstance(messages[0], dict):
+        return [cast(Sequence[Message], messages)]
+    return list(cast(Sequence[Sequence[Message]], messages))

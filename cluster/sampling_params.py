@@ -59,8 +59,10 @@ class SamplingParams:
 
     def _check_types(self) -> None:
         for field in fields(self):
-            value, (is_right, wanted) = getattr(self, field.name), _TYPES[str(field.type).removesuffix(" | None")]
-            optional = str(field.type).endswith("None")
+            declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            optional = declared.endswith(" | None")
+            is_right, wanted = _TYPES[declared.removesuffix(" | None")]
+            value = getattr(self, field.name)
             if not (is_right(value) or (optional and value is None)):
                 raise ValueError(f"{field.name} is {value!r}; give {wanted}{' or None' if optional else ''}")
 
@@ -83,12 +85,13 @@ class SamplingParams:
     def _check_together(self) -> None:
         if self.greedy and self.n > 1:
             raise ValueError(
-                f"n must be 1 when greedy, but is {self.n} at temperature {self.temperature}, where all would be equal; "
-                "raise temperature above 0"
+                f"n must be 1 when greedy, but is {self.n} at temperature {self.temperature}, "
+                "where all would be equal; raise the temperature"
             )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; lower the one or raise the other"
+                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; "
+                "lower the one or raise the other"
             )
         if "" in self.stop_strings:
             raise ValueError(f"stop is {self.stop!r}; an empty string would stop at once, leave it out")

@@ -1,29 +1,72 @@
-"""Text to token ids and back, and chat templates, without torch."""
+"""Text to token ids and back, and chat templates.
 
+transformers' own tokenizer classes import torch where it is installed, which takes seconds and a driver has no use for.
+So the two parts they are made of are used directly: the `tokenizers` library and transformers' template renderer.
+"""
+
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from eagleray.cluster.prompts import Message
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer."""
+    """A checkpoint's tokenizer: the same ids and the same text as transformers' `AutoTokenizer`."""
 
-    eos_token_id: int | None
-    bos_token_id: int | None
-    has_chat_template: bool
+    def __init__(self, backend: Backend, config: dict[str, Any], chat_templates: dict[str, str]) -> None:
+        """`config` is tokenizer_config.json; `chat_templates` has the usual one under "default"."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = _special_tokens(config)  # "bos_token" -> "<s>", …
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self._chat_templates = chat_templates
+        if "add_bos_token" in config or "add_eos_token" in config:
+            self._add_around(bos=bool(config.get("add_bos_token")), eos=bool(config.get("add_eos_token")))
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
-        """Raises `ValueError` when the directory holds no tokenizer.json."""
-        raise NotImplementedError
+        """Read tokenizer.json and what stands beside it. Raises `ValueError` when there is none or it is broken."""
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            missing = f"there is no {file}" if folder.is_dir() else f"there is no directory {folder}"
+            raise ValueError(
+                f"{missing}; name a directory with a tokenizer.json as `tokenizer`, or make one with transformers' "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        try:
+            backend = Backend.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} cannot be read as a tokenizer: {error}; fetch the file again") from error
+        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        return cls(backend, config, _chat_templates(folder, config))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+        return bool(self._chat_templates)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        raise NotImplementedError
+        """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        raise NotImplementedError
+        """Text; half a character becomes U+FFFD, an id that the tokenizer does not have becomes nothing."""
+        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
 
     def apply_chat_template(
         self,
@@ -34,5 +77,71 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as text. Raises `ValueError` when there is no chat template or it refuses the messages."""
-        raise NotImplementedError
+        """The conversation as text, special tokens included: encode it with `add_special_tokens=False`.
+
+        Raises `ValueError` when there is no chat template, or it refuses the messages.
+        """
+        name = "tool_use" if tools and "tool_use" in self._chat_templates else "default"
+        if name not in self._chat_templates:
+            raise ValueError("this model has no chat template; give plain prompts, or name a tokenizer that has one")
+        if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
+            raise ValueError(f'messages are {messages!r}; give a list of {{"role": …, "content": …}}')
+        try:
+            rendered, _ = render_jinja_template(
+                [list(messages)],
+                tools=tools,
+                chat_template=self._chat_templates[name],
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **self.special_tokens | variables,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        text: str = rendered[0]
+        return text
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        token_id: int | None = None if token is None else self.backend.token_to_id(token)
+        return token_id
+
+    def _add_around(self, *, bos: bool, eos: bool) -> None:
+        """Put start and end tokens around every text, or none: tokenizer_config.json has the last word in transformers."""
+        before = [("bos_token", self.bos_token_id)] if bos and self.bos_token_id is not None else []
+        after = [("eos_token", self.eos_token_id)] if eos and self.eos_token_id is not None else []
+        single = [
+            *(self.special_tokens[name] for name, _ in before),
+            "$A",
+            *(self.special_tokens[name] for name, _ in after),
+        ]
+        self.backend.post_processor = TemplateProcessing(
+            single=single, special_tokens=[(self.special_tokens[name], token_id) for name, token_id in before + after]
+        )
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Named tokens, which stand in the file as text or as an object with the text as its content."""
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """From chat_template.jinja, else from tokenizer_config.json, as one text or as a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return {"default": file.read_text(encoding="utf-8")}
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {"default": template} if template else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
+    return content

@@ -1,0 +1,133 @@
+"""The front ends' bookkeeping, without input and output: what to send for a prompt, and what the engine's news mean."""
+
+import time
+from collections.abc import Sequence
+from itertools import count
+
+from eagleray.cluster.detokenizer import Detokenizer, TextStream
+from eagleray.cluster.generation import Completion, Generation
+from eagleray.cluster.messages import EngineOutputs, EngineRequest, EngineStats
+from eagleray.cluster.prompts import Prompt
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.submission import ModelLimits, derive_seed, engine_requests
+from eagleray.cluster.tokenizer import Tokenizer
+
+
+class FrontEnd:
+    """Tokenises, checks, detokenises, finds stop strings and puts the sequences of a request together."""
+
+    def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits, seed: int = 0) -> None:
+        """Without a tokenizer prompts are token ids and outputs have no text."""
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()  # of the engine, after the last step
+        self._limits = limits
+        self._seed = seed
+        self._numbers = count()  # of requests
+        self._next_id = 0  # of sequences, as the engine knows them
+        self._generations: dict[str, Generation] = {}
+        self._live: dict[int, tuple[Generation, Completion]] = {}
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
+    ) -> Generation:
+        """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice."""
+        number = next(self._numbers)
+        text, token_ids = self._tokens(prompt)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {params.stop!r}, but there is no tokenizer to make text; use stop_token_ids")
+        requests = engine_requests(
+            token_ids,
+            params,
+            self._limits,
+            first_id=self._next_id,
+            derived_seed=derive_seed(self._seed, number),
+            priority=priority,
+        )
+        self._next_id += len(requests)
+        return Generation(
+            request_id=str(number) if request_id is None else request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            tokenizer=self.tokenizer,
+            completions=[
+                Completion(index=index, request=request, detokenizer=self._detokenizer(token_ids, params))
+                for index, request in enumerate(requests)
+            ],
+        )
+
+    def add(self, generation: Generation) -> list[EngineRequest]:
+        """Take a request in; what to submit to the engine. Raises `ValueError` if a running request has its id."""
+        if generation.request_id in self._generations:
+            raise ValueError(f"request_id {generation.request_id!r} is that of a running request; choose another")
+        self._generations[generation.request_id] = generation
+        for completion in generation.completions:
+            self._live[completion.request.id] = (generation, completion)
+        return [completion.request for completion in generation.completions]
+
+    def process(self, news: EngineOutputs) -> tuple[list[Generation], list[int]]:
+        """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
+        now = time.monotonic()
+        self.stats = news.stats
+        changed: dict[str, Generation] = {}
+        aborts = []
+        for tokens in news.outputs:
+            if tokens.id not in self._live:  # ended here while the engine was a step ahead
+                continue
+            generation, completion = self._live[tokens.id]
+            generation.take(completion, tokens, self._limits.eos_token_ids, now)
+            changed[generation.request_id] = generation
+            if completion.finish_reason is not None:
+                del self._live[tokens.id]
+                if tokens.finish_reason is None:
+                    aborts.append(tokens.id)
+                if generation.finished:
+                    del self._generations[generation.request_id]
+        return list(changed.values()), aborts
+
+    def running(self, request_id: str) -> Generation | None:
+        """The running request of this id."""
+        return self._generations.get(request_id)
+
+    def abort(self, generation: Generation) -> list[int]:
+        """End a request with finish_reason "abort"; the engine ids to abort, none if it is not running."""
+        if self._generations.get(generation.request_id) is not generation:
+            return []
+        del self._generations[generation.request_id]
+        ids = [completion.request.id for completion in generation.completions if completion.finish_reason is None]
+        for engine_id in ids:
+            del self._live[engine_id]
+        generation.end("abort")
+        return ids
+
+    def forget(self) -> None:
+        """The engine is gone: requests that ran never finish; whoever waits for them is to be told."""
+        self._generations.clear()
+        self._live.clear()
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._generations)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, where there is one, and its token ids."""
+        if isinstance(prompt, dict):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", prompt)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+            return None, list(prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt is {prompt!r}; give text or a list of token ids")
+        if not prompt:
+            raise ValueError("the prompt is empty; give it some text")
+        if self.tokenizer is None:
+            raise ValueError(f"the prompt is text, {prompt[:50]!r}, but there is no tokenizer; give token ids")
+        return prompt, self.tokenizer.encode(prompt)
+
+    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        stream = TextStream(self.tokenizer, prompt_token_ids, params.skip_special_tokens)
+        return Detokenizer(stream, params.stop_strings, keep_stop=params.include_stop_str_in_output)

@@ -1,0 +1,138 @@
+"""A request on its way back: what the engine says of its sequences becomes text, log-probabilities and an end."""
+
+import time
+from dataclasses import dataclass, field
+
+from eagleray.cluster.detokenizer import Detokenizer
+from eagleray.cluster.messages import EngineRequest, Tokens
+from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.wire import TokenLogprobs
+
+Logprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Completion:
+    """One sequence of a request."""
+
+    index: int
+    request: EngineRequest
+    detokenizer: Detokenizer | None  # None where no text is wanted
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    def take(self, news: Tokens, generation: "Generation", eos_token_ids: frozenset[int]) -> None:
+        """Add tokens up to the one that completes a stop string; see to the end if this is it."""
+        params = generation.params
+        drawn_stop = news.finish_reason == "stop"
+        for position, token_id in enumerate(news.token_ids):
+            self.token_ids.append(token_id)
+            if news.logprobs:
+                self.logprobs.append(generation.named(news.logprobs[position]))
+                self.cumulative_logprob += news.logprobs[position].logprobs[0]
+            is_stop_token = drawn_stop and position == len(news.token_ids) - 1
+            if self.detokenizer is None or (is_stop_token and not params.include_stop_str_in_output):
+                continue
+            stop = self.detokenizer.push(token_id, may_stop=len(self.token_ids) > params.min_tokens)
+            if stop is not None:
+                self.finish_reason, self.stop_reason = "stop", stop
+                return
+        if news.finish_reason is not None:
+            self.end(news.finish_reason, news.error)
+            if drawn_stop and (params.ignore_eos or self.token_ids[-1] not in eos_token_ids):
+                self.stop_reason = self.token_ids[-1]
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """End without a stop string."""
+        self.finish_reason, self.error = reason, error
+        if self.detokenizer is not None:
+            self.detokenizer.flush()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Generation:
+    """One request and its `n` sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    completions: list[Completion]
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's second token and later ones
+    num_cached_tokens: int | None = None
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return self.finished_time is not None
+
+    def take(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
+        """News of one of `completions`, received at `now`."""
+        completion.take(news, self, eos_token_ids)
+        self.prompt_logprobs += map(self.named, news.prompt_logprobs)
+        if self.num_cached_tokens is None:
+            self.num_cached_tokens = news.num_cached_tokens
+        if news.token_ids and self.first_token_time is None:
+            self.first_token_time = now
+        if completion.finish_reason is not None:
+            self._see_end(now)
+
+    def end(self, reason: str) -> None:
+        """End every sequence that runs."""
+        for completion in self.completions:
+            if completion.finish_reason is None:
+                completion.end(reason)
+        self._see_end(time.monotonic())
+
+    def output(self) -> RequestOutput:
+        """All that is known by now, in lists of its own."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else [None, *self.prompt_logprobs],
+            outputs=[self._completion_output(completion) for completion in self.completions],
+            finished=self.finished,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time),
+        )
+
+    def named(self, entry: TokenLogprobs) -> Logprobs:
+        """The token itself with its rank, then the most likely ones, whose ranks count from 1."""
+        ranks = (entry.rank, *range(1, len(entry.token_ids)))
+        return {
+            token_id: Logprob(logprob, rank, self._decoded(token_id))
+            for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, ranks, strict=True)
+        }
+
+    def _decoded(self, token_id: int) -> str | None:
+        if self.tokenizer is None or not self.params.detokenize:
+            return None
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _see_end(self, now: float) -> None:
+        if self.finished_time is None and all(completion.finish_reason for completion in self.completions):
+            self.finished_time = now
+
+    def _completion_output(self, completion: Completion) -> CompletionOutput:
+        wanted = self.params.logprobs is not None
+        return CompletionOutput(
+            index=completion.index,
+            text="" if completion.detokenizer is None else completion.detokenizer.text,
+            token_ids=completion.token_ids.copy(),
+            cumulative_logprob=completion.cumulative_logprob if wanted else None,
+            logprobs=completion.logprobs.copy() if wanted else None,
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            error=completion.error,
+        )

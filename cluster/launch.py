@@ -1,0 +1,40 @@
+"""An engine with a front end, out of the options that `LLM` and `AsyncLLM` share."""
+
+from pathlib import Path
+from typing import Any
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.engine_client import EngineClient
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation_config import eos_token_ids
+from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.tokenizer import Tokenizer
+
+
+def launch(
+    model: str | Path,
+    tensor_parallel_size: int,
+    tokenizer: str | Path | None,
+    skip_tokenizer_init: bool,
+    options: dict[str, Any],
+) -> tuple[EngineClient, FrontEnd]:
+    """Start an engine and wait for it. What is wrong with the options or the tokenizer is said before anything starts.
+
+    Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
+    """
+    if unknown := sorted(options.keys() - EngineConfig.names()):
+        known = ", ".join(sorted(EngineConfig.names()))
+        raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
+    if skip_tokenizer_init and tokenizer is not None:
+        raise ValueError(f"tokenizer is {str(tokenizer)!r} and skip_tokenizer_init is True; leave one of them out")
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no model directory {folder}; name one with config.json, safetensors and a tokenizer"
+        )
+    config = EngineConfig(model=str(folder.resolve()), tensor_parallel_size=tensor_parallel_size, **options)
+    text = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or folder)
+    eos = eos_token_ids(folder, text)
+    engine = EngineClient.start(config)
+    limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
+    return engine, FrontEnd(text, limits, config.seed)

@@ -1,0 +1,52 @@
+"""A progress bar with throughput for a batch of requests."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eagleray.cluster.generation import Generation
+
+
+class BatchProgress:
+    """Shows finished requests and tokens per second on standard error; disabled it does nothing."""
+
+    def __init__(self, generations: list[Generation], *, enabled: bool) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(
+            TextColumn("Generating"),
+            *columns,
+            TextColumn("{task.fields[rates]}"),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._task = self._bar.add_task("", total=len(generations), rates="")
+        self._enabled = enabled
+        self._start = time.monotonic()
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, finished: list[Generation]) -> None:
+        """Count requests that have just ended."""
+        if not self._enabled or not finished:
+            return
+        for generation in finished:
+            self._num_prompt_tokens += len(generation.prompt_token_ids)
+            self._num_output_tokens += sum(len(completion.token_ids) for completion in generation.completions)
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rates = (
+            f"prompt {self._num_prompt_tokens / seconds:.1f} tokens/s, "
+            f"output {self._num_output_tokens / seconds:.1f} tokens/s"
+        )
+        self._bar.update(self._task, advance=len(finished), rates=rates)

@@ -1,0 +1,131 @@
+"""From a prompt and its sampling parameters to what the engine core is sent, checked against the model."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eagleray.cluster.messages import EngineRequest
+from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
+from eagleray.workers.wire import Sampling
+
+MAX_TOKEN_ID = 2**31 - 1  # ids travel as int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLimits:
+    """What of the model a request is checked against."""
+
+    max_model_len: int  # tokens of prompt and output together
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+def engine_requests(
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    limits: ModelLimits,
+    *,
+    first_id: int,
+    derived_seed: int,
+    priority: int = 0,
+) -> list[EngineRequest]:
+    """One request for each of the `n` sequences, ids and seeds counting up. Raises `ValueError` for what cannot run."""
+    prompt = _packed(prompt_token_ids, limits)
+    max_tokens = _max_tokens(len(prompt_token_ids), params, limits)
+    seed = derived_seed if params.seed is None else params.seed
+    return [
+        EngineRequest(
+            id=first_id + index,
+            prompt_token_ids=prompt,
+            sampling=_sampling(params, limits, seed + index & MAX_SEED, with_prompt_logprobs=index == 0),
+            max_tokens=max_tokens,
+            priority=priority,
+        )
+        for index in range(params.n)
+    ]
+
+
+def derive_seed(engine_seed: int, number: int) -> int:
+    """A seed for the request of this number: splitmix64 (Steele, Lea, Flood 2014), so that seeds lie far apart."""
+    mixed = engine_seed + 0x9E3779B97F4A7C15 * (number + 1) & MAX_SEED
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MAX_SEED
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MAX_SEED
+    return mixed ^ mixed >> 31
+
+
+def _packed(prompt_token_ids: Sequence[int], limits: ModelLimits) -> bytes:
+    if not prompt_token_ids:
+        raise ValueError("the prompt is empty; give it at least one token")
+    try:
+        packed = array("i", prompt_token_ids)
+    except (TypeError, OverflowError):
+        odd = next(i for i in prompt_token_ids if not isinstance(i, int) or not -MAX_TOKEN_ID <= i <= MAX_TOKEN_ID)
+        raise ValueError(f"the prompt holds {odd!r}; give token ids from 0 to {limits.vocab_size - 1}") from None
+    for token_id in (min(packed), max(packed)):
+        _check_token("the prompt", token_id, limits)
+    return packed.tobytes()
+
+
+def _check_token(where: str, token_id: int, limits: ModelLimits) -> None:
+    if not 0 <= token_id < limits.vocab_size:
+        raise ValueError(
+            f"{where} holds the token id {token_id}, but the model's vocabulary ends at {limits.vocab_size - 1}; "
+            "check that the tokenizer belongs to the model"
+        )
+
+
+def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLimits) -> int:
+    room = limits.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {num_prompt_tokens} tokens, but the model holds {limits.max_model_len} "
+            f"with at least one generated; shorten the prompt by {1 - room}"
+        )
+    if params.max_tokens is not None and params.max_tokens > room:
+        raise ValueError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens asks for {params.max_tokens} more, "
+            f"but the model holds {limits.max_model_len}; shorten the prompt or lower max_tokens to {room}"
+        )
+    if params.min_tokens > room:
+        raise ValueError(
+            f"the prompt has {num_prompt_tokens} tokens and min_tokens asks for {params.min_tokens} more, "
+            f"but the model holds {limits.max_model_len}; shorten the prompt or lower min_tokens to {room}"
+        )
+    return params.max_tokens or room
+
+
+def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, *, with_prompt_logprobs: bool) -> Sampling:
+    stop_token_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else limits.eos_token_ids)}
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for token_id in getattr(params, name) or ():
+            _check_token(name, token_id, limits)
+    if params.min_tokens and params.allowed_token_ids and stop_token_ids.issuperset(params.allowed_token_ids):
+        raise ValueError(
+            f"allowed_token_ids {params.allowed_token_ids} are all stop tokens, none of which can be drawn before "
+            f"min_tokens {params.min_tokens}; allow another token or set min_tokens to 0"
+        )
+    shaping = {} if params.greedy else _shaping(params, seed)
+    return Sampling(
+        temperature=0.0 if params.greedy else float(params.temperature),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        repetition_penalty=float(params.repetition_penalty),
+        logit_bias={token_id: float(bias) for token_id, bias in (params.logit_bias or {}).items()},
+        allowed_token_ids=sorted(set(params.allowed_token_ids or ())),
+        min_tokens=params.min_tokens,
+        stop_token_ids=sorted(stop_token_ids),
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs if with_prompt_logprobs else None,
+        **shaping,
+    )
+
+
+def _shaping(params: SamplingParams, seed: int) -> dict[str, Any]:
+    """What only matters where chance decides."""
+    return {
+        "top_k": max(params.top_k, 0),
+        "top_p": float(params.top_p),
+        "min_p": float(params.min_p),
+        "seed": seed,
+    }
