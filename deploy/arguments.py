@@ -1,0 +1,153 @@
+"""What the commands accept. Light to import, so that `--help` and a mistyped option answer at once."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from eagleray.cluster.resolve import check_model
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.demo_model import resolve_model
+from eagleray.deploy.options import add_options, given
+
+SAMPLING_HELP = {
+    "n": "answers to each prompt",
+    "max_tokens": "longest answer, in tokens; none lets it go on up to the model's limit",
+    "min_tokens": "shortest answer, in tokens: no stop token is drawn before",
+    "temperature": "how far to stray from the likeliest token; 0 always takes it",
+    "top_p": "draw from the likeliest tokens that together have this probability",
+    "top_k": "draw from so many of the likeliest tokens; 0 draws from all",
+    "min_p": "leave out tokens less likely than this share of the likeliest one",
+    "seed": "the same seed gives the same answer, whatever else runs; without it, one is made from --engine-seed",
+    "presence_penalty": "lower the chance of tokens that the answer has used, once each",
+    "frequency_penalty": "lower the chance of tokens that the answer has used, for each time",
+    "repetition_penalty": "divide the score of tokens in prompt or answer by this; 1 changes nothing",
+    "logit_bias": "add to the score of single tokens before drawing",
+    "allowed_token_ids": "draw from these tokens only",
+    "stop": "end the answer before this text; give it again for another text",
+    "stop_token_ids": "end the answer at one of these tokens",
+    "ignore_eos": "go on past the model's end-of-sequence token",
+    "include_stop_str_in_output": "leave the stop text at the end of the answer",
+    "skip_special_tokens": "leave tokens such as the end-of-sequence out of the text",
+    "logprobs": "report the log-probabilities of so many of the likeliest tokens at each place (shown by --json)",
+    "prompt_logprobs": "the same for the places of the prompt (shown by --json)",
+    "detokenize": "make text of the answer's tokens; without it only --json has something to show",
+}
+NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "detokenize"}
+GENERATE_DEFAULTS = {"max_tokens": 256}
+CHAT_DEFAULTS = {"max_tokens": 1024, "temperature": 0.7}
+
+ENGINE_HELP = {
+    "tensor_parallel_size": "ranks, each a Ray actor, that share every layer of the model",
+    "dtype": "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
+    "device": "where the ranks run; auto is cuda if the cluster has GPUs",
+    "load_format": "dummy makes random weights instead of reading them",
+    "seed": "of requests without a seed of their own, and of dummy weights",
+    "max_model_len": "longest prompt and answer together, in tokens; the model's own limit if not given",
+    "block_size": "tokens in a block of the KV cache; 16 on CPU and 128 on CUDA if not given",
+    "max_num_seqs": "most requests that run at once",
+    "max_num_batched_tokens": "most tokens in one step, over all requests",
+    "max_slice_tokens": "most tokens of one request in one step, which cuts long prompts in pieces",
+    "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
+    "gpu_memory_utilization": "share of a GPU's memory that a rank may use",
+    "kv_cache_bytes": "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free",
+    "steps_in_flight": "1 waits for each step before the next is sent; 2 keeps the ranks busy meanwhile",
+    "compile": "run the model through torch.compile",
+    "cpus_per_rank": "CPUs that each rank asks of the cluster",
+    "threads_per_rank": "threads of a rank on CPU; the node's cores divided among its ranks if not given",
+    "placement_timeout_s": "seconds to wait for room on the cluster",
+    "start_timeout_s": "seconds to wait for the ranks to load the model",
+    "step_timeout_s": "seconds without an answer after which a rank counts as dead",
+}
+
+ENGINE_RENAMED = {"seed": "engine_seed"}  # --seed is the requests' own
+ENGINE_CHOICES = {"dtype": DTYPES, "device": DEVICES, "load_format": LOAD_FORMATS}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help texts in one column that leaves room for long option names; paragraphs of the description stay apart."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(_Formatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray generate`."""
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("prompts", nargs="*", metavar="PROMPT", help="a prompt; without any, see --file")
+    prompts.add_argument(
+        "--file",
+        "-f",
+        type=Path,
+        metavar="PATH",
+        help='prompts from a file (- or nothing: standard input), one a line or as JSON lines {"prompt": "…"}, '
+        '{"prompt": [token ids]} or {"messages": [{"role": "user", "content": "…"}]}',
+    )
+    form = prompts.add_mutually_exclusive_group()
+    form.add_argument("--chat", dest="chat", action="store_true", default=None, help="put prompts in the chat template")
+    form.add_argument(
+        "--raw",
+        dest="chat",
+        action="store_false",
+        default=None,
+        help="take prompts as they are (default: chat if it can)",
+    )
+    prompts.add_argument(
+        "--system", metavar="TEXT", help="a system message before every prompt; only with a chat template"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
+    )
+    _add_engine(parser)
+    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP, defaults=GENERATE_DEFAULTS)
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray chat`."""
+    talk = parser.add_argument_group("conversation")
+    talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
+    _add_engine(parser)
+    helps = {name: text for name, text in SAMPLING_HELP.items() if name not in NOT_IN_CHAT}
+    add_options(parser.add_argument_group("sampling"), SamplingParams, helps, defaults=CHAT_DEFAULTS)
+
+
+def add_demo_model(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray demo-model`: none of its own."""
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("engine")
+    model.add_argument("--model", "-m", required=True, metavar="DIR", help="a checkpoint's directory, or demo")
+    aliases = {"tensor_parallel_size": "--tp"}
+    add_options(model, EngineConfig, ENGINE_HELP, renamed=ENGINE_RENAMED, aliases=aliases, choices=ENGINE_CHOICES)
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    """The sampling options; raises `ValueError` for values out of range."""
+    return SamplingParams(**given(SamplingParams, arguments))
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine's options; makes the demo model if asked for it.
+
+    Raises `ValueError` for values out of range and for a model that could not be run.
+    """
+    config = EngineConfig(**given(EngineConfig, arguments, ENGINE_RENAMED))
+    config = replace(config, model=str(resolve_model(config.model)))
+    check_model(config)
+    return config

@@ -1,0 +1,101 @@
+"""`eagleray chat`: a conversation on the terminal."""
+
+import argparse
+import asyncio
+import readline  # noqa: F401  (gives `input` its editing and its history)
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from eagleray.cluster.prompts import Message
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.answers import printable
+from eagleray.deploy.arguments import engine_config, sampling_params
+from eagleray.deploy.engine import chat_templates, running_engine
+
+if TYPE_CHECKING:
+    from eagleray.cluster.async_llm import AsyncLLM
+
+HELP = """\
+/help   show this
+/reset  forget the conversation, all but the system message
+/exit   leave, as Ctrl-D does
+Ctrl-C stops an answer; at the prompt it clears the line"""
+GREETING = "Talk to the model; /help shows what else can be typed."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Talk until the user leaves. Raises `ValueError`, `EngineStartError`, `DemoModelError` before the first turn."""
+    params = sampling_params(arguments)
+    config = engine_config(arguments)
+    chat_templates(config.model, wanted=True)
+    with running_engine(config, Console(stderr=True)) as engine, asyncio.Runner() as runner:
+        _talk(Conversation(engine, params, arguments.system), runner)
+    return 0
+
+
+class Conversation:
+    """The messages so far; the last turn is kept only if it was answered, in whole or in part."""
+
+    def __init__(self, engine: "AsyncLLM", params: SamplingParams, system: str | None) -> None:
+        self._engine = engine
+        self._params = params
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._system)
+
+    def reset(self) -> None:
+        """Back to the start."""
+        self._messages = list(self._system)
+
+    async def answer(self, text: str) -> None:
+        """Stream the answer to standard output. If that is cut short, what was shown belongs to the conversation."""
+        messages = [*self._messages, {"role": "user", "content": text}]
+        shown = ""
+        try:
+            async for output in self._engine.chat(messages, self._params):
+                new = output.outputs[0].text[len(shown) :]
+                print(printable(new), end="", flush=True)
+                shown += new
+        finally:
+            if shown:
+                self._messages = [*messages, {"role": "assistant", "content": shown}]
+                print(flush=True)
+
+
+def _talk(conversation: Conversation, runner: asyncio.Runner) -> None:
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        print(GREETING)
+    while (text := _read("> " if at_terminal else "")) not in (None, "/exit"):
+        match text:
+            case "":
+                continue
+            case "/help":
+                print(HELP)
+            case "/reset":
+                conversation.reset()
+            case str() if text.startswith("/"):
+                print(f"there is no command {text}; /help shows those there are")
+            case str():
+                _answer(conversation, text, runner)
+
+
+def _answer(conversation: Conversation, text: str, runner: asyncio.Runner) -> None:
+    try:
+        runner.run(conversation.answer(text))
+    except KeyboardInterrupt:
+        print("(stopped)")
+    except ValueError as error:
+        print(f"eagleray: {error}; /reset forgets what was said", file=sys.stderr)
+
+
+def _read(prompt: str) -> str | None:
+    """The next line, or None at the end of input."""
+    while True:
+        try:
+            return input(prompt).strip()
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return None

@@ -1,0 +1,119 @@
+"""`eagleray`: picks the command, runs it, and turns every error into one line and an exit code."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from eagleray.cluster.errors import EngineDeadError, EngineStartError
+from eagleray.deploy.arguments import Parser
+from eagleray.deploy.demo_model import DemoModelError, demo_model
+
+FAILED = 1  # the engine, or one of the requests
+MISUSED = 2  # what was asked for cannot be
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """Functions are named as module:function and imported when needed: no command waits for another's imports."""
+
+    summary: str
+    add_arguments: str
+    run: str
+
+
+COMMANDS = {
+    "generate": Command(
+        "answer prompts, many at once, and stream the answers",
+        "eagleray.deploy.arguments:add_generate",
+        "eagleray.deploy.generate:run",
+    ),
+    "chat": Command(
+        "talk with a model",
+        "eagleray.deploy.arguments:add_chat",
+        "eagleray.deploy.chat:run",
+    ),
+    "demo-model": Command(
+        "make the demo model (SmolLM2-135M-Instruct) once and print its directory",
+        "eagleray.deploy.arguments:add_demo_model",
+        "eagleray.deploy.cli:print_demo_model",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, `FAILED`, `MISUSED` or `INTERRUPTED`, and raises `SystemExit` after --help."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = _top_parser().parse_args(words[:1]).command
+    command = COMMANDS[name]
+    parser = Parser(prog=f"eagleray {name}", description=command.summary[0].upper() + command.summary[1:] + ".")
+    _named(command.add_arguments)(parser)
+    parser.add_argument("--debug", action="store_true", help="log more, and show where an error comes from")
+    arguments = parser.parse_intermixed_args(words[1:])
+    _log_to_stderr(arguments.debug)
+    return _guarded(_named(command.run), arguments)
+
+
+def print_demo_model(_arguments: argparse.Namespace) -> int:
+    """Run `eagleray demo-model`."""
+    print(demo_model())
+    return 0
+
+
+def _top_parser() -> Parser:
+    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="eagleray",
+        description="A tensor-parallel LLM inference engine on Ray.",
+        epilog=f"commands:\n{commands}\n\n`eagleray COMMAND --help` shows what a command takes.",
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=f"eagleray {version('eagleray')}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    return parser
+
+
+def _named(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    found: Callable[..., Any] = getattr(import_module(module), function)
+    return found
+
+
+def _guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED, arguments.debug)
+    except BrokenPipeError:  # whoever read standard output has enough; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, OSError) as error:
+        return _fail(str(error), MISUSED, arguments.debug)
+    except (EngineStartError, EngineDeadError, DemoModelError) as error:
+        return _fail(str(error), FAILED, arguments.debug)
+    except Exception as error:
+        hint = "this is a mistake in Eagleray; --debug shows where"
+        return _fail(f"{type(error).__name__}: {error} ({hint})", FAILED, arguments.debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"eagleray: {message}", file=sys.stderr)
+    return code
+
+
+def _log_to_stderr(debug: bool) -> None:
+    logging.basicConfig(format="eagleray: %(message)s", level=logging.WARNING)
+    logging.getLogger("eagleray").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""A running engine for a command, and what its model can do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from eagleray.cluster.config import EngineConfig
+
+if TYPE_CHECKING:
+    from eagleray.cluster.async_llm import AsyncLLM
+
+
+@contextmanager
+def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
+    """Start an engine, with a word on the terminal while that takes; close it whatever happens."""
+    ranks = f"{config.tensor_parallel_size} rank{'s' * (config.tensor_parallel_size > 1)}"
+    with err.status(f"starting {ranks} with {config.model}"):
+        from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the word that says so
+
+        engine = AsyncLLM(**asdict(config))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def chat_templates(model: str, wanted: bool | None) -> bool:
+    """Whether prompts go through the model's chat template: as `wanted`, or whenever it has one if that is None.
+
+    Raises `ValueError` if one is wanted and there is none.
+    """
+    if wanted is False:
+        return False
+    from eagleray.cluster.tokenizer import Tokenizer  # late, since transformers takes a second to import
+
+    has_template = Tokenizer.from_dir(model).has_chat_template
+    if wanted and not has_template:
+        raise ValueError(f"the model {model} has no chat template, which --chat, --system and messages need; use --raw")
+    return has_template

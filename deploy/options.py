@@ -1,0 +1,96 @@
+"""Command line options out of a dataclass: name, type and default are its field's, only the help is written here."""
+
+import argparse
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_type_hints
+
+
+def add_options(
+    parser: "argparse.ArgumentParser | argparse._ArgumentGroup",
+    owner: type[Any],
+    helps: Mapping[str, str],
+    *,
+    renamed: Mapping[str, str] = types.MappingProxyType({}),
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
+    choices: Mapping[str, Collection[str]] = types.MappingProxyType({}),
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Give `parser` an option for every field of the dataclass `owner` that `helps` has a text for.
+
+    An option that is not given leaves no trace in the parsed arguments, so that the dataclass's own default holds;
+    `defaults` names those for which the command line has another, `renamed` those that it calls by another name.
+    """
+    hints = get_type_hints(owner)
+    for field in (field for field in fields(owner) if field.name in helps):
+        name = field.name
+        dest = renamed.get(name, name)
+        flags = [f"--{dest.replace('_', '-')}"] + ([aliases[name]] if name in aliases else [])
+        reader = {"choices": tuple(choices[name])} if name in choices else _reader(hints[name])
+        text = _help(helps[name], defaults.get(name, _default(field)))
+        parser.add_argument(*flags, dest=dest, default=defaults.get(name, argparse.SUPPRESS), help=text, **reader)
+
+
+def given(
+    owner: type[Any], arguments: argparse.Namespace, renamed: Mapping[str, str] = types.MappingProxyType({})
+) -> dict[str, Any]:
+    """The fields of `owner` for which an option was given."""
+    options = {field.name: renamed.get(field.name, field.name) for field in fields(owner)}
+    return {name: getattr(arguments, option) for name, option in options.items() if hasattr(arguments, option)}
+
+
+def token_ids(text: str) -> list[int]:
+    """`1,2,3`"""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def token_biases(text: str) -> dict[int, float]:
+    """`12=-1.5,7=100`"""
+    try:
+        pairs = (part.split("=") for part in text.split(","))
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of token ids and biases such as 12=-1.5,7=100"
+        ) from None
+
+
+def optional(read: type[Any]) -> Any:
+    """A reader of `read`'s values that also takes `none`."""
+
+    def read_or_none(text: str) -> Any:
+        return None if text == "none" else read(text)
+
+    read_or_none.__name__ = read.__name__  # argparse puts it in its complaint
+    return read_or_none
+
+
+_READERS: dict[Any, dict[str, Any]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": int, "metavar": "N"},
+    int | None: {"type": optional(int), "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    list[int] | None: {"type": token_ids, "metavar": "ID,ID,…"},
+    str | list[str] | None: {"action": "append", "metavar": "TEXT"},
+    dict[int, float] | None: {"type": token_biases, "metavar": "ID=X,ID=X,…"},
+}
+
+
+def _reader(hint: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type."""
+    if hint not in _READERS:
+        raise TypeError(f"no option can be made for a field of type {hint}; add it to _READERS")
+    return _READERS[hint]
+
+
+def _default(field: "Field[Any]") -> Any:
+    return None if field.default is MISSING else field.default
+
+
+def _help(text: str, default: Any) -> str:
+    shown = text if default is None else f"{text} (default: {default})"
+    return shown.replace("%", "%%")

@@ -1,0 +1,99 @@
+"""Prompts from the command line, a file or standard input."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagleray.cluster.prompts import Message
+
+FORMS = 'give {"prompt": "text"}, {"prompt": [token ids]} or {"messages": [{"role": "user", "content": "text"}]}'
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt: text or token ids, or a conversation, which then stands in the prompt's place."""
+
+    prompt: str | list[int] = ""
+    messages: list[Message] | None = None
+
+    @property
+    def title(self) -> str:
+        """What stands over the answer: the text, the last message, or how many token ids there are."""
+        if self.messages is not None:
+            return str(self.messages[-1].get("content", ""))
+        return self.prompt if isinstance(self.prompt, str) else f"{len(self.prompt)} token ids"
+
+
+def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
+    """The prompts given as arguments, else those of `file`, else those of standard input, if it is no terminal.
+
+    Raises `ValueError` when there is none or a line cannot be read.
+    """
+    if prompts and file is not None:
+        raise ValueError(f"there are prompts both as arguments and in --file {file}; give one or the other")
+    tasks = [Task(prompt=prompt) for prompt in prompts] or _read(file)
+    if not tasks:
+        raise ValueError("there is no prompt; give one as an argument, with --file, or on standard input")
+    return tasks
+
+
+def _read(file: Path | None) -> list[Task]:
+    if file is not None and str(file) != "-":
+        return parse_lines(_text(file).splitlines(), str(file))
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
+    return parse_lines(sys.stdin, "standard input")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--file {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file {file} is not UTF-8 text: {error}") from error
+
+
+def parse_lines(lines: Iterable[str], origin: str) -> list[Task]:
+    """A task for every line that is not blank; a line that begins with `{` is a JSON object."""
+    tasks = []
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("{"):
+            tasks.append(_from_json(line.strip(), f"{origin}, line {number}"))
+        elif line.strip():
+            tasks.append(Task(prompt=line.rstrip("\r\n")))
+    return tasks
+
+
+def _from_json(text: str, place: str) -> Task:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} begins with {{ but is no JSON object ({error}); {FORMS}") from error
+    match entry:
+        case {"prompt": str() | [*_] as prompt} if len(entry) == 1 and _is_prompt(prompt):
+            return Task(prompt=prompt)
+        case {"messages": [*messages]} if len(entry) == 1 and messages and all(map(_is_message, messages)):
+            return Task(messages=messages)
+    raise ValueError(f"{place} is {text[:80]}; {FORMS}")
+
+
+def _is_prompt(prompt: str | list[Any]) -> bool:
+    return isinstance(prompt, str) or all(type(token) is int for token in prompt)
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+
+def in_chat(task: Task, system: str | None) -> Task:
+    """The task as a conversation, after the system message if there is one; token ids stay what they are."""
+    before: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    if task.messages is not None:
+        return Task(messages=before + task.messages)
+    if isinstance(task.prompt, str):
+        return Task(messages=[*before, {"role": "user", "content": task.prompt}])
+    return task
