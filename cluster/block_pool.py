@@ -9,7 +9,7 @@ ROOT = b""
 
 
 def hash_block(parent: bytes, token_ids: "array[int]") -> bytes:
-    """Name a full block by its tokens and, through `parent` (the hash before it, or `ROOT`), by all tokens before them."""
+    """Name a full block by its tokens and, through `parent` (the hash before it, or `ROOT`), by all before them."""
     return blake2b(parent + token_ids.tobytes(), digest_size=16).digest()
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -16,13 +17,13 @@ DEATH_NOTICE_S = 1.0  # how long Ray may take to report a dead process after its
 
 
 class Calls:
-    """One call on each of several actors. `fd` becomes readable when the first ends, so that a poll on sockets sees it."""
+    """One call on each of several actors. `fd` becomes readable when the first ends, so a poll on sockets sees it."""
 
     def __init__(self, refs: "Sequence[ray.ObjectRef[Any]]") -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ended: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
         for index, ref in enumerate(refs):
-            ref.future().add_done_callback(lambda future, index=index: self._note(index, future))
+            ref.future().add_done_callback(partial(self._note, index))
 
     def _note(self, index: int, future: "Future[Any]") -> None:
         self._ended.put((index, future.exception()))

@@ -13,7 +13,7 @@ from eagleray.workers.channel import Hub
 
 
 class CoreActor:
-    """`start` brings the ranks up, `run` serves until shutdown or failure. The ranks are its children and end with it."""
+    """`start` brings the ranks up, `run` serves until shutdown or failure. The ranks end with this actor."""
 
     def start(self, config: EngineConfig, device: str, group: PlacementGroup, front_end_node: str) -> EngineInfo:
         """Start the ranks. Raises `EngineStartError` with the cause."""

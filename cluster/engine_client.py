@@ -17,7 +17,7 @@ from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import Abort, EngineInfo, EngineOutputs, Shutdown, Submit
 from eagleray.cluster.placement import choose_device, connect, place
 from eagleray.cluster.resolve import check_model
-from eagleray.workers.channel import Peer
+from eagleray.workers.channel import Peer, milliseconds
 
 CLOSE_S = 6.0  # how long a closing engine may take before it is killed
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
@@ -45,8 +45,8 @@ class EngineClient:
     def start(cls, config: EngineConfig) -> "EngineClient":
         """Start an engine and wait until it is ready.
 
-        Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or a
-        rank fails; then nothing is left running.
+        Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
+        a rank fails; then nothing is left running.
         """
         check_model(config)
         connect(config)
@@ -71,8 +71,8 @@ class EngineClient:
         self._peer.send(self._encode(message))
 
     def receive(self, timeout_s: float | None = None) -> EngineOutputs | None:
-        """The next news, or None once `timeout_s` is over. Raises `EngineDeadError` once a dead core's last news are out."""
-        if self._dead is None and not self._poller.poll(None if timeout_s is None else timeout_s * 1000):
+        """The next news, or None once `timeout_s` is over. Raises `EngineDeadError` after a dead core's last news."""
+        if self._dead is None and not self._poller.poll(milliseconds(timeout_s)):
             return None
         return self._take()
 

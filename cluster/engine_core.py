@@ -13,7 +13,7 @@ from eagleray.cluster.executor import Executor, RankFailedError
 from eagleray.cluster.messages import Abort, EngineOutputs, FrontEndMessage, Shutdown, Submit, Tokens
 from eagleray.cluster.request import FrontEndId
 from eagleray.cluster.scheduler import News, Scheduler
-from eagleray.workers.channel import Hub, PeerGoneError
+from eagleray.workers.channel import Hub, PeerGoneError, milliseconds
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class EngineCore:
             self._poller.register(source, zmq.POLLIN)
 
     def run(self) -> None:
-        """Serve until told to shut down. Raises `EngineDeadError` when a rank fails, once every request has ended with it."""
+        """Serve until shutdown. When a rank fails, end every request with that and raise `EngineDeadError`."""
         try:
             while not self._stopping:
                 self.turn()
@@ -100,15 +100,17 @@ class EngineCore:
         return True
 
     def _wait(self) -> None:
+        """Sleep until something arrives; if a step is in flight, no longer than it may take."""
         if not self._scheduler.num_in_flight:
             self._poller.poll()
-        elif (
-            not self._poller.poll(max(0.0, self._step_due - time.monotonic()) * 1000)
-            and time.monotonic() >= self._step_due
-        ):
+            return
+        left = self._step_due - time.monotonic()
+        if left <= 0:
             raise RankFailedError(
-                f"no rank answered a step within step_timeout_s, {self._step_timeout_s:g} s; a rank hangs, or the limit is too low"
+                f"a step's output did not come within step_timeout_s, {self._step_timeout_s:g} s: "
+                "a rank hangs, or the limit is too low for this machine"
             )
+        self._poller.poll(milliseconds(left))
 
     def _tell(self, news: Iterable[News]) -> None:
         for front_end, tokens in news:

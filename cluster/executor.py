@@ -130,7 +130,7 @@ class RayExecutor:
 
 
 def _create_actors(config: WorkerConfig, group: PlacementGroup) -> list[ActorHandle[Any]]:
-    actor_class = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
+    actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
     bundles = group.bundle_specs
     return [
         actor_class.options(

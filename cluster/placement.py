@@ -46,7 +46,7 @@ def rank_resources(config: EngineConfig, device: str) -> Resources:
 def place(config: EngineConfig, device: str) -> PlacementGroup:
     """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
     bundle = rank_resources(config, device)
-    group = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
+    group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
     if group.wait(config.placement_timeout_s):
         return group
     remove_placement_group(group)
@@ -59,8 +59,8 @@ def _no_room(config: EngineConfig, bundle: Resources) -> str:
     fits = min(int(total.get(name, 0) // amount) for name, amount in bundle.items())
     return (
         f"tensor_parallel_size {config.tensor_parallel_size} asks for {config.tensor_parallel_size} ranks of "
-        f"{_text(bundle)} each, but after {config.placement_timeout_s:g} s the cluster of {len(ray.nodes())} node(s) has "
-        f"{have}; add nodes, free some by ending other jobs, or lower tensor_parallel_size"
+        f"{_text(bundle)} each, but after {config.placement_timeout_s:g} s the cluster of {len(ray.nodes())} node(s) "
+        f"has {have}; add nodes, free some by ending other jobs, or lower tensor_parallel_size"
         + (f" to {fits} or less" if 0 < fits < config.tensor_parallel_size else "")
     )
 

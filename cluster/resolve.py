@@ -12,7 +12,7 @@ CUDA_BLOCK_SIZE = 128  # FlashAttention-3 reads pages of this size fastest
 
 
 def check_model(config: EngineConfig) -> ModelConfig:
-    """Read the model's configuration, and refuse with `ValueError` what could not be run, before anything is started."""
+    """Read the model's configuration and refuse, with `ValueError` and before anything starts, what cannot run."""
     model = ModelConfig.from_dir(config.model)
     check_tp(model, config.tensor_parallel_size)
     limit = model.max_position_embeddings
@@ -55,6 +55,7 @@ def check_capacity(num_blocks: int, worker: WorkerConfig) -> None:
     capacity = num_blocks * worker.block_size
     if capacity < worker.max_model_len:
         raise EngineStartError(
-            f"the KV cache holds {capacity} tokens ({num_blocks} blocks of {worker.block_size}), less than max_model_len "
-            f"{worker.max_model_len}; lower max_model_len, raise kv_cache_bytes or gpu_memory_utilization, or use more ranks"
+            f"the KV cache holds {capacity} tokens ({num_blocks} blocks of {worker.block_size}), less than "
+            f"max_model_len {worker.max_model_len}; lower max_model_len, raise kv_cache_bytes or "
+            "gpu_memory_utilization, or use more ranks"
         )

@@ -34,10 +34,10 @@ class _Plan:
 
 
 class Scheduler:
-    """Turns requests into steps and step outputs into news, `steps in flight` or not.
+    """Turns requests into steps, and step outputs into news. Any number of steps may be in flight.
 
-    Ranks run steps in the order in which they are scheduled. So a row or a block may be given to another request in the
-    very step after its last use, even while that use is still in flight, and a block may be shared before it is written.
+    Ranks run steps in the order in which they are scheduled. So a row or a block may go to another request in the step
+    after its last use, even while that use is still in flight, and a block may be shared before it is written.
     """
 
     def __init__(
@@ -75,6 +75,10 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._requests)
 
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),
@@ -96,8 +100,8 @@ class Scheduler:
         capacity = self.pool.num_blocks * self._block_size
         if request.num_prompt_tokens + request.max_tokens - 1 > capacity:
             raise ValueError(
-                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, but the KV cache "
-                f"holds {capacity} tokens; shorten one of them or give the KV cache more memory"
+                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, but the KV "
+                f"cache holds {capacity} tokens; shorten one of them or give the KV cache more memory"
             )
         self._num_arrived += 1
         self._requests[key] = request
@@ -139,7 +143,7 @@ class Scheduler:
         self._stopped_rows.append(request.row)
         request.row = None
         request.block_ids = []
-        request.num_computed_tokens = request.num_published = 0
+        request.num_computed_tokens = 0
 
     # ---- a step is made
 

@@ -46,11 +46,11 @@ class RankActor:
     def prepare(self) -> RankHost:
         """Import torch, and open the store on rank 0."""
         self._set_environment()
-        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import TCPStore
 
         ip = ray.util.get_node_ip_address()
         if self._rank == 0 and self._size > 1:
-            self._store = dist.TCPStore(ip, 0, self._size, is_master=True, wait_for_workers=False)
+            self._store = TCPStore(ip, 0, self._size, is_master=True, wait_for_workers=False)
         port = None if self._store is None else self._store.port
         return RankHost(ray.get_runtime_context().get_node_id(), ip, os.getpid(), port)
 
@@ -63,7 +63,7 @@ class RankActor:
     def load(self, ip: str, store_port: int | None) -> int:
         """Join the ranks, load this one's share of the model, and return how many KV blocks fit."""
         import torch
-        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import TCPStore
 
         from eagleray.models.loader import load_model
         from eagleray.parallel.group import init_tp_group
@@ -76,7 +76,7 @@ class RankActor:
             device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
             torch.cuda.set_device(device)
         if store_port is not None and self._store is None:
-            self._store = dist.TCPStore(ip, store_port, self._size, is_master=False)
+            self._store = TCPStore(ip, store_port, self._size, is_master=False)
         self._tp = init_tp_group(self._rank, self._size, self._store, device)
         self._model = load_model(
             self._config.model,
@@ -96,7 +96,7 @@ class RankActor:
         decode, encode = msgspec.msgpack.Decoder(Step).decode, msgspec.msgpack.Encoder().encode
         hub = Peer(endpoint, b"rank %d" % self._rank)
         hub.send(b"")  # the hub can only reach a peer that it has heard of
-        while (payload := hub.receive()) != GOODBYE:
+        while payload := hub.receive():
             output = worker.run(decode(payload))
             if self._rank == 0:
                 hub.send(encode(output))

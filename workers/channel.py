@@ -6,6 +6,7 @@ between nodes over tcp with CURVE encryption, whose server key is known only to 
 
 import shutil
 import tempfile
+from math import ceil
 from pathlib import Path
 
 import msgspec
@@ -42,8 +43,8 @@ class Hub:
 
     def _listen_everywhere(self, ip: str) -> Endpoint:
         public, secret = zmq.curve_keypair()
-        self.socket.curve_server = True
-        self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
+        self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+        _set_keys(self.socket, public, secret)
         port = self.socket.bind_to_random_port("tcp://*")
         return Endpoint(f"tcp://{ip}:{port}", public)
 
@@ -77,9 +78,8 @@ class Peer:
         self.socket.setsockopt(zmq.IDENTITY, name)
         _never_drop(self.socket)
         if endpoint.server_key is not None:
-            public, secret = zmq.curve_keypair()
-            self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
-            self.socket.curve_serverkey = endpoint.server_key
+            _set_keys(self.socket, *zmq.curve_keypair())
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, endpoint.server_key)
         self.socket.connect(endpoint.address)
 
     def send(self, payload: bytes) -> None:
@@ -87,12 +87,20 @@ class Peer:
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
         """The next message, or None once `timeout_s` is over; without one, waits."""
-        if not self.socket.poll(None if timeout_s is None else max(0, timeout_s * 1000)):
-            return None
-        return self.socket.recv()
+        return self.socket.recv() if self.socket.poll(milliseconds(timeout_s)) else None
 
     def close(self) -> None:
         self.socket.close(linger=0)
+
+
+def milliseconds(timeout_s: float | None) -> int | None:
+    """ZeroMQ's unit, rounded up so that a short wait is not a busy one."""
+    return None if timeout_s is None else max(0, ceil(timeout_s * 1000))
+
+
+def _set_keys(socket: "zmq.Socket[bytes]", public: bytes, secret: bytes) -> None:
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
 
 def _never_drop(socket: "zmq.Socket[bytes]") -> None:

@@ -3,9 +3,9 @@
 from array import array
 
 import torch
-from torch import nn
 
 from eagleray.models.attention import attention_layers
+from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.kv_cache import block_bytes
@@ -15,7 +15,7 @@ from eagleray.workers.worker import Worker
 CPU_KV_CACHE_BYTES = 1 << 30
 
 
-def num_blocks_that_fit(config: WorkerConfig, model: nn.Module, tp: TPGroup) -> int:
+def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> int:
     """Blocks in the configured bytes, else (CUDA) in what a run of the largest step leaves of the GPU's memory."""
     parameter = next(model.parameters())
     specs = [layer.spec for layer in attention_layers(model)]
@@ -27,7 +27,7 @@ def num_blocks_that_fit(config: WorkerConfig, model: nn.Module, tp: TPGroup) -> 
     return _free_cuda_bytes(config, model, tp, parameter.device) // each
 
 
-def _free_cuda_bytes(config: WorkerConfig, model: nn.Module, tp: TPGroup, device: torch.device) -> int:
+def _free_cuda_bytes(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run_largest_step(config, model, tp)
@@ -38,7 +38,7 @@ def _free_cuda_bytes(config: WorkerConfig, model: nn.Module, tp: TPGroup, device
     return int(free - activations - (1 - config.gpu_memory_utilization) * total)
 
 
-def run_largest_step(config: WorkerConfig, model: nn.Module, tp: TPGroup) -> None:
+def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None:
     """One step with every row in use and the token budget spent, on a KV cache just large enough for it."""
     rows = config.max_num_seqs
     length = max(1, min(config.max_num_batched_tokens // rows, config.max_model_len))

@@ -3,10 +3,11 @@
 from array import array
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import eagleray.workers.attention  # noqa: F401  (implements the attention op)
 from eagleray.models.attention import attention_layers
+from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.context import AttentionMetadata, LayerContext, forward_context
@@ -22,7 +23,7 @@ LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log
 class Worker:
     """A loaded model shard with `num_blocks` blocks of KV cache, run step by step. Knows nothing of Ray or sockets."""
 
-    def __init__(self, config: WorkerConfig, model: nn.Module, tp: TPGroup, num_blocks: int) -> None:
+    def __init__(self, config: WorkerConfig, model: CausalLM, tp: TPGroup, num_blocks: int) -> None:
         device = next(model.parameters()).device
         self._model = model
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model

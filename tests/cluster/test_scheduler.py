@@ -1,0 +1,264 @@
+"""The scheduler, with a rank whose tokens can be foretold. Every test runs with one and with several steps in flight."""
+
+from array import array
+from collections import deque
+from random import Random
+
+import pytest
+from support.toy_rank import VOCAB_SIZE, ToyRank, generate
+
+from eagleray.cluster.messages import EngineRequest, Tokens
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.workers.wire import Sampling, StepOutput
+
+ME = b"front end"
+
+
+class Engine:
+    """A scheduler and a toy rank, with `depth` steps in flight."""
+
+    def __init__(self, depth: int, *, num_blocks: int = 64, block_size: int = 4, **options: object) -> None:
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | options
+        self.scheduler = Scheduler(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
+        self.rank = ToyRank(num_blocks, block_size)
+        self.news: dict[int, list[Tokens]] = {}
+        self._depth = depth
+        self._outputs: deque[StepOutput] = deque()
+
+    def add(self, request_id: int, prompt: list[int], max_tokens: int = 8, **fields: object) -> None:
+        priority = fields.pop("priority", 0)
+        request = EngineRequest(
+            request_id,
+            array("i", prompt).tobytes(),
+            Sampling(**fields),  # type: ignore[arg-type]
+            max_tokens,
+            priority,  # type: ignore[arg-type]
+        )
+        self.scheduler.add(ME, request)
+        self.news[request_id] = []
+
+    def abort(self, request_id: int) -> None:
+        if tokens := self.scheduler.abort(ME, request_id):
+            self.news[request_id].append(tokens)
+
+    def turn(self) -> bool:
+        """Fill the pipeline, then take one step's output; False when there is nothing left to do."""
+        while self.scheduler.num_in_flight < self._depth and (step := self.scheduler.schedule()):
+            self._outputs.append(self.rank.run(step))
+        if not self._outputs:
+            return False
+        for _, tokens in self.scheduler.update(self._outputs.popleft()):
+            self.news[tokens.id].append(tokens)
+        return True
+
+    def run(self) -> None:
+        while self.turn():
+            pass
+        assert self.scheduler.num_unfinished == 0, "requests are left that nobody runs"
+
+    def token_ids(self, request_id: int) -> list[int]:
+        return [token_id for tokens in self.news[request_id] for token_id in tokens.token_ids]
+
+    def finish_reason(self, request_id: int) -> str | None:
+        assert all(tokens.finish_reason is None for tokens in self.news[request_id][:-1]), "news after the end"
+        return self.news[request_id][-1].finish_reason if self.news[request_id] else None
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda depth: f"{depth} in flight")
+def depth(request: pytest.FixtureRequest) -> int:
+    value: int = request.param
+    return value
+
+
+def some_prompts(rng: Random, count: int) -> list[list[int]]:
+    """Of many lengths, a third of them beginning alike."""
+    common = [rng.randrange(VOCAB_SIZE) for _ in range(24)]
+    return [
+        (common[: rng.randrange(4, 24)] if rng.random() < 0.3 else [])
+        + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_slice_tokens": 7},
+        {"enable_prefix_caching": False},
+        {"num_blocks": 20},
+        {"num_blocks": 20, "enable_prefix_caching": False, "max_slice_tokens": 3},
+        {"max_num_seqs": 1},
+        {"block_size": 1, "num_blocks": 70},
+    ],
+    ids=str,
+)
+def test_tokens_are_the_same_whatever_runs_beside_a_request(depth: int, options: dict[str, object]) -> None:
+    engine, rng = Engine(depth, **options), Random(1)  # type: ignore[arg-type]
+    prompts = some_prompts(rng, 40)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt, max_tokens=1 + index % 9)
+    engine.run()
+    for index, prompt in enumerate(prompts):
+        assert engine.token_ids(index) == generate(prompt, 1 + index % 9)
+        assert engine.finish_reason(index) == "length"
+    assert engine.rank.largest_batch <= 32
+
+
+def test_little_memory_forces_preemption_and_the_youngest_gives_way(depth: int) -> None:
+    engine = Engine(depth, num_blocks=10)
+    for index in range(4):
+        engine.add(index, [index] * 5, max_tokens=20)
+    ended: list[int] = []
+    while engine.turn():
+        ended += [i for i in range(4) if i not in ended and engine.finish_reason(i)]
+    assert engine.scheduler.stats().num_preemptions > 0
+    assert ended == [0, 1, 2, 3]
+    assert [engine.token_ids(i) for i in range(4)] == [generate([i] * 5, 20) for i in range(4)]
+
+
+def test_a_prefix_that_was_computed_is_not_computed_again(depth: int) -> None:
+    engine = Engine(depth)
+    prompt = list(range(21))
+    engine.add(0, prompt, max_tokens=3)
+    engine.run()
+    before = engine.rank.num_tokens_run
+    engine.add(1, prompt, max_tokens=3)
+    engine.run()
+    assert engine.token_ids(0) == engine.token_ids(1) == generate(prompt, 3)
+    assert engine.news[1][0].num_cached_tokens == 20
+    assert engine.rank.num_tokens_run - before <= 1 + 3 + depth
+
+
+def test_requests_of_one_step_share_the_blocks_of_a_common_prompt(depth: int) -> None:
+    engine = Engine(depth)
+    prompt = list(range(17))
+    for index in range(4):
+        engine.add(index, prompt, max_tokens=1)
+    engine.run()
+    assert [engine.news[i][0].num_cached_tokens for i in range(4)] == [0, 16, 16, 16]
+    assert engine.rank.num_tokens_run == 17 + 3
+
+
+def test_a_wholly_cached_prompt_still_runs_its_last_token(depth: int) -> None:
+    engine = Engine(depth)
+    for index in range(2):
+        engine.add(index, list(range(16)), max_tokens=2)
+        engine.run()
+    assert engine.news[1][0].num_cached_tokens == 12
+    assert engine.token_ids(0) == engine.token_ids(1)
+
+
+def test_a_stop_token_ends_a_request_and_what_was_computed_too_much_is_dropped(depth: int) -> None:
+    engine = Engine(depth)
+    prompt = [3, 1, 4]
+    stop = generate(prompt, 10)[4]
+    engine.add(0, prompt, max_tokens=10, stop_token_ids=[stop])
+    engine.add(1, [9, 9], max_tokens=30)
+    engine.run()
+    assert engine.token_ids(0) == generate(prompt, 10, [stop])
+    assert engine.finish_reason(0) == "stop"
+    assert engine.token_ids(1) == generate([9, 9], 30)
+
+
+def test_lower_priority_numbers_run_first(depth: int) -> None:
+    engine = Engine(depth, max_num_seqs=1)
+    for index, priority in enumerate([5, 0, -3, 5]):
+        engine.add(index, [index, index], max_tokens=2, priority=priority)
+    ended: list[int] = []
+    while engine.turn():
+        ended += [i for i in range(4) if i not in ended and engine.finish_reason(i)]
+    assert ended == [2, 1, 0, 3]
+
+
+def test_a_running_request_is_not_starved_by_a_long_prompt(depth: int) -> None:
+    engine = Engine(depth, max_num_batched_tokens=8)
+    engine.add(0, [1, 2], max_tokens=12)
+    engine.turn()
+    engine.add(1, list(range(40)) * 3, max_tokens=1)
+    for _ in range(12 + depth):
+        engine.turn()
+    assert engine.token_ids(0) == generate([1, 2], 12)
+    assert engine.token_ids(1) == []
+    engine.run()
+    assert engine.rank.largest_batch <= 8
+
+
+def test_prompt_logprobs_come_once_and_in_order(depth: int) -> None:
+    engine = Engine(depth, num_blocks=12, max_slice_tokens=7)
+    prompts = [[index] * 15 for index in range(4)]
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt, max_tokens=20, prompt_logprobs=0)
+    engine.run()
+    assert engine.scheduler.stats().num_preemptions > 0
+    for index, prompt in enumerate(prompts):
+        positions = [-entry.logprobs[0] for tokens in engine.news[index] for entry in tokens.prompt_logprobs]
+        assert positions == list(range(1, 15))
+        assert engine.token_ids(index) == generate(prompt, 20)
+
+
+def test_a_request_that_could_never_fit_is_refused_with_the_figures() -> None:
+    engine = Engine(1, num_blocks=4)
+    with pytest.raises(ValueError, match="16 tokens"):
+        engine.add(0, [1] * 10, max_tokens=8)
+    engine.add(1, [1] * 10, max_tokens=7)
+    engine.run()
+    assert engine.token_ids(1) == generate([1] * 10, 7)
+
+
+def test_an_id_in_use_is_refused() -> None:
+    engine = Engine(1)
+    engine.add(7, [1])
+    with pytest.raises(ValueError, match="7 is already in use"):
+        engine.add(7, [2])
+
+
+def test_failure_ends_every_request_with_the_cause(depth: int) -> None:
+    engine = Engine(depth, max_num_seqs=2)
+    for index in range(4):
+        engine.add(index, [index], max_tokens=5)
+    engine.turn()
+    news = engine.scheduler.fail("rank 1 is gone")
+    assert {tokens.id for _, tokens in news} == {0, 1, 2, 3}
+    assert {(tokens.finish_reason, tokens.error) for _, tokens in news} == {("error", "rank 1 is gone")}
+    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.num_unfinished == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_left_behind_by_two_thousand_requests_with_aborts(depth: int, seed: int) -> None:
+    engine, rng = Engine(depth, num_blocks=40, max_slice_tokens=9), Random(seed)
+    prompts = some_prompts(rng, 2000)
+    max_tokens = [rng.randrange(1, 25) for _ in prompts]
+    stops = [rng.sample(range(VOCAB_SIZE), rng.randrange(3)) for _ in prompts]
+    aborted = set()
+    added = 0
+    while added < len(prompts) or engine.scheduler.num_unfinished:
+        while added < len(prompts) and rng.random() < 0.5:
+            options = {"stop_token_ids": stops[added], "priority": rng.randrange(3)}
+            engine.add(added, prompts[added], max_tokens[added], **options)
+            added += 1
+        if added and rng.random() < 0.2:
+            victim = rng.randrange(max(0, added - 12), added)
+            engine.abort(victim)
+            if engine.finish_reason(victim) == "abort":
+                aborted.add(victim)
+        engine.turn()
+    engine.run()
+
+    for index, prompt in enumerate(prompts):
+        expected = generate(prompt, max_tokens[index], stops[index])
+        if index in aborted:
+            assert expected[: len(engine.token_ids(index))] == engine.token_ids(index)
+        else:
+            assert engine.token_ids(index) == expected
+    assert len(aborted) > 50
+    stats = engine.scheduler.stats()
+    assert stats.num_preemptions > 50
+    assert stats.num_prefix_hit_tokens > 0
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+    assert engine.scheduler.num_free_rows == 8
+    engine.add(99999, [1], max_tokens=1)  # the next step tells the rank of every row that has ended
+    engine.run()
+    engine.scheduler.schedule()
+    assert len(engine.rank.rows) <= 1

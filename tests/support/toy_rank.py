@@ -1,0 +1,99 @@
+"""A rank whose model is arithmetic, so that thousands of requests run in a second and every token can be foretold.
+
+The next token is a checksum of all tokens before it, and these are read back from a paged cache slot by slot. A wrong
+block, a wrong row, a wrong position, or a block given away too early therefore changes the tokens.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
+
+VOCAB_SIZE = 50
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    return crc32(array("i", token_ids).tobytes()) % VOCAB_SIZE
+
+
+def generate(prompt: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int] = ()) -> list[int]:
+    """What a request must get, whatever runs beside it."""
+    token_ids = list(prompt)
+    for _ in range(max_tokens):
+        token_ids.append(next_token(token_ids))
+        if token_ids[-1] in stop_token_ids:
+            break
+    return token_ids[len(prompt) :]
+
+
+@dataclass
+class ToyRow:
+    start: RowStart
+    token_ids: list[int]
+    block_ids: list[int]
+    num_computed_tokens: int
+
+
+class ToyRank:
+    """Runs steps as a worker does."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.rows: dict[int, ToyRow] = {}
+        self.num_tokens_run = 0
+        self.largest_batch = 0
+        self._cache: list[int | None] = [None] * (num_blocks * block_size)
+        self._block_size = block_size
+
+    def run(self, step: Step) -> StepOutput:
+        for row in step.stop:
+            del self.rows[row]
+        for start in step.start:
+            assert start.row not in self.rows, f"row {start.row} is in use"
+            token_ids = list(array("i", start.token_ids))
+            self.rows[start.row] = ToyRow(start, token_ids, list(start.block_ids), start.num_computed_tokens)
+        for row, block_ids in step.blocks.items():
+            self.rows[row].block_ids += block_ids
+        assert set(step.slices) <= set(self.rows), "a slice of a row that is not live"
+        batch = [(row, step.slices.get(row, 1)) for row in sorted(self.rows) if step.slices.get(row, 1)]
+        self.largest_batch = max(self.largest_batch, sum(num_tokens for _, num_tokens in batch))
+        for row, num_tokens in batch:
+            self._write(self.rows[row], num_tokens)
+        return self._sample(step, batch)
+
+    def _write(self, row: ToyRow, num_tokens: int) -> None:
+        """All of a step's tokens are written before any is read, as the attention op does it."""
+        end = row.num_computed_tokens + num_tokens
+        assert num_tokens >= 1
+        assert end <= len(row.token_ids), "the scheduler ran a token that is not known yet"
+        for position in range(row.num_computed_tokens, end):
+            self._cache[self._slot(row, position)] = row.token_ids[position]
+        row.num_computed_tokens = end
+        self.num_tokens_run += num_tokens
+
+    def _sample(self, step: Step, batch: list[tuple[int, int]]) -> StepOutput:
+        output, sampled = StepOutput(step.step), array("i")
+        for number, num_tokens in batch:
+            row = self.rows[number]
+            if row.start.sampling.prompt_logprobs is not None:
+                begin = row.num_computed_tokens - num_tokens
+                output.prompt_logprobs[number] = list(self._score(row, begin))
+            if row.num_computed_tokens == len(row.token_ids):
+                row.token_ids.append(next_token(self._read(row)))
+                sampled.append(row.token_ids[-1])
+        output.token_ids = sampled.tobytes()
+        return output
+
+    def _score(self, row: ToyRow, begin: int) -> Iterator[TokenLogprobs]:
+        """A log-probability is the position's own number here, negated."""
+        for position in range(begin + 1, min(row.num_computed_tokens + 1, row.start.num_prompt_tokens)):
+            yield TokenLogprobs([row.token_ids[position]], [-float(position)], 1)
+
+    def _read(self, row: ToyRow) -> list[int]:
+        token_ids = [self._cache[self._slot(row, position)] for position in range(row.num_computed_tokens)]
+        assert None not in token_ids, "a slot was read that nobody has written"
+        return [token_id for token_id in token_ids if token_id is not None]
+
+    def _slot(self, row: ToyRow, position: int) -> int:
+        return row.block_ids[position // self._block_size] * self._block_size + position % self._block_size
