@@ -31,10 +31,14 @@ class VocabParallelEmbedding(VocabParallelHead):
     """Token ids to vectors. Tied weights: the embedding is a head, too, so a model may use it as both."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """`[tokens]` to `[tokens, hidden_size]`, equal on all ranks. Exactly one rank adds something that is not 0."""
+        """`[tokens]` to `[tokens, hidden_size]`, equal on all ranks."""
+        return self.tp.all_reduce(self.local_rows(input_ids))
+
+    def local_rows(self, input_ids: Tensor) -> Tensor:
+        """The vectors of the tokens that this rank owns, and 0 for all others."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         local = input_ids - self.own.start
         elsewhere = (local < 0) | (local >= len(self.own))
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.tp.all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        return rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
