@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="log more, and show where an error comes from")
     arguments = parser.parse_intermixed_args(words[1:])
     _log_to_stderr(arguments.debug)
-    return _guarded(_named(command.run), arguments)
+    return guarded(_named(command.run), arguments)
 
 
 def print_demo_model(_arguments: argparse.Namespace) -> int:
@@ -86,7 +86,7 @@ def _named(path: str) -> Callable[..., Any]:
     return found
 
 
-def _guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
         return run(arguments)
     except KeyboardInterrupt:

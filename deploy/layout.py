@@ -44,9 +44,9 @@ def whole(answer: Answer) -> Text:
     return Text("\n").join(parts)
 
 
-def tail(answer: Answer, width: int, rows: int) -> Group:
+def tail(answer: Answer, console: Console, rows: int) -> Group:
     """The title and the last lines of the answer that is longest so far."""
     text = max((sequence.text for sequence in answer.sequences), key=len, default="").strip("\n")
-    end = Text(printable(text[-width * (rows + 1) :]))
-    lines = end.wrap(Console(width=width), width)[-rows:]
+    end = Text(printable(text[-console.width * (rows + 1) :]))
+    lines = end.wrap(console, console.width)[-rows:]
     return Group(title(answer), *lines, Text())

@@ -92,7 +92,7 @@ class TerminalView:
         self._order = InOrder(self._print)
         self._open: dict[int, Answer] = {}
         self._live = Live(
-            get_renderable=self._render, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+            get_renderable=self.render, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -120,13 +120,17 @@ class TerminalView:
         self._console.print()
         self._open.pop(answer.index, None)
 
-    def _render(self) -> RenderableType:
-        """Called from the thread that refreshes, so it looks at a copy."""
+    def refresh(self) -> None:
+        """Draw the region now; otherwise it is drawn several times a second."""
+        self._live.refresh()
+
+    def render(self) -> RenderableType:
+        """The region. Called from the thread that refreshes, so it looks at a copy."""
         answers = [answer for _, answer in sorted(self._open.copy().items())]
         room = self._console.height - 3  # the bar, and a line above and below it
         shown = answers[: max(room // 3, 1)]
         rows = max(room // max(len(shown), 1) - 2, 1)  # of each, less its title and the line after it
-        blocks: list[RenderableType] = [tail(answer, self._console.width, rows) for answer in shown]
+        blocks: list[RenderableType] = [tail(answer, self._console, rows) for answer in shown]
         if len(shown) < len(answers):
             blocks.append(Text(f"… and {len(answers) - len(shown)} more", style=ASIDE))
         return Group(*blocks, self._bar.progress.get_renderable())

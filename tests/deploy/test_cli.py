@@ -1,0 +1,237 @@
+"""The command line: what it accepts, what it says about itself, and how it complains."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy import cli
+from eagleray.deploy.arguments import (
+    CHAT_DEFAULTS,
+    ENGINE_HELP,
+    ENGINE_RENAMED,
+    GENERATE_DEFAULTS,
+    NOT_IN_CHAT,
+    SAMPLING_HELP,
+    Parser,
+    add_chat,
+    add_generate,
+    engine_config,
+    sampling_params,
+)
+from eagleray.deploy.options import add_options, given
+
+HEAVY = {"torch", "ray", "transformers", "numpy", "rich"}
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = Parser(prog="eagleray generate")
+    add_generate(parser)
+    return parser.parse_intermixed_args(["--model", "somewhere", *words])
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was written: one line on standard error and nothing else."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_every_field_is_an_option_with_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["generate", "--help"])
+    shown = capsys.readouterr().out.split()
+    names = {field.name for field in fields(SamplingParams)}
+    names |= {ENGINE_RENAMED.get(field.name, field.name) for field in fields(EngineConfig)}
+    assert {flag(name) for name in names} <= {word.strip("[],") for word in shown}
+    assert set(SAMPLING_HELP) == {field.name for field in fields(SamplingParams)}
+    assert set(ENGINE_HELP) | {"model"} == {field.name for field in fields(EngineConfig)}
+
+
+def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {EngineConfig(model='').max_num_seqs})" in shown
+    assert f"(default: {GENERATE_DEFAULTS['max_tokens']})" in shown
+
+
+def test_chat_takes_what_makes_sense_in_a_conversation() -> None:
+    parser = Parser()
+    add_chat(parser)
+    params = sampling_params(parser.parse_args(["--model", "x"]))
+    assert params == SamplingParams(**CHAT_DEFAULTS)  # type: ignore[arg-type]
+    for name in NOT_IN_CHAT:
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--model", "x", flag(name), "1"])
+
+
+def test_options_not_given_leave_the_dataclass_its_defaults() -> None:
+    arguments = parsed("hello")
+    assert given(EngineConfig, arguments, ENGINE_RENAMED) == {"model": "somewhere"}
+    assert sampling_params(arguments) == SamplingParams(max_tokens=GENERATE_DEFAULTS["max_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--top-k 5", "top_k", 5),
+        ("--presence-penalty -0.5", "presence_penalty", -0.5),
+        ("--max-tokens none", "max_tokens", None),
+        ("--seed 7", "seed", 7),
+        ("--ignore-eos", "ignore_eos", True),
+        ("--no-skip-special-tokens", "skip_special_tokens", False),
+        ("--stop one --stop two", "stop", ["one", "two"]),
+        ("--stop-token-ids 1,2", "stop_token_ids", [1, 2]),
+        ("--logit-bias 5=-100,6=1.5", "logit_bias", {5: -100.0, 6: 1.5}),
+    ],
+)
+def test_a_sampling_option_is_read(words: str, name: str, value: object) -> None:
+    assert getattr(sampling_params(parsed(*words.split())), name) == value
+
+
+def test_engine_options_are_read() -> None:
+    words = "--tp 2 --engine-seed 3 --seed 4 --dtype bfloat16 --no-enable-prefix-caching --kv-cache-bytes 4096"
+    assert given(EngineConfig, parsed(*words.split()), ENGINE_RENAMED) == {
+        "model": "somewhere",
+        "tensor_parallel_size": 2,
+        "seed": 3,
+        "dtype": "bfloat16",
+        "enable_prefix_caching": False,
+        "kv_cache_bytes": 4096,
+    }
+
+
+def test_prompts_may_stand_between_options() -> None:
+    assert parsed("first", "--tp", "2", "second", "--json", "third").prompts == ["first", "second", "third"]
+
+
+def test_a_field_of_a_type_without_a_reader_is_refused() -> None:
+    @dataclass
+    class Odd:
+        when: complex
+
+    with pytest.raises(TypeError, match="complex"):
+        add_options(Parser(), Odd, {"when": "?"})
+
+
+USAGE_ERRORS = [
+    ("", "COMMAND"),
+    ("generat", "'generat'"),
+    ("generate hello", "--model"),
+    ("generate --model demo hello --tempo 3", "--tempo"),
+    ("generate --model demo hello --top-k many", "'many'"),
+    ("generate --model demo hello --dtype int3", "'int3'"),
+    ("generate --model demo hello --logit-bias 5", "'5'"),
+    ("generate --model demo hello --stop-token-ids 1,x", "'1,x'"),
+    ("generate --model demo hello --chat --raw", "--chat"),
+    ("chat --model demo hello", "hello"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), USAGE_ERRORS)
+def test_a_usage_error_is_one_line_that_points_to_the_help(
+    words: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == cli.MISUSED
+    message = complaint(capsys)
+    assert named in message
+    assert "--help" in message
+
+
+BAD_VALUES = [
+    ("generate --model demo hello --temperature -1", "temperature is -1.0"),
+    ("generate --model demo hello --tp 0", "tensor_parallel_size is 0"),
+    ("generate --model demo hello --gpu-memory-utilization 2", "gpu_memory_utilization is 2.0"),
+    ("generate --model /no/such/model hello", "/no/such/model"),
+    ("generate --model demo --file /no/such/file", "/no/such/file"),
+    ("generate --model demo --file prompts.txt hello", "prompts.txt"),
+    ("chat --model /no/such/model", "/no/such/model"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD_VALUES)
+def test_a_bad_value_is_one_line_that_names_it(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.split()) == cli.MISUSED
+    assert named in complaint(capsys)
+
+
+def test_a_model_that_cannot_be_cut_so_often_is_refused_before_anything_starts(
+    demo_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "--model", str(demo_model_dir), "--tp", "64", "hello"]) == cli.MISUSED
+    assert "64" in complaint(capsys)
+
+
+def test_no_prompt_at_all_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/null") as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert cli.main(["generate", "--model", "demo"]) == cli.MISUSED
+    assert "there is no prompt" in complaint(capsys)
+
+
+def fails_with(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("top_p is 7"), cli.MISUSED, "top_p is 7"),
+        (EngineDeadError("rank 1: gone"), cli.FAILED, "rank 1: gone"),
+        (KeyboardInterrupt(), cli.INTERRUPTED, "interrupted"),
+        (KeyError("x"), cli.FAILED, "KeyError: 'x'"),
+    ],
+)
+def test_an_exception_becomes_one_line_and_an_exit_code(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.guarded(fails_with(error), argparse.Namespace(debug=False)) == code
+    assert words in complaint(capsys)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.guarded(fails_with(KeyError("x")), argparse.Namespace(debug=True))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_demo_model_prints_the_directory(demo_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo-model"]) == 0
+    assert capsys.readouterr().out == f"{demo_model_dir}\n"
+
+
+def test_engine_config_finds_the_demo_model(demo_model_dir: Path) -> None:
+    arguments = parsed()
+    arguments.model = "demo"
+    assert engine_config(arguments).model == str(demo_model_dir)
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "generate --help", "chat --help"])
+def test_asking_what_there_is_imports_nothing_heavy(words: str) -> None:
+    script = (
+        "import sys\nfrom eagleray.deploy.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print(*sys.modules, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0
+    assert "eagleray" in run.stdout
+    assert not HEAVY & set(run.stderr.split())

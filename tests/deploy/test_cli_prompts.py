@@ -1,0 +1,82 @@
+"""Prompts from arguments, files and standard input."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from eagleray.deploy.prompts import Task, in_chat, parse_lines, read_tasks
+
+HELLO = {"role": "user", "content": "hello"}
+
+
+def test_arguments_are_prompts() -> None:
+    assert read_tasks(["a", "{not json"], None) == [Task(prompt="a"), Task(prompt="{not json")]
+
+
+def test_a_file_holds_a_prompt_a_line_and_blank_lines_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("first\n\n  indented\n   \nzuletzt ü")
+    assert [task.prompt for task in read_tasks([], file)] == ["first", "  indented", "zuletzt ü"]
+
+
+@pytest.mark.parametrize("file", [None, Path("-")])
+def test_standard_input_is_read_without_a_file(file: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert [task.prompt for task in read_tasks([], file)] == ["one", "two"]
+
+
+def test_a_closed_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="there is no prompt"):
+        read_tasks([], None)
+
+
+def test_json_lines_hold_text_token_ids_or_messages() -> None:
+    lines = ['{"prompt": "hi"}', '{"prompt": [1, 2]}', '{"messages": [{"role": "user", "content": "hello"}]}', "plain"]
+    assert parse_lines(lines, "x") == [
+        Task(prompt="hi"),
+        Task(prompt=[1, 2]),
+        Task(messages=[HELLO]),
+        Task(prompt="plain"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "hi"',
+        "{}",
+        '{"prompt": 5}',
+        '{"prompt": [1, "a"]}',
+        '{"prompt": [true]}',
+        '{"prompt": "hi", "temperature": 1}',
+        '{"messages": []}',
+        '{"messages": ["hi"]}',
+        '{"messages": [{"role": "user"}]}',
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2 .*give \{\"prompt\""):
+        parse_lines(["fine", line], "p.jsonl")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.bin"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"prompts\.bin is not UTF-8"):
+        read_tasks([], file)
+
+
+def test_a_chat_puts_the_system_message_first_and_leaves_token_ids_alone() -> None:
+    system = {"role": "system", "content": "be brief"}
+    assert in_chat(Task(prompt="hello"), None).messages == [HELLO]
+    assert in_chat(Task(prompt="hello"), "be brief").messages == [system, HELLO]
+    assert in_chat(Task(messages=[HELLO]), "be brief").messages == [system, HELLO]
+    assert in_chat(Task(prompt=[1, 2]), "be brief") == Task(prompt=[1, 2])
+
+
+def test_the_title_is_what_was_asked() -> None:
+    assert Task(prompt="hello").title == "hello"
+    assert Task(prompt=[1, 2]).title == "2 token ids"
+    assert in_chat(Task(prompt="hello"), "be brief").title == "hello"
