@@ -1,0 +1,47 @@
+"""Log-probabilities of tokens under the raw logits, which no rank holds whole."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagleray.parallel.group import TPGroup
+from eagleray.workers.pairs import top_pairs, unpack
+from eagleray.workers.wire import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Of n positions, the same on every rank: the token in question first, then the `width` most likely in order."""
+
+    token_ids: Tensor  # [n, 1 + width] int64
+    logprobs: Tensor  # [n, 1 + width] float32
+    ranks: Tensor  # [n] int64, of the first
+
+    def to_wire(self, num_top: list[int]) -> list[TokenLogprobs]:
+        """One struct a position, which keeps the first `num_top[i]` of the most likely tokens."""
+        lines = zip(self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), num_top, strict=True)
+        return [TokenLogprobs(ids[: 1 + num], logprobs[: 1 + num], rank) for ids, logprobs, rank, num in lines]
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, num_top: int, vocab_share: range, tp: TPGroup) -> LogprobTensors:
+    """Log-softmax over the whole vocabulary at `targets` [n] int64 and at the `num_top` most likely tokens.
+
+    `logits` [n, share] float32 are this rank's. Ties among the most likely go to the lower id; a target's rank is one
+    more than the number of tokens that are strictly more likely. `num_top` beyond the vocabulary means all of it.
+    """
+    offers = tp.all_gather(top_pairs(logits, vocab_share.start, max(1, num_top)))
+    merged = offers.movedim(0, 1).flatten(1).sort(dim=-1, descending=True).values[:, : max(1, num_top)]
+    top_values, top_ids = unpack(merged)
+    highest = top_values[:, :1]
+    total = tp.all_reduce((logits - highest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64))
+
+    columns = (targets - vocab_share.start).unsqueeze(1)
+    is_here = (columns >= 0) & (columns < len(vocab_share))
+    here = logits.gather(1, columns.clamp(0, len(vocab_share) - 1))
+    target_values = tp.all_reduce(torch.where(is_here, here, -torch.inf), "max")
+    num_above = tp.all_reduce((logits > target_values).sum(dim=-1))
+
+    token_ids = torch.cat([targets.unsqueeze(1), top_ids[:, :num_top]], dim=1)
+    values = torch.cat([target_values, top_values[:, :num_top]], dim=1)
+    return LogprobTensors(token_ids, values - highest - total.log().float(), num_above + 1)

@@ -1,0 +1,191 @@
+"""Draws the next token of every row from vocabulary shares.
+
+The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution:
+
+ 1. log-probabilities, where asked for, are of the raw logits, before anything below;
+ 2. `allowed_token_ids` masks every other token;
+ 3. `stop_token_ids` are masked until `min_tokens` tokens were generated;
+ 4. `logit_bias` is added;
+ 5. penalties: repetition over prompt and output, then frequency and presence over the output;
+ 6. a row with a temperature below 1e-5 takes the arg-max, equal logits going to the lower id, and is done;
+ 7. the logits of other rows are divided by the temperature;
+ 8. min-p drops tokens less likely than `min_p` times the likeliest;
+ 9. top-k keeps the k likeliest, top-p the shortest prefix of those that holds `top_p` of their renormalised
+    probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id;
+10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`noise.py`). Equal sums go to the lower id.
+
+Where nothing is left to draw from, because everything is masked, the token is the lowest id, as arg-max has it.
+
+Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (`candidates.py`), and per-row sums and
+maxima. The last exchange is a maximum over integers, so all ranks end with the same tokens whatever their rounding.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagleray.parallel.group import TPGroup
+from eagleray.workers.candidates import Restriction, draw_restricted
+from eagleray.workers.logit_edits import add_bias_, allow_only_, mask_
+from eagleray.workers.logprobs import LogprobTensors, token_logprobs
+from eagleray.workers.noise import add_gumbel_, row_keys
+from eagleray.workers.pairs import best_pairs, unpack_ids
+from eagleray.workers.penalties import apply_penalties_, token_counts
+from eagleray.workers.sampling_table import NO_TOP_K, Feature, SamplingTable
+from eagleray.workers.wire import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """One token per line, the same on every rank."""
+
+    token_ids: Tensor  # [n] int64
+    logprob_tensors: LogprobTensors | None = None  # of the rows that ask
+    num_logprobs: dict[int, int] = field(default_factory=dict)  # of the same rows, in order: how many they ask for
+
+    @cached_property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the rows that ask. Copies from the device, so only the rank that reports should read it."""
+        if self.logprob_tensors is None:
+            return {}
+        wire = self.logprob_tensors.to_wire(list(self.num_logprobs.values()))
+        return dict(zip(self.num_logprobs, wire, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The lines of one call. Tensors of lines and rows exist once some row needs them."""
+
+    rows: list[int]
+    features: np.ndarray[tuple[int], np.dtype[np.int64]]  # [n]
+    tokens: Tensor  # [max_rows, max_len] int32
+    num_prompt_tokens: list[int]
+    num_tokens: list[int]
+
+    def lines(self, wanted: int, unwanted: int = 0) -> list[int]:
+        """The lines whose rows ask for all of `wanted` and none of `unwanted`."""
+        chosen = (self.features & (wanted | unwanted)) == wanted
+        return np.flatnonzero(chosen).tolist()
+
+
+class Sampler:
+    """Samples from this rank's share; see the module's text for what is computed.
+
+    Every rank makes the same calls in the same order. Construction is a collective call too.
+    """
+
+    def __init__(self, table: SamplingTable, vocab_share: range, vocab_size: int, tp: TPGroup) -> None:
+        self._table = table
+        self._share = vocab_share
+        self._vocab_size = vocab_size
+        self._tp = tp
+        width = torch.tensor(len(vocab_share), device=table.device)
+        self._max_share = int(tp.all_reduce(width, "max"))
+
+    def __call__(
+        self, logits: Tensor, rows: list[int], tokens: Tensor, num_prompt_tokens: list[int], num_tokens: list[int]
+    ) -> SampleOutput:
+        """The next token of each of `rows`, which are in ascending order.
+
+        `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
+        `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.
+        """
+        features = self._table.features[rows]
+        if not features.any():
+            return SampleOutput(self._agree(best_pairs(logits, self._share.start)))
+        batch = _Batch(rows, features, tokens, num_prompt_tokens, num_tokens)
+        asking = batch.lines(Feature.LOGPROBS)
+        raw = logits[asking] if asking else None
+        self._edit(logits, batch)
+        token_ids = self._agree(self._best(logits, batch))
+        if raw is None:
+            return SampleOutput(token_ids)
+        num_logprobs = {rows[line]: self._table.host[rows[line]].logprobs or 0 for line in asking}
+        most = min(max(num_logprobs.values()), self._vocab_size)
+        logprobs = token_logprobs(raw, token_ids[asking], most, self._share, self._tp)
+        return SampleOutput(token_ids, logprobs, num_logprobs)
+
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
+        """Log-probabilities of `targets` [n] int64 under raw `logits` [n, share], and of the `num_top` likeliest."""
+        most = min(num_top, self._vocab_size)
+        return token_logprobs(logits, targets, most, self._share, self._tp).to_wire([most] * len(targets))
+
+    def _agree(self, pairs: Tensor) -> Tensor:
+        """The token ids [n] of the highest of all ranks' `pairs` [n]."""
+        return unpack_ids(self._tp.all_gather(pairs).amax(dim=0))
+
+    def _edit(self, logits: Tensor, batch: _Batch) -> None:
+        """Masks, bias and penalties, in place."""
+        table = self._table
+        for line in batch.lines(Feature.ALLOWED):
+            allow_only_(logits[line], table.sparse[batch.rows[line]].allowed)
+        for line in batch.lines(Feature.MIN_TOKENS):
+            row = batch.rows[line]
+            if batch.num_tokens[line] - batch.num_prompt_tokens[line] < table.host[row].min_tokens:
+                mask_(logits[line], table.sparse[row].stop)
+        for line in batch.lines(Feature.BIAS):
+            sparse = table.sparse[batch.rows[line]]
+            add_bias_(logits[line], sparse.bias_columns, sparse.bias)
+        penalised = batch.lines(Feature.PENALTIES)
+        if penalised:
+            self._penalise(logits, batch, penalised)
+
+    def _penalise(self, logits: Tensor, batch: _Batch, lines: list[int]) -> None:
+        rows = self._tensor([batch.rows[line] for line in lines])
+        num_prompt_tokens = self._tensor([batch.num_prompt_tokens[line] for line in lines])
+        lengths = [batch.num_tokens[line] for line in lines]
+        tokens = batch.tokens[rows, : max(lengths)]
+        counts = token_counts(tokens, num_prompt_tokens, self._tensor(lengths), self._share)
+        table = self._table
+        index = _index(self._tensor(lines), len(batch.rows))
+        logits[index] = apply_penalties_(
+            logits[index], counts, table.repetition[rows], table.frequency[rows], table.presence[rows]
+        )
+
+    def _best(self, logits: Tensor, batch: _Batch) -> Tensor:
+        """This rank's best pair [n] of each line, after noise where it is random."""
+        greedy = batch.lines(0, unwanted=Feature.RANDOM)
+        free = batch.lines(Feature.RANDOM, unwanted=Feature.RESTRICTED)
+        restricted = batch.lines(Feature.RANDOM | Feature.RESTRICTED)
+        best = torch.empty(len(batch.rows), dtype=torch.int64, device=logits.device)
+        for lines, draw in ((greedy, self._greedy), (free, self._draw_free), (restricted, self._draw_restricted)):
+            if lines:
+                index = _index(self._tensor(lines), len(batch.rows))
+                best[index] = draw(logits[index], batch, lines)
+        return best
+
+    def _greedy(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
+        return best_pairs(logits, self._share.start)
+
+    def _draw_free(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
+        """Draws from whole shares, less what min-p drops."""
+        rows, keys = self._rows_and_keys(batch, lines)
+        values = logits.div_(self._table.temperatures[rows].unsqueeze(1))
+        if (batch.features[lines] & Feature.MIN_P).any():
+            highest = self._tp.all_reduce(values.amax(dim=-1), "max")
+            values.masked_fill_(values < (highest + self._table.log_min_p[rows]).unsqueeze(1), -torch.inf)
+        return best_pairs(add_gumbel_(values, keys, self._share.start), self._share.start)
+
+    def _draw_restricted(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
+        rows, keys = self._rows_and_keys(batch, lines)
+        table = self._table
+        values = logits.div_(table.temperatures[rows].unsqueeze(1))
+        max_top_k = max(table.host[batch.rows[line]].top_k or NO_TOP_K for line in lines)
+        restriction = Restriction(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k)
+        return draw_restricted(values, keys, restriction, self._share, self._max_share, self._tp)
+
+    def _rows_and_keys(self, batch: _Batch, lines: list[int]) -> tuple[Tensor, Tensor]:
+        rows = self._tensor([batch.rows[line] for line in lines])
+        positions = self._tensor([batch.num_tokens[line] for line in lines])
+        return rows, row_keys(self._table.seeds[rows], positions)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._table.device)
+
+
+def _index(lines: Tensor, num_lines: int) -> Tensor | slice:
+    """All lines as a slice, so that indexing them copies nothing."""
+    return slice(None) if len(lines) == num_lines else lines

@@ -1,0 +1,118 @@
+"""The sampling parameters of the running requests, indexed by row."""
+
+from dataclasses import dataclass
+from enum import IntFlag
+from math import inf, log
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eagleray.workers.noise import mixed_seed
+from eagleray.workers.wire import Sampling
+
+MIN_TEMPERATURE = 1e-5  # below, a request is greedy
+NO_TOP_K = (1 << 31) - 1  # more than any vocabulary holds
+
+
+class Feature(IntFlag):
+    """What a row asks for beyond the arg-max of its logits. A feature that no row of a batch asks for is free."""
+
+    RANDOM = 1
+    RESTRICTED = 2  # top-k or top-p; only beside RANDOM
+    MIN_P = 4  # only beside RANDOM
+    ALLOWED = 8
+    MIN_TOKENS = 16
+    BIAS = 32
+    PENALTIES = 64
+    LOGPROBS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SparseEdits:
+    """The part of a row's token lists that falls into this rank's share, as columns of the share."""
+
+    allowed: Tensor  # [a] int64
+    stop: Tensor  # [s] int64
+    bias_columns: Tensor  # [b] int64
+    bias: Tensor  # [b] float32
+
+
+class SamplingTable:
+    """One line per row in device tensors [max_rows], and on the host what is only looked at by row.
+
+    A row may be set again without being cleared. Values are not checked here: `SamplingParams` did.
+    """
+
+    def __init__(self, max_rows: int, vocab_share: range, device: torch.device) -> None:
+        self.vocab_share = vocab_share
+        self.device = device
+        self.features: NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
+        self.host: dict[int, Sampling] = {}
+        self.sparse: dict[int, SparseEdits] = {}
+        self.seeds = torch.zeros(max_rows, dtype=torch.int64, device=device)  # mixed
+        self.temperatures = torch.ones(max_rows, device=device)
+        self.log_min_p = torch.full((max_rows,), -inf, device=device)
+        self.top_k = torch.full((max_rows,), NO_TOP_K, dtype=torch.int64, device=device)
+        self.top_p = torch.full((max_rows,), inf, dtype=torch.float64, device=device)
+        self.repetition = torch.ones(max_rows, device=device)
+        self.frequency = torch.zeros(max_rows, device=device)
+        self.presence = torch.zeros(max_rows, device=device)
+
+    def set(self, row: int, sampling: Sampling) -> None:
+        """A request enters `row`."""
+        self.clear(row)
+        features = features_of(sampling)
+        self.features[row] = features
+        self.host[row] = sampling
+        if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
+            self.sparse[row] = self._sparse_edits(sampling)
+        if features & Feature.RANDOM:
+            self.seeds[row] = mixed_seed(sampling.seed)
+            self.temperatures[row] = sampling.temperature
+            self.log_min_p[row] = log(sampling.min_p) if sampling.min_p > 0 else -inf
+            self.top_k[row] = sampling.top_k if sampling.top_k > 0 else NO_TOP_K
+            self.top_p[row] = sampling.top_p if sampling.top_p < 1 else inf
+        if features & Feature.PENALTIES:
+            self.repetition[row] = sampling.repetition_penalty
+            self.frequency[row] = sampling.frequency_penalty
+            self.presence[row] = sampling.presence_penalty
+
+    def clear(self, row: int) -> None:
+        """The request leaves `row`. What the device tensors hold there is not read until the row is set again."""
+        self.features[row] = 0
+        self.host.pop(row, None)
+        self.sparse.pop(row, None)
+
+    def _sparse_edits(self, sampling: Sampling) -> SparseEdits:
+        share = self.vocab_share
+        bias = {token_id - share.start: value for token_id, value in sampling.logit_bias.items() if token_id in share}
+        return SparseEdits(
+            allowed=self._columns(sampling.allowed_token_ids),
+            stop=self._columns(sampling.stop_token_ids),
+            bias_columns=torch.tensor(list(bias.keys()), dtype=torch.int64, device=self.device),
+            bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device),
+        )
+
+    def _columns(self, token_ids: list[int]) -> Tensor:
+        share = self.vocab_share
+        columns = [token_id - share.start for token_id in token_ids if token_id in share]
+        return torch.tensor(columns, dtype=torch.int64, device=self.device)
+
+
+def features_of(sampling: Sampling) -> Feature:
+    """The features that `sampling` asks for."""
+    is_random = sampling.temperature >= MIN_TEMPERATURE
+    penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+    asked = {
+        Feature.RANDOM: is_random,
+        Feature.RESTRICTED: is_random and (sampling.top_k > 0 or sampling.top_p < 1),
+        Feature.MIN_P: is_random and sampling.min_p > 0,
+        Feature.ALLOWED: bool(sampling.allowed_token_ids),
+        Feature.MIN_TOKENS: sampling.min_tokens > 0 and bool(sampling.stop_token_ids),
+        Feature.BIAS: bool(sampling.logit_bias),
+        Feature.PENALTIES: penalties != (1.0, 0.0, 0.0),
+        Feature.LOGPROBS: sampling.logprobs is not None,
+    }
+    return Feature(sum(feature for feature, is_asked in asked.items() if is_asked))
