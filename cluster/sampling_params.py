@@ -73,7 +73,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {value!r}; {remedy}")
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name} is 0; give a number above 0; 1 turns it off")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0; 1 turns it off")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(self, name) or ():
                 if token_id < 0:

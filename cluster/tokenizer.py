@@ -106,17 +106,11 @@ class Tokenizer:
         return token_id
 
     def _add_around(self, *, bos: bool, eos: bool) -> None:
-        """Put start and end tokens around every text, or none: tokenizer_config.json has the last word in transformers."""
-        before = [("bos_token", self.bos_token_id)] if bos and self.bos_token_id is not None else []
-        after = [("eos_token", self.eos_token_id)] if eos and self.eos_token_id is not None else []
-        single = [
-            *(self.special_tokens[name] for name, _ in before),
-            "$A",
-            *(self.special_tokens[name] for name, _ in after),
-        ]
-        self.backend.post_processor = TemplateProcessing(
-            single=single, special_tokens=[(self.special_tokens[name], token_id) for name, token_id in before + after]
-        )
+        """Put start and end tokens around every text, or none: as in transformers, tokenizer_config.json decides."""
+        start = [(self.special_tokens["bos_token"], self.bos_token_id)] if bos and self.bos_token_id is not None else []
+        end = [(self.special_tokens["eos_token"], self.eos_token_id)] if eos and self.eos_token_id is not None else []
+        single = [*(token for token, _ in start), "$A", *(token for token, _ in end)]
+        self.backend.post_processor = TemplateProcessing(single=single, special_tokens=start + end)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
