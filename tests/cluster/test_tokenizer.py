@@ -69,7 +69,7 @@ def test_ids_and_text_are_those_of_transformers(ours: Tokenizer, theirs: Any, te
 
 
 @pytest.mark.parametrize("options", [{}, {"add_generation_prompt": False}, {"continue_final_message": True}])
-def test_chats_are_those_of_transformers(ours: Tokenizer, theirs: Any, options: dict[str, bool]) -> None:
+def test_chats_are_those_of_transformers(ours: Tokenizer, theirs: Any, options: dict[str, Any]) -> None:
     generation_prompt = options.get("add_generation_prompt", not options.get("continue_final_message", False))
     expected = theirs.apply_chat_template(
         CHAT, tokenize=False, **options | {"add_generation_prompt": generation_prompt}
