@@ -46,7 +46,8 @@ class EngineConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; give a share above 0, up to 1")
+            share = self.gpu_memory_utilization
+            raise ValueError(f"gpu_memory_utilization is {share!r}; give a share above 0, up to 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "

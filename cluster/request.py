@@ -22,12 +22,14 @@ class Request:
     max_tokens: int
     num_prompt_tokens: int
     token_ids: "array[int]"  # prompt and committed tokens
+    num_known_tokens: int  # those, and the ones sampled by steps in flight
+    max_computed_tokens: int  # the last token of the longest output is never run
     stop_token_ids: frozenset[int]
 
     row: int | None = None  # None while it waits
     block_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0  # tokens whose KV is written once the steps in flight are done
-    num_pending: int = 0  # sampled by steps in flight, not committed yet
+    quiet_until: int = 0  # a decode from a position before this needs no block and is not the last
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of committed tokens
     num_published: int = 0  # blocks of `block_ids` offered to the prefix cache
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first start
@@ -46,6 +48,8 @@ class Request:
             max_tokens=request.max_tokens,
             num_prompt_tokens=len(token_ids),
             token_ids=token_ids,
+            num_known_tokens=len(token_ids),
+            max_computed_tokens=len(token_ids) + request.max_tokens - 1,
             stop_token_ids=frozenset(request.sampling.stop_token_ids),
         )
 
@@ -56,9 +60,13 @@ class Request:
 
     @property
     def num_runnable_tokens(self) -> int:
-        """How many tokens the ranks could run now; the last token of the longest output is never run."""
-        known = len(self.token_ids) + self.num_pending
-        return min(known, self.num_prompt_tokens + self.max_tokens - 1) - self.num_computed_tokens
+        """How many tokens the ranks could run now."""
+        return min(self.num_known_tokens, self.max_computed_tokens) - self.num_computed_tokens
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether a step in flight is still sampling for this request."""
+        return self.num_known_tokens > len(self.token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

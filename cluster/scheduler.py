@@ -17,9 +17,9 @@ from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
 News = tuple[FrontEndId, Tokens]
 
 
-# One request's part of a step: (request, row, first position, number of tokens, whether it samples).
+# One request's part of a step: (request, row, first position, whether it samples).
 # A bare tuple, because 256 are made while the ranks wait.
-Slice = tuple[Request, int, int, int, bool]
+Slice = tuple[Request, int, int, bool]
 
 
 @dataclass(slots=True)
@@ -28,6 +28,7 @@ class _Plan:
 
     budget: int
     slices: list[Slice] = field(default_factory=list)
+    uneven: dict[int, int] = field(default_factory=dict)  # row -> number of tokens, where it is not one
     starts: list[RowStart] = field(default_factory=list)
     blocks: dict[int, list[int]] = field(default_factory=dict)
     preempted: bool = False
@@ -138,12 +139,13 @@ class Scheduler:
     def _vacate(self, request: Request) -> None:
         """Take a running request's row and blocks away; what is in flight for it still runs, and harms nothing."""
         assert request.row is not None
+        self._publish(request)
         self.pool.release(request.block_ids)
         heapq.heappush(self._free_rows, request.row)
         self._stopped_rows.append(request.row)
         request.row = None
         request.block_ids = []
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.quiet_until = 0
 
     # ---- a step is made
 
@@ -159,15 +161,34 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight.append((self._num_steps, plan.slices))
         stopped, self._stopped_rows = self._stopped_rows, []
-        return Step(self._num_steps, stopped, plan.starts, plan.blocks, self._uneven_slices(plan))
+        if len(plan.slices) < len(self._running):
+            self._rest(plan)
+        return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven)
+
+    def _rest(self, plan: _Plan) -> None:
+        """Live rows that are not in the plan run nothing."""
+        ran = {row for _, row, _, _ in plan.slices}
+        plan.uneven.update((r.row, 0) for r in self._running if r.row is not None and r.row not in ran)
 
     def _continue_running(self, plan: _Plan) -> None:
+        """Most requests decode one token, with nothing to look after until `quiet_until`: those are done at once."""
+        add = plan.slices.append
+        num_quiet = 0
         for request in self._running:  # preemption shortens the list behind this request, or ends with it
-            if plan.budget == 0:
+            if plan.budget <= num_quiet:
                 break
-            num_tokens = min(request.num_runnable_tokens, plan.budget, self._max_slice_tokens)
+            row, start = request.row, request.num_computed_tokens
+            assert row is not None
+            if start < request.quiet_until and request.num_known_tokens == start + 1:
+                request.num_computed_tokens = start + 1
+                request.num_known_tokens = start + 2
+                num_quiet += 1
+                add((request, row, start, True))
+                continue
+            num_tokens = min(request.num_runnable_tokens, plan.budget - num_quiet, self._max_slice_tokens)
             if num_tokens > 0 and self._grow(request, num_tokens, plan):
                 self._run(request, num_tokens, plan)
+        plan.budget -= num_quiet
 
     def _grow(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
         """Give a running request the blocks of its next tokens; False if it had to be preempted itself."""
@@ -196,14 +217,19 @@ class Scheduler:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
-        samples = end == len(request.token_ids) + request.num_pending
-        request.num_pending += samples
+        request.quiet_until = min(len(request.block_ids) * self._block_size, request.max_computed_tokens)
+        samples = end == request.num_known_tokens
+        request.num_known_tokens += samples
         plan.budget -= num_tokens
-        plan.slices.append((request, row, start, num_tokens, samples))
-        if self._caching:
-            self._publish(request)
+        plan.slices.append((request, row, start, samples))
+        if num_tokens != 1:
+            plan.uneven[row] = num_tokens
+        self._publish(request)
 
     def _publish(self, request: Request) -> None:
+        """Let full blocks of committed tokens be found by others."""
+        if not self._caching:
+            return
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
         if num_full <= request.num_published:
             return
@@ -216,7 +242,7 @@ class Scheduler:
         while self._waiting and self._free_rows and plan.budget > 0:
             request = self._waiting[0][-1]
             if not request.finished:
-                if request.num_pending or not self._admit(request, plan):
+                if request.awaits_tokens or not self._admit(request, plan):
                     break  # a preempted request waits for its tokens in flight; nobody overtakes
                 insort(self._running, request, key=attrgetter("order"))
             heapq.heappop(self._waiting)
@@ -267,16 +293,6 @@ class Scheduler:
             num_computed_tokens=request.num_computed_tokens,
         )
 
-    def _uneven_slices(self, plan: _Plan) -> dict[int, int]:
-        """Every live row that does not run exactly one token."""
-        uneven = {row: num_tokens for _, row, _, num_tokens, _ in plan.slices if num_tokens != 1}
-        if len(plan.slices) < len(self._running):
-            ran = {row for _, row, _, _, _ in plan.slices}
-            uneven.update(
-                (request.row, 0) for request in self._running if request.row is not None and request.row not in ran
-            )
-        return uneven
-
     # ---- a step is done
 
     def update(self, output: StepOutput) -> list[News]:
@@ -284,20 +300,21 @@ class Scheduler:
         step, slices = self._in_flight.popleft()
         assert step == output.step, f"step {output.step} returned while step {step} was due"
         sampled = iter(array("i", output.token_ids))
-        news = []
-        for request, row, start, _, samples in slices:
+        news: list[News] = []
+        for request, row, start, samples in slices:
             token_id = next(sampled) if samples else None
             if request.finished:
                 continue
             tokens = Tokens(request.id)
-            if row in output.prompt_logprobs:
+            if output.prompt_logprobs and row in output.prompt_logprobs:
                 self._take_prompt_logprobs(request, start, output.prompt_logprobs[row], tokens)
             if token_id is not None:
-                self._commit(request, token_id, tokens)
-                if row in output.logprobs:
+                if output.logprobs and row in output.logprobs:
                     tokens.logprobs.append(output.logprobs[row])
-            if tokens.token_ids or tokens.prompt_logprobs:
-                news.append((request.front_end, tokens))
+                self._commit(request, token_id, tokens)
+            elif not tokens.prompt_logprobs:
+                continue
+            news.append((request.front_end, tokens))
         return news
 
     @staticmethod
@@ -307,7 +324,6 @@ class Scheduler:
         request.num_prompt_logprobs += len(tokens.prompt_logprobs)
 
     def _commit(self, request: Request, token_id: int, tokens: Tokens) -> None:
-        request.num_pending -= 1
         if len(request.token_ids) == request.num_prompt_tokens:
             tokens.num_cached_tokens = request.num_cached_tokens
         tokens.token_ids.append(token_id)

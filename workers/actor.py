@@ -46,7 +46,7 @@ class RankActor:
     def prepare(self) -> RankHost:
         """Import torch, and open the store on rank 0."""
         self._set_environment()
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         ip = ray.util.get_node_ip_address()
         if self._rank == 0 and self._size > 1:
@@ -63,7 +63,7 @@ class RankActor:
     def load(self, ip: str, store_port: int | None) -> int:
         """Join the ranks, load this one's share of the model, and return how many KV blocks fit."""
         import torch
-        from torch.distributed.distributed_c10d import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from eagleray.models.loader import load_model
         from eagleray.parallel.group import init_tp_group

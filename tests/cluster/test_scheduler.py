@@ -1,15 +1,15 @@
-"""The scheduler, with a rank whose tokens can be foretold. Every test runs with one and with several steps in flight."""
+"""The scheduler, with a rank whose tokens can be foretold, with one and with several steps in flight."""
 
 from array import array
 from collections import deque
 from random import Random
 
 import pytest
-from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 
 from eagleray.cluster.messages import EngineRequest, Tokens
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.workers.wire import Sampling, StepOutput
+from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 
 ME = b"front end"
 
