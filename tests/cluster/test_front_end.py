@@ -1,0 +1,302 @@
+"""The front end's bookkeeping: what the engine is sent for a prompt, and what its news become for the caller."""
+
+import re
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation import Generation
+from eagleray.cluster.messages import EngineOutputs, EngineRequest, EngineStats, Tokens
+from eagleray.cluster.outputs import Logprob
+from eagleray.cluster.prompts import Prompt
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.wire import TokenLogprobs
+
+EOS = 2
+VOCAB_SIZE = 49_152
+A, B, C, D, E = range(81, 86)  # the tokens of "a" to "e"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model_dir: Path) -> Tokenizer:
+    return Tokenizer.from_dir(demo_model_dir)
+
+
+@pytest.fixture
+def front_end(tokenizer: Tokenizer) -> FrontEnd:
+    return make_front_end(tokenizer)
+
+
+def make_front_end(tokenizer: Tokenizer | None, *, seed: int = 0) -> FrontEnd:
+    limits = ModelLimits(max_model_len=64, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS, 0}))
+    return FrontEnd(tokenizer, limits, seed)
+
+
+def add(front_end: FrontEnd, prompt: Prompt = "Hello", **params: Any) -> tuple[Generation, list[EngineRequest]]:
+    generation = front_end.prepare(prompt, SamplingParams(**params))
+    return generation, front_end.add(generation)
+
+
+def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[Generation], list[int]]:
+    return front_end.process(EngineOutputs(list(news), EngineStats()))
+
+
+def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello")
+    prompts: list[Prompt] = ["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids}]
+    for prompt in prompts:
+        generation, (request,) = add(front_end, prompt)
+        assert list(array("i", request.prompt_token_ids)) == generation.prompt_token_ids == ids
+        assert generation.prompt == ("Hello" if "Hello" in str(prompt) else None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ("", {}, "the prompt is empty; give it some text"),
+        ([], {}, "the prompt is empty; give it at least one token"),
+        ({"prompt_token_ids": []}, {}, "the prompt is empty"),
+        ({"text": "x"}, {}, "the prompt is {'text': 'x'}; give text or a list of token ids"),
+        (5, {}, "the prompt is 5; give text or"),
+        ([1, "x"], {}, "the prompt holds 'x'; give token ids from 0 to 49151"),
+        ([1, 2**40], {}, "the prompt holds 1099511627776; give token ids"),
+        ([1, VOCAB_SIZE], {}, "the prompt holds the token id 49152, but the model's vocabulary ends at 49151"),
+        ([-1], {}, "the prompt holds the token id -1"),
+        (
+            [5] * 64,
+            {},
+            "the prompt has 64 tokens, but the model holds 64 with at least one generated; shorten the prompt by 1",
+        ),
+        (
+            [5] * 60,
+            {"max_tokens": 5},
+            "the prompt has 60 tokens and max_tokens asks for 5 more, but the model holds 64; "
+            "shorten the prompt or lower max_tokens to 4",
+        ),
+        ([5] * 60, {"max_tokens": None, "min_tokens": 5}, "lower min_tokens to 4"),
+        ([5], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds the token id 49152"),
+        ([5], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids holds the token id 49152"),
+        ([5], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias holds the token id 49152"),
+        ([5], {"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids [2] are all stop tokens"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_leaves_nothing(
+    front_end: FrontEnd, prompt: Any, params: dict[str, Any], message: str
+) -> None:
+    other, (request,) = add(front_end)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        add(front_end, prompt, **params)
+    assert front_end.num_running == 1
+    tell(front_end, Tokens(request.id, [5], "length"))
+    assert other.finished
+
+
+def test_max_tokens_none_fills_the_model(front_end: FrontEnd) -> None:
+    assert add(front_end, [5] * 60, max_tokens=None)[1][0].max_tokens == 4
+    assert add(front_end, [5] * 60, max_tokens=4)[1][0].max_tokens == 4
+
+
+def test_stop_tokens_hold_the_end_of_sequence_unless_it_is_ignored(front_end: FrontEnd) -> None:
+    assert add(front_end, stop_token_ids=[7, 2])[1][0].sampling.stop_token_ids == [0, 2, 7]
+    assert add(front_end, stop_token_ids=[7], ignore_eos=True)[1][0].sampling.stop_token_ids == [7]
+
+
+def test_what_chance_needs_is_sent_only_where_it_decides(front_end: FrontEnd) -> None:
+    warm = add(front_end, temperature=0.5, top_k=-1, top_p=0.5, min_p=0.1, seed=9)[1][0].sampling
+    assert (warm.temperature, warm.top_k, warm.top_p, warm.min_p, warm.seed) == (0.5, 0, 0.5, 0.1, 9)
+    cold = add(front_end, temperature=1e-6, top_k=5, top_p=0.5, min_p=0.1, seed=9)[1][0].sampling
+    assert (cold.temperature, cold.top_k, cold.top_p, cold.min_p, cold.seed) == (0, 0, 1, 0, 0)
+
+
+def test_seeds_differ_between_requests_and_repeat_between_runs(tokenizer: Tokenizer) -> None:
+    def seeds(engine_seed: int) -> list[int]:
+        front_end = make_front_end(tokenizer, seed=engine_seed)
+        return [request.sampling.seed for _ in range(50) for request in add(front_end, n=2)[1]]
+
+    assert seeds(0) == seeds(0)
+    assert len(set(seeds(0) + seeds(1))) == 200
+    assert all(0 <= seed < 2**64 for seed in seeds(0))
+
+
+def test_sequences_of_one_request_count_their_seeds_up(front_end: FrontEnd) -> None:
+    _, requests = add(front_end, n=3, seed=2**64 - 2, prompt_logprobs=1)
+    assert [request.sampling.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
+    assert len({request.id for request in requests}) == 3
+    assert [request.sampling.prompt_logprobs for request in requests] == [1, None, None]
+
+
+def test_tokens_become_text_and_an_end(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
+    generation, (request,) = add(front_end)
+    ids = tokenizer.encode(" to 日本")
+    for token_id in ids:
+        changed, aborts = tell(front_end, Tokens(request.id, [token_id], num_cached_tokens=3))
+        assert (changed, aborts) == ([generation], [])
+        assert not generation.finished
+    tell(front_end, Tokens(request.id, [EOS], "stop"))
+    output = generation.output()
+    assert (output.prompt, output.finished, output.num_cached_tokens) == ("Hello", True, 3)
+    (completion,) = output.outputs
+    assert (completion.text, completion.token_ids) == (" to 日本", [*ids, EOS])
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
+    assert (completion.logprobs, completion.cumulative_logprob, output.prompt_logprobs) == (None, None, None)
+    metrics = output.metrics
+    assert metrics.first_token_time is not None
+    assert metrics.finished_time is not None
+    assert metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
+    assert front_end.num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "last", "stop_reason", "text"),
+    [
+        ({}, EOS, None, "ab"),
+        ({}, 0, None, "ab"),
+        ({"stop_token_ids": [EOS]}, EOS, None, "ab"),
+        ({"stop_token_ids": [EOS], "ignore_eos": True}, EOS, EOS, "ab"),
+        ({"stop_token_ids": [C]}, C, C, "ab"),
+        ({"stop_token_ids": [C], "include_stop_str_in_output": True}, C, C, "abc"),
+        ({"include_stop_str_in_output": True}, EOS, None, "ab"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, EOS, None, "ab<|im_end|>"),
+    ],
+)
+def test_a_stop_token_is_told_but_not_shown(
+    front_end: FrontEnd, tokenizer: Tokenizer, params: dict[str, Any], last: int, stop_reason: int | None, text: str
+) -> None:
+    assert tokenizer.decode([A, B, C]) == "abc"
+    generation, (request,) = add(front_end, **params)
+    tell(front_end, Tokens(request.id, [A, B, last], "stop"))
+    (completion,) = generation.output().outputs
+    assert completion.token_ids == [A, B, last]
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (text, "stop", stop_reason)
+
+
+def test_a_stop_string_ends_here_and_is_aborted_there(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end, stop=["bc"])
+    assert tell(front_end, Tokens(request.id, [A, B]))[1] == []
+    assert generation.output().outputs[0].text == "a"
+    changed, aborts = tell(front_end, Tokens(request.id, [C, D]))
+    assert (changed, aborts) == ([generation], [request.id])
+    assert tell(front_end, Tokens(request.id, [E]), Tokens(request.id, [], "abort")) == ([], [])
+    (completion,) = generation.output().outputs
+    assert (completion.text, completion.token_ids) == ("a", [A, B, C])
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", "bc")
+
+
+def test_a_stop_string_in_the_last_token_needs_no_abort(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end, stop=["bc"])
+    assert tell(front_end, Tokens(request.id, [A, B, C], "length"))[1] == []
+    assert generation.output().outputs[0].stop_reason == "bc"
+
+
+def test_a_stop_string_counts_from_min_tokens_on(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end, stop=["ab"], min_tokens=2)
+    tell(front_end, Tokens(request.id, [A, B]))
+    assert not generation.finished
+    tell(front_end, Tokens(request.id, [A, B]))
+    assert generation.output().outputs[0].text == "ab"
+    assert generation.finished
+
+
+def test_half_a_character_is_shown_only_at_the_end(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
+    generation, (request,) = add(front_end)
+    half = tokenizer.encode("日")[:1]
+    tell(front_end, Tokens(request.id, half))
+    assert generation.output().outputs[0].text == ""
+    tell(front_end, Tokens(request.id, [], "length"))
+    assert generation.output().outputs[0].text == tokenizer.decode(half) == "\ufffd"
+
+
+def test_a_request_of_several_sequences_ends_with_the_last(front_end: FrontEnd) -> None:
+    generation, requests = add(front_end, n=3, stop=["b"])
+    changed, aborts = tell(front_end, *(Tokens(request.id, [A + i]) for i, request in enumerate(requests)))
+    assert (changed, aborts) == ([generation], [requests[1].id])
+    tell(front_end, Tokens(requests[0].id, [D], "length"))
+    assert not generation.finished
+    tell(front_end, Tokens(requests[2].id, [], "error", error="rank 1 fell over"))
+    output = generation.output()
+    assert output.finished
+    assert [(o.index, o.text, o.finish_reason, o.error) for o in output.outputs] == [
+        (0, "ad", "length", None),
+        (1, "", "stop", None),
+        (2, "c", "error", "rank 1 fell over"),
+    ]
+
+
+def test_logprobs_carry_ranks_and_text(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end, [A, B, C], logprobs=2, prompt_logprobs=1)
+    tell(
+        front_end,
+        Tokens(
+            request.id,
+            [D],
+            logprobs=[TokenLogprobs([D, A, B], [-3.0, -0.5, -1.0], rank=9)],
+            prompt_logprobs=[TokenLogprobs([B, B], [-0.25, -0.25], rank=1)],
+        ),
+    )
+    news = Tokens(request.id, [EOS], "stop", logprobs=[TokenLogprobs([EOS, EOS, 5], [-0.5, -0.5, -2.0], rank=1)])
+    news.prompt_logprobs = [TokenLogprobs([C, A], [-1.5, -0.75], rank=4)]
+    tell(front_end, news)
+    output = generation.output()
+    (completion,) = output.outputs
+    assert completion.cumulative_logprob == -3.5
+    assert completion.logprobs == [
+        {D: Logprob(-3.0, 9, "d"), A: Logprob(-0.5, 1, "a"), B: Logprob(-1.0, 2, "b")},
+        {EOS: Logprob(-0.5, 1, "<|im_end|>"), 5: Logprob(-2.0, 2, "<file_sep>")},
+    ]
+    assert output.prompt_logprobs == [
+        None,
+        {B: Logprob(-0.25, 1, "b")},
+        {C: Logprob(-1.5, 4, "c"), A: Logprob(-0.75, 1, "a")},
+    ]
+
+
+def test_an_aborted_request_keeps_what_it_had(front_end: FrontEnd) -> None:
+    generation, requests = add(front_end, n=2)
+    tell(front_end, Tokens(requests[0].id, [A], "length"), Tokens(requests[1].id, [B]))
+    assert front_end.running(generation.request_id) is generation
+    assert front_end.abort(generation) == [requests[1].id]
+    assert front_end.abort(generation) == []
+    assert front_end.running(generation.request_id) is None
+    assert [(o.text, o.finish_reason) for o in generation.output().outputs] == [("a", "length"), ("b", "abort")]
+    assert tell(front_end, Tokens(requests[1].id, [C])) == ([], [])
+
+
+def test_an_output_is_a_snapshot(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end)
+    tell(front_end, Tokens(request.id, [A]))
+    before = generation.output()
+    tell(front_end, Tokens(request.id, [B]))
+    assert (before.outputs[0].token_ids, before.outputs[0].text) == ([A], "a")
+
+
+def test_a_running_requests_id_cannot_be_taken_twice(front_end: FrontEnd) -> None:
+    first = front_end.prepare("Hello", SamplingParams(), "mine")
+    front_end.add(first)
+    with pytest.raises(ValueError, match="request_id 'mine' is that of a running request"):
+        front_end.add(front_end.prepare("Hello", SamplingParams(), "mine"))
+    front_end.abort(first)
+    front_end.add(front_end.prepare("Hello", SamplingParams(), "mine"))
+
+
+def test_without_a_tokenizer_there_are_ids_alone() -> None:
+    front_end = make_front_end(None)
+    with pytest.raises(ValueError, match="the prompt is text, 'Hello', but there is no tokenizer"):
+        add(front_end, "Hello")
+    with pytest.raises(ValueError, match="but there is no tokenizer to make text; use stop_token_ids"):
+        add(front_end, [5], stop="x")
+    generation, (request,) = add(front_end, [5], logprobs=0)
+    tell(front_end, Tokens(request.id, [A, 7], "stop", logprobs=[TokenLogprobs([i], [-1.0], 1) for i in (A, 7)]))
+    (completion,) = generation.output().outputs
+    assert (completion.text, completion.token_ids, completion.stop_reason) == ("", [A, 7], 7)
+    assert completion.logprobs == [{A: Logprob(-1.0, 1, None)}, {7: Logprob(-1.0, 1, None)}]
+
+
+def test_text_can_be_left_out(front_end: FrontEnd) -> None:
+    generation, (request,) = add(front_end, detokenize=False)
+    tell(front_end, Tokens(request.id, [A], "length"))
+    assert (generation.output().outputs[0].text, generation.output().outputs[0].token_ids) == ("", [A])
