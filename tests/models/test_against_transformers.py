@@ -183,9 +183,7 @@ def test_logits_after_a_prefix_that_another_request_writes_in_the_same_batch(
     family: str, size: int, chunk: int | None, expected: Callable[[str], Expected], run_ranks: RunRanks
 ) -> None:
     reference = expected(family)
-    shares = run_ranks(
-        "logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk, prefix=PREFIX
-    )
+    shares = run_ranks("logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk, prefix=PREFIX)
     logits = [reference.logits[0]] + [logits[PREFIX:] for logits in reference.logits[1:]]
     assert largest_difference(shares, logits) < TOLERANCE
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Client
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 import eagleray.workers.attention  # noqa: F401  implements the op
@@ -161,13 +161,16 @@ def compile_counts(tp: TPGroup, path: str, batches: list[list[int]]) -> tuple[in
     Returns how many graphs were compiled, and the largest difference between both models' hidden states.
     """
     torch._dynamo.reset()
-    model = load_model(path, tp=tp, dtype=torch.float32, device=CPU)
+    torch.manual_seed(0)
+    model = load_model(path, tp=tp, dtype=torch.float32, device=CPU, load_format="dummy")
     plain, compiled = Paged(model), Paged(model)
     graphs = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
+        attentions = [node for node in graph.graph.nodes if node.target is torch.ops.eagleray.attention]
+        assert len(attentions) == model.config.num_layers, "attention must be one op per layer"
         return graph.forward
 
     compiled.forward = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)

@@ -1,0 +1,254 @@
+"""What a rank reads from a checkpoint, what it says when something is wrong with one, and weights made up."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eagleray.models import checkpoint
+from eagleray.models.decoder import CausalLM
+from eagleray.models.loader import checkpoint_pieces, load_model
+from eagleray.parallel.group import TPGroup
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+}
+CPU = torch.device("cpu")
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def load(path: Path, tp: TPGroup | None = None, **options: Any) -> CausalLM:
+    return load_model(path, tp=tp or TPGroup(), dtype=torch.float32, device=CPU, **options)
+
+
+def whole_tensors(models: list[CausalLM]) -> dict[str, Tensor]:
+    """The checkpoint's tensors, put together from every rank's shard."""
+    whole: dict[str, Tensor] = {}
+    for model in models:
+        for name, piece in checkpoint_pieces(model):
+            whole.setdefault(name, torch.full(piece.shape, float("nan")))[piece.region] = piece.target
+    return whole
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A checkpoint in one file."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    tensors = whole_tensors([load(tmp_path, load_format="dummy")])
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def tensors(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def split(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The same checkpoint in two files with an index."""
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in files.items():
+        save_file({name: tensors[name] for name in own}, path / file)
+    index = {"weight_map": {name: file for file, own in files.items() for name in own}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("files", ["one", "several"])
+def test_the_shards_together_are_the_checkpoint(path: Path, tensors: dict[str, Tensor], size: int, files: str) -> None:
+    if files == "several":
+        split(path, tensors)
+    whole = whole_tensors([load(path, TPGroup(rank, size)) for rank in range(size)])
+    assert whole.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(whole[name], tensor), name
+
+
+class CountingFile:
+    """A safetensors file that adds up the bytes that are read."""
+
+    def __init__(self, file: Any, read: list[int]) -> None:
+        self.file, self.read = file, read
+
+    def keys(self) -> list[str]:
+        return list(self.file.keys())
+
+    def get_slice(self, name: str) -> "CountingSlice":
+        return CountingSlice(self.file.get_slice(name), self.read)
+
+    def __exit__(self, *args: object) -> None:
+        self.file.__exit__(*args)
+
+
+class CountingSlice:
+    def __init__(self, inner: Any, read: list[int]) -> None:
+        self.inner, self.read = inner, read
+
+    def get_shape(self) -> list[int]:
+        return list(self.inner.get_shape())
+
+    def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
+        tensor: Tensor = self.inner[region]
+        self.read.append(tensor.nbytes)
+        return tensor
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    bytes_read: list[int] = []
+    safe_open = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", lambda *a, **k: CountingFile(safe_open(*a, **k), bytes_read))
+    yield bytes_read
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_rank_reads_its_own_bytes_and_no_others(path: Path, size: int, read: list[int]) -> None:
+    for rank in range(size):
+        read.clear()
+        model = load(path, TPGroup(rank, size))
+        assert sum(read) == sum(parameter.nbytes for parameter in model.parameters())
+    if size > 1:
+        assert sum(read) < 0.6 * (path / "model.safetensors").stat().st_size
+
+
+def test_weights_take_the_dtype_that_is_asked_for(path: Path, tensors: dict[str, Tensor]) -> None:
+    model = load_model(path, tp=TPGroup(), dtype=torch.bfloat16, device=CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(whole_tensors([model])[UP].bfloat16(), tensors[UP].bfloat16())
+    assert torch.get_default_dtype() == torch.float32
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_on_the_meta_device_a_model_takes_no_memory(path: Path) -> None:
+    model = load_model(path, tp=TPGroup(), dtype=torch.float32, device=torch.device("meta"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_a_missing_tensor(path: Path, tensors: dict[str, Tensor]) -> None:
+    del tensors[UP]
+    with pytest.raises(ValueError, match=rf"tensor {UP} is missing from .*model.safetensors"):
+        load(rewrite(path, tensors))
+
+
+def test_a_left_over_tensor(path: Path, tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight in .*model.safetensors is left over"):
+        load(rewrite(path, tensors))
+
+
+@pytest.mark.parametrize("shape", [(64, 31), (65, 32), (64,)])
+def test_a_misshapen_tensor(path: Path, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> None:
+    tensors[UP] = torch.zeros(shape)
+    message = rf"tensor {UP} in .*model.safetensors has shape \{list(shape)}, but the model needs \[64, 32\]"
+    with pytest.raises(ValueError, match=message.replace("]", r"\]", 1)):
+        load(rewrite(path, tensors), TPGroup(1, 2))
+
+
+def test_a_file_cut_short_within_a_tensor(path: Path) -> None:
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    last = max(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")]).items(), key=_end)[0]
+    with pytest.raises(ValueError, match=rf"tensor {last} in .*model.safetensors is cut short"):
+        load(path)
+
+
+def _end(entry: tuple[str, dict[str, Any]]) -> int:
+    return int(entry[1].get("data_offsets", (0, 0))[1])
+
+
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_a_file_cut_short_within_its_header(path: Path, size: int) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"model.safetensors is cut short"):
+        load(path)
+
+
+def test_a_file_of_something_else(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"\x04\0\0\0\0\0\0\0oopsmore")
+    with pytest.raises(ValueError, match=r"model.safetensors is no safetensors file"):
+        load(path)
+
+
+def test_a_file_that_the_index_names_is_missing(path: Path, tensors: dict[str, Tensor]) -> None:
+    split(path, tensors)
+    (path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"tensor .* there is no file .*b.safetensors"):
+        load(path)
+
+
+def test_a_tensor_that_the_index_names_is_not_in_its_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    split(path, tensors)
+    save_file({"other": torch.zeros(1)}, path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"tensor .* cannot be read from .*b.safetensors"):
+        load(path)
+
+
+def test_no_weights_at_all(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds neither model.safetensors nor model.safetensors.index.json"):
+        load(path)
+
+
+def test_tied_weights_are_one_tensor_and_a_stored_head_is_not_needed(path: Path, tensors: dict[str, Tensor]) -> None:
+    (path / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
+    model = load(path)  # the file still holds lm_head.weight
+    assert model.lm_head is model.model.embed_tokens
+    del tensors["lm_head.weight"]
+    assert load(rewrite(path, tensors)).lm_head.weight.shape == (96, 32)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_dummy_weights_are_the_same_whole_tensors_at_any_size(path: Path, size: int) -> None:
+    whole = whole_tensors([load(path, load_format="dummy", seed=3)])
+    for name, tensor in whole_tensors(
+        [load(path, TPGroup(rank, size), load_format="dummy", seed=3) for rank in range(size)]
+    ).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_dummy_weights_are_normal_and_depend_on_seed_and_name(path: Path) -> None:
+    big = {**CONFIG, "hidden_size": 256, "intermediate_size": 1024}
+    (path / "config.json").write_text(json.dumps(big))
+    weights = whole_tensors([load(path, load_format="dummy")])
+    up = weights[UP].flatten()
+    assert up.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(up.mean().item()) < 2e-4
+    normal = torch.distributions.Normal(0.0, 0.02)
+    for quantile in (0.01, 0.25, 0.75, 0.99):
+        below = (up < normal.icdf(torch.tensor(quantile))).float().mean().item()
+        assert below == pytest.approx(quantile, abs=0.005)
+    assert weights["model.norm.weight"].mean().item() == pytest.approx(1.0, abs=0.01)
+    others = [
+        weights["model.layers.0.mlp.up_proj.weight"],
+        whole_tensors([load(path, load_format="dummy", seed=1)])[UP],
+    ]
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack((up, other.flatten())))[0, 1].item()) < 0.01
+
+
+def test_an_unknown_load_format(path: Path) -> None:
+    with pytest.raises(ValueError, match="load_format is 'gguf'; choose one of safetensors, dummy"):
+        load(path, load_format="gguf")
