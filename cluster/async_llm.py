@@ -1,6 +1,7 @@
 """The streaming front end for asyncio."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.prompts import Message, Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncLLM:
@@ -149,8 +152,8 @@ class AsyncLLM:
         except EngineDeadError as error:
             self._fail(str(error))
         except Exception as error:
+            logger.exception("The front end failed; its requests end with this cause")
             self._fail(f"the front end failed: {error!r}")
-            raise
 
     def _abort(self, generation: Generation) -> None:
         """End a request here and in the engine, if it runs."""

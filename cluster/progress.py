@@ -14,10 +14,11 @@ class BatchProgress:
     """Shows finished requests and tokens per second on standard error; disabled it does nothing."""
 
     def __init__(self, generations: list[Generation], *, enabled: bool) -> None:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(
-            TextColumn("Generating"),
-            *columns,
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[rates]}"),
             console=Console(stderr=True),
             disable=not enabled,
@@ -45,8 +46,6 @@ class BatchProgress:
             self._num_prompt_tokens += len(generation.prompt_token_ids)
             self._num_output_tokens += sum(len(completion.token_ids) for completion in generation.completions)
         seconds = max(time.monotonic() - self._start, 1e-9)
-        rates = (
-            f"prompt {self._num_prompt_tokens / seconds:.1f} tokens/s, "
-            f"output {self._num_output_tokens / seconds:.1f} tokens/s"
-        )
+        prompt, output = self._num_prompt_tokens / seconds, self._num_output_tokens / seconds
+        rates = f"tokens/s: prompt {prompt:.0f}, output {output:.0f}"
         self._bar.update(self._task, advance=len(finished), rates=rates)

@@ -1,0 +1,304 @@
+"""`LLM` and `AsyncLLM` over a real scheduler in this process, whose rank's tokens can be foretold."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.llm import LLM
+from eagleray.cluster.messages import Abort, EngineOutputs, Submit, Tokens
+from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.wire import StepOutput
+from support.toy_rank import ToyRank, generate
+
+ME = b"front end"
+PROMPTS = [[20 + i, 30, *range(17, 17 + i)] for i in range(12)]
+
+
+class LocalEngine:
+    """An engine link without processes: one step a call, one step ahead, and failures on demand."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler(num_blocks=400, block_size=4, max_num_seqs=64, max_num_batched_tokens=256)
+        self.rank = ToyRank(400, 4)
+        self.failures: dict[int, BaseException] = {}  # number of a call -> what it raises
+        self.num_calls = 0
+        self.closed = False
+        self._dead: EngineDeadError | None = None
+        self._in_flight: deque[StepOutput] = deque()
+        self._news: list[Tokens] = []
+
+    def send(self, message: Submit | Abort) -> None:
+        if self._dead:
+            raise self._dead
+        if isinstance(message, Submit):
+            for request in message.requests:
+                self.scheduler.add(ME, request)
+        else:
+            self._news += filter(None, (self.scheduler.abort(ME, id) for id in message.ids))
+
+    def receive(self, timeout_s: float | None) -> EngineOutputs | None:
+        self.num_calls += 1
+        failure = self.failures.get(self.num_calls)
+        if isinstance(failure, EngineDeadError):
+            self._dead = failure
+        if self._dead or failure:
+            raise self._dead or failure  # type: ignore[misc]
+        while len(self._in_flight) < 2 and (step := self.scheduler.schedule()):
+            self._in_flight.append(self.rank.run(step))
+        news, self._news = self._news, []
+        if self._in_flight:
+            news += [tokens for _, tokens in self.scheduler.update(self._in_flight.popleft())]
+        return EngineOutputs(news, self.scheduler.stats()) if news else None
+
+    async def areceive(self) -> EngineOutputs:
+        while (news := self.receive(0)) is None:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        return news
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_model_dir: Path) -> Tokenizer:
+    return Tokenizer.from_dir(demo_model_dir)
+
+
+@pytest.fixture
+def engine() -> LocalEngine:
+    return LocalEngine()
+
+
+@pytest.fixture
+def front_end(tokenizer: Tokenizer) -> FrontEnd:
+    return FrontEnd(tokenizer, ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2})))
+
+
+@pytest.fixture
+def llm(engine: LocalEngine, front_end: FrontEnd) -> LLM:
+    return LLM.attach(engine, front_end)
+
+
+@pytest.fixture
+def async_llm(engine: LocalEngine, front_end: FrontEnd) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM.attach(engine, front_end)
+    yield llm
+    assert engine.scheduler.num_unfinished == 0 or engine.failures, "a request was left running"
+
+
+def params(max_tokens: int = 20, **others: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **others)  # type: ignore[arg-type]
+
+
+def token_ids(output: RequestOutput) -> list[int]:
+    return output.outputs[0].token_ids
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, tokenizer: Tokenizer) -> None:
+    each = [params(30 - 2 * i) for i in range(len(PROMPTS))]
+    outputs = llm.generate(PROMPTS, each, use_tqdm=False)
+    for prompt, wanted, output in zip(PROMPTS, each, outputs, strict=True):
+        expected = generate(prompt, wanted.max_tokens or 0)
+        assert (output.prompt_token_ids, token_ids(output), output.finished) == (prompt, expected, True)
+        assert output.outputs[0].text == tokenizer.decode(prompt + expected)[len(tokenizer.decode(prompt)) :]
+
+
+def test_one_prompt_needs_no_list(llm: LLM, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("1+2=")
+    for prompt in ("1+2=", ids, {"prompt": "1+2="}, {"prompt_token_ids": ids}, ["1+2="], [ids]):
+        (output,) = llm.generate(prompt, params(5), use_tqdm=False)  # type: ignore[arg-type]
+        assert token_ids(output) == generate(ids, 5)
+
+
+def test_no_prompts_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == []
+
+
+def test_nothing_is_sent_if_one_prompt_is_bad(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+    with pytest.raises(ValueError, match="the prompt has 300 tokens"):
+        llm.generate([*PROMPTS, [5] * 300], params(), use_tqdm=False)
+    with pytest.raises(ValueError, match="there are 12 prompts and 2 sampling_params"):
+        llm.generate(PROMPTS, [params()] * 2, use_tqdm=False)
+    assert engine.scheduler.num_unfinished == front_end.num_running == engine.num_calls == 0
+
+
+def test_a_chat_is_put_into_the_models_template(llm: LLM, tokenizer: Tokenizer) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("Hello", "Bye")]
+    outputs = llm.chat(chats, params(4), use_tqdm=False)
+    for chat, output in zip(chats, outputs, strict=True):
+        assert output.prompt == tokenizer.apply_chat_template(chat)
+        assert output.prompt_token_ids == tokenizer.encode(output.prompt, add_special_tokens=False)
+        assert token_ids(output) == generate(output.prompt_token_ids, 4)
+    assert llm.chat(chats[1], params(4), use_tqdm=False)[0].prompt == outputs[1].prompt
+
+
+def test_a_stop_string_frees_the_engine_at_once(llm: LLM, engine: LocalEngine, tokenizer: Tokenizer) -> None:
+    expected = generate(PROMPTS[0], 40)
+    text = tokenizer.decode(expected[:12])
+    (output,) = llm.generate(PROMPTS[0], params(200, stop=text[-3:]), use_tqdm=False)
+    assert output.outputs[0].text == text[: text.index(text[-3:])]
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", text[-3:])
+    assert engine.scheduler.num_unfinished == 0
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError()])
+def test_an_interruption_ends_what_runs(llm: LLM, engine: LocalEngine, interruption: BaseException) -> None:
+    engine.failures = {5: interruption}
+    with pytest.raises(type(interruption)):
+        llm.generate(PROMPTS, params(), use_tqdm=False)
+    assert engine.scheduler.num_unfinished == 0
+    assert token_ids(llm.generate(PROMPTS[3], params(), use_tqdm=False)[0]) == generate(PROMPTS[3], 20)
+
+
+def test_a_dead_engine_says_why(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+    engine.failures = {5: EngineDeadError("rank 1 is gone")}
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+            llm.generate(PROMPTS, params(), use_tqdm=False)
+        assert front_end.num_running == 0
+
+
+def test_progress_is_shown_on_standard_error(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate(PROMPTS, params())
+    shown = capfd.readouterr()
+    assert (shown.out, "12/12" in shown.err, "tokens/s" in shown.err) == ("", True, True)
+
+
+def test_closing_closes_the_engine(llm: LLM, engine: LocalEngine) -> None:
+    with llm:
+        assert not engine.closed
+    assert engine.closed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 2}, "no such option: tensor_parallel; the options are block_size, compile"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0"),
+        ({"model": "/nowhere"}, "there is no model directory /nowhere"),
+        ({"tokenizer": "/nowhere"}, "there is no directory /nowhere; name a directory with a tokenizer.json"),
+        ({"tokenizer": "/nowhere", "skip_tokenizer_init": True}, "leave one of them out"),
+    ],
+)
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_bad_options_are_refused_before_anything_starts(
+    demo_model_dir: Path, kind: type[LLM] | type[AsyncLLM], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**{"model": demo_model_dir} | options)  # type: ignore[arg-type]
+
+
+async def collect(outputs: AsyncIterator[RequestOutput], pause: float = 0) -> list[RequestOutput]:
+    collected = []
+    async for output in outputs:
+        collected.append(output)
+        await asyncio.sleep(pause)
+    return collected
+
+
+async def test_streams_grow_to_what_generate_returns(async_llm: AsyncLLM) -> None:
+    streams = await asyncio.gather(*(collect(async_llm.generate(prompt, params())) for prompt in PROMPTS))
+    for prompt, outputs in zip(PROMPTS, streams, strict=True):
+        assert token_ids(outputs[-1]) == generate(prompt, 20)
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+        for output in outputs:
+            assert token_ids(outputs[-1])[: len(token_ids(output))] == token_ids(output)
+            assert outputs[-1].outputs[0].text.startswith(output.outputs[0].text)
+
+
+async def test_a_slow_consumer_gets_merged_outputs_and_the_last(async_llm: AsyncLLM) -> None:
+    outputs = await collect(async_llm.generate(PROMPTS[0], params(200)), pause=0.05)
+    assert len(outputs) < 100
+    assert token_ids(outputs[-1]) == generate(PROMPTS[0], 200)
+
+
+async def test_leaving_the_iteration_aborts_the_request(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+    async for output in async_llm.generate(PROMPTS[0], params(200)):
+        if len(token_ids(output)) >= 3:
+            break
+    await asyncio.sleep(0.01)
+    assert engine.scheduler.num_unfinished == 0
+
+
+async def test_cancelling_aborts_only_that_request(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+    cancelled = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(200))))
+    other = asyncio.create_task(collect(async_llm.generate(PROMPTS[1], params(100))))
+    while engine.scheduler.num_unfinished != 2:
+        await asyncio.sleep(0)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert engine.scheduler.num_unfinished == 1
+    assert token_ids((await other)[-1]) == generate(PROMPTS[1], 100)
+
+
+async def test_abort_gives_a_last_output(async_llm: AsyncLLM) -> None:
+    outputs = []
+    async for output in async_llm.generate(PROMPTS[0], params(200), "mine"):
+        outputs.append(output)
+        if len(outputs) == 3:
+            await async_llm.abort("mine")
+    await async_llm.abort("mine")
+    assert len(outputs) == 4
+    assert outputs[-1].outputs[0].finish_reason == "abort"
+    assert token_ids(outputs[-1]) == generate(PROMPTS[0], len(token_ids(outputs[-1])))
+
+
+async def test_an_aborted_requests_id_is_free_while_its_stream_is_open(async_llm: AsyncLLM) -> None:
+    first = async_llm.generate(PROMPTS[0], params(200), "mine")
+    await anext(first)
+    await async_llm.abort("mine")
+    second = asyncio.create_task(collect(async_llm.generate(PROMPTS[1], params(), "mine")))
+    await asyncio.sleep(0)
+    assert (await collect(first))[-1].outputs[0].finish_reason == "abort"
+    assert token_ids((await second)[-1]) == generate(PROMPTS[1], 20)
+
+
+async def test_a_bad_request_hurts_no_other(async_llm: AsyncLLM) -> None:
+    other = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(50), "taken")))
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        await collect(async_llm.generate([], params()))
+    with pytest.raises(ValueError, match="request_id 'taken' is that of a running request"):
+        await collect(async_llm.generate(PROMPTS[1], params(), "taken"))
+    assert token_ids((await other)[-1]) == generate(PROMPTS[0], 50)
+
+
+async def test_a_dead_engine_reaches_every_waiter(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+    engine.failures = {9: EngineDeadError("rank 1 is gone")}
+    finished = async_llm.generate(PROMPTS[0], params(2))
+    await anext(finished)
+    streams = [collect(async_llm.generate(prompt, params(200))) for prompt in PROMPTS]
+    for result in await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 5):
+        assert isinstance(result, EngineDeadError)
+        assert "rank 1 is gone" in str(result)
+    assert token_ids((await collect(finished))[-1]) == generate(PROMPTS[0], 2), "what was whole by then is delivered"
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        await collect(async_llm.generate(PROMPTS[0], params()))
+
+
+async def test_a_failure_of_the_front_end_itself_hangs_nobody(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+    engine.failures = {5: MemoryError("no room")}
+    with pytest.raises(EngineDeadError, match="the front end failed: MemoryError"):
+        await asyncio.wait_for(collect(async_llm.generate(PROMPTS[0], params())), 5)
+
+
+async def test_closing_ends_every_wait(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+    engine.failures = {10**9: MemoryError()}  # requests are left in the engine, which ends with it
+    waiting = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(200))))
+    await asyncio.sleep(0.01)
+    async_llm.close()
+    with pytest.raises(EngineDeadError, match="the front end was closed"):
+        await asyncio.wait_for(waiting, 5)
+    assert engine.closed
