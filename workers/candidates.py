@@ -7,7 +7,7 @@ Otherwise, when a top-k is huge or the distribution so flat that its nucleus is 
 question offer eight times as many, and in the last resort their whole shares.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.noise import log_exponential
-from eagleray.workers.pairs import PAD, pack, top_pairs, unpack
+from eagleray.workers.pairs import PAD, line_blocks, merge, pack, top_pairs, unpack
 from eagleray.workers.sampling_table import NO_TOP_K
 
 INITIAL_WIDTH = 256
@@ -30,9 +30,10 @@ class Restriction:
     top_k: Tensor  # [n] int64
     top_p: Tensor  # [n] float64, inf where there is no top-p
     max_top_k: int  # the largest of `top_k`, known to the host
+    has_min_p: bool  # any line
 
     def of(self, lines: Tensor) -> "Restriction":
-        return Restriction(self.log_min_p[lines], self.top_k[lines], self.top_p[lines], self.max_top_k)
+        return replace(self, log_min_p=self.log_min_p[lines], top_k=self.top_k[lines], top_p=self.top_p[lines])
 
 
 def draw_restricted(
@@ -67,7 +68,7 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     stays.
     """
     gathered = tp.all_gather(offers)
-    merged = gathered.movedim(0, 1).flatten(1).sort(dim=-1, descending=True).values
+    merged = merge(gathered)
     num_certain = (merged >= gathered[:, :, -1].amax(dim=0).unsqueeze(1)).sum(dim=-1)
 
     logits, _ = unpack(merged)
@@ -79,7 +80,7 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     total = masses.sum(dim=-1)
     has_top_k = restriction.top_k < NO_TOP_K
     if restriction.max_top_k == NO_TOP_K:
-        total = torch.where(has_top_k, total, tp.all_reduce(_share_mass(values, highest, restriction.log_min_p)))
+        total = torch.where(has_top_k, total, tp.all_reduce(_share_mass(values, highest, restriction)))
     mass_before = torch.nn.functional.pad(masses.cumsum(dim=-1)[:, :-1], (1, 0))
     stays = is_candidate & (mass_before < (restriction.top_p * total).unsqueeze(1))
 
@@ -89,10 +90,16 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     return cuts, tp.all_reduce(is_open.to(torch.int32), "max") > 0
 
 
-def _share_mass(values: Tensor, highest: Tensor, log_min_p: Tensor) -> Tensor:
+def _share_mass(values: Tensor, highest: Tensor, restriction: Restriction) -> Tensor:
     """The mass [n] float64 of this rank's share, relative to that of the highest token, without what min-p drops."""
-    masses = _masses(values, highest).mul_(values >= highest + log_min_p.unsqueeze(1))
-    return masses.sum(dim=-1, dtype=torch.float64)
+    lowest = highest + restriction.log_min_p.unsqueeze(1)
+    sums = []
+    for block in line_blocks(values):
+        masses = _masses(values[block], highest[block])
+        if restriction.has_min_p:
+            masses.masked_fill_(values[block] < lowest[block], 0.0)
+        sums.append(masses.sum(dim=-1))
+    return torch.cat(sums).to(torch.float64)
 
 
 def _masses(logits: Tensor, highest: Tensor) -> Tensor:

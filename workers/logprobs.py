@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.pairs import top_pairs, unpack
+from eagleray.workers.pairs import merge, top_pairs, unpack
 from eagleray.workers.wire import TokenLogprobs
 
 
@@ -31,17 +31,17 @@ def token_logprobs(logits: Tensor, targets: Tensor, num_top: int, vocab_share: r
     more than the number of tokens that are strictly more likely. `num_top` beyond the vocabulary means all of it.
     """
     offers = tp.all_gather(top_pairs(logits, vocab_share.start, max(1, num_top)))
-    merged = offers.movedim(0, 1).flatten(1).sort(dim=-1, descending=True).values[:, : max(1, num_top)]
+    merged = merge(offers)[:, : max(1, num_top)]
     top_values, top_ids = unpack(merged)
     highest = top_values[:, :1]
-    total = tp.all_reduce((logits - highest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64))
+    total = tp.all_reduce((logits - highest).exp_().sum(dim=-1, keepdim=True))
 
     columns = (targets - vocab_share.start).unsqueeze(1)
     is_here = (columns >= 0) & (columns < len(vocab_share))
     here = logits.gather(1, columns.clamp(0, len(vocab_share) - 1))
     target_values = tp.all_reduce(torch.where(is_here, here, -torch.inf), "max")
-    num_above = tp.all_reduce((logits > target_values).sum(dim=-1))
+    num_above = tp.all_reduce((logits > target_values).float().sum(dim=-1))  # exact below 2**24, and vectorised
 
     token_ids = torch.cat([targets.unsqueeze(1), top_ids[:, :num_top]], dim=1)
     values = torch.cat([target_values, top_values[:, :num_top]], dim=1)
-    return LogprobTensors(token_ids, values - highest - total.log().float(), num_above + 1)
+    return LogprobTensors(token_ids, values - highest - total.log(), num_above.to(torch.int64) + 1)

@@ -48,9 +48,10 @@ def random_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
     step = (keys | 1).to(torch.int32).unsqueeze(1)
     start = (keys >> 32).to(torch.int32).unsqueeze(1)
     x = (token_ids * step).add_(start)
+    shifted = torch.empty_like(x)
     for shift, factor in _MIX32:
-        x.bitwise_xor_(_shift_right(x, shift, 32)).mul_(_signed(factor, 32))
-    return x.bitwise_xor_(_shift_right(x, 14, 32))
+        x.bitwise_xor_(_shift_right(x, shift, 32, out=shifted)).mul_(_signed(factor, 32))
+    return x.bitwise_xor_(_shift_right(x, 14, 32, out=shifted))
 
 
 def log_exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def log_exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
     E = -log1p(-u) with small u exact, so the upper tail of the Gumbel noise, which decides what is drawn, is right down
     to probabilities of 2**-31 and does not stop at the 2**-24 of a float32 close to 1.
     """
-    u = (random_bits(keys, token_ids) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(-_UNIT)
+    u = random_bits(keys, token_ids).bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(-_UNIT)
     return u.log1p_().neg_().log_()
 
 
@@ -71,9 +72,9 @@ def add_gumbel_(values: Tensor, keys: Tensor, first_id: int) -> Tensor:
     return values
 
 
-def _shift_right(x: Tensor, shift: int, bits: int) -> Tensor:
+def _shift_right(x: Tensor, shift: int, bits: int, out: Tensor | None = None) -> Tensor:
     """Logical right shift: torch's copies the sign."""
-    return (x >> shift).bitwise_and_((1 << (bits - shift)) - 1)
+    return torch.bitwise_right_shift(x, shift, out=out).bitwise_and_((1 << (bits - shift)) - 1)
 
 
 def _signed(value: int, bits: int) -> int:

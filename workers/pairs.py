@@ -12,6 +12,7 @@ from torch import Tensor
 
 PAD = -(1 << 63)  # below the pair of every token
 _LOW = 0xFFFFFFFF
+_GROUP_SIZES = (256, 64, 16)
 _CPU_BLOCK = 1 << 17  # elements; the temporaries of one block stay in a core's cache
 
 
@@ -35,8 +36,9 @@ def unpack_ids(pairs: Tensor) -> Tensor:
 
 def best_pairs(values: Tensor, first_id: int) -> Tensor:
     """The highest pair [n] of each line of `values` [n, share], whose columns are tokens from `first_id` on."""
-    best, column = values.max(dim=-1)  # documented: the first of equal maxima
-    return pack(best, column + first_id)
+    token_ids = torch.arange(first_id, first_id + values.shape[1], device=values.device)
+    likely, ids = _of_best_groups(values, token_ids, 1)
+    return pack(likely, ids).amax(dim=-1)
 
 
 def top_pairs(values: Tensor, first_id: int, width: int) -> Tensor:
@@ -48,9 +50,40 @@ def top_pairs(values: Tensor, first_id: int, width: int) -> Tensor:
     kept = min(width, share)
     top = torch.full((num_lines, width), PAD, dtype=torch.int64, device=values.device)
     token_ids = torch.arange(first_id, first_id + share, device=values.device)
-    for block in line_blocks(values):
-        top[block, :kept] = pack(values[block], token_ids).topk(kept, dim=-1).values
+    likely, ids = _of_best_groups(values, token_ids, kept)
+    for block in line_blocks(likely):
+        top[block, :kept] = pack(likely[block], ids[block]).topk(kept, dim=-1).values
     return top
+
+
+def _of_best_groups(values: Tensor, token_ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Fewer columns of `values` [n, share], with their ids, that still hold the `width` highest pairs of each line.
+
+    Columns stand in groups. A pair outside of the `width` groups with the highest first pairs is below each of those,
+    so it is not among the `width` highest itself. Reading only maxima is many times faster than packing everything.
+    """
+    num_lines, share = values.shape
+    size = next((size for size in _GROUP_SIZES if 4 * width * size <= share), 0)
+    if not size:
+        return values, token_ids.expand(num_lines, -1)
+    num_groups = share // size
+    grouped = values[:, : num_groups * size].view(num_lines, num_groups, size)
+    pairs = pack(grouped.amax(dim=-1), torch.arange(num_groups, device=values.device))
+    groups = unpack_ids(pairs.topk(width, dim=-1).values)
+    index = groups.unsqueeze(2).expand(-1, -1, size)
+    ids = token_ids[: num_groups * size].view(num_groups, size)[groups].flatten(1)
+    rest = slice(num_groups * size, None)
+    return (
+        torch.cat([grouped.gather(1, index).flatten(1), values[:, rest]], dim=1),
+        torch.cat([ids, token_ids[rest].expand(num_lines, -1)], dim=1),
+    )
+
+
+def merge(gathered: Tensor) -> Tensor:
+    """The ranks' pairs `gathered` [size, n, width], each line in order, as one [n, size * width] in order."""
+    if len(gathered) == 1:
+        return gathered[0]
+    return gathered.movedim(0, 1).flatten(1).sort(dim=-1, descending=True).values
 
 
 def line_blocks(x: Tensor) -> Iterator[slice]:

@@ -7,38 +7,32 @@ import torch
 from torch import Tensor
 
 
-def token_counts(
-    tokens: Tensor, num_prompt_tokens: Tensor, num_tokens: Tensor, vocab_share: range
-) -> tuple[Tensor, Tensor]:
-    """How often each token of the share occurs in the prompt and in the output: two tensors [n, share] float32.
+def penalise(
+    logits: Tensor,
+    tokens: Tensor,
+    num_prompt_tokens: Tensor,
+    num_tokens: Tensor,
+    penalties: tuple[Tensor, Tensor, Tensor],
+    vocab_share: range,
+) -> Tensor:
+    """Penalised `logits` [n, share]; the work beyond a copy grows with the tokens, not with the vocabulary.
 
     `tokens` [n, length] int32 holds a request per line: prompt in [0, `num_prompt_tokens` [n]), output up to
-    `num_tokens` [n] (both int64), anything after.
-    """
-    num_lines, length = tokens.shape
-    share = len(vocab_share)
-    positions = torch.arange(length, device=tokens.device)
-    columns = tokens.to(torch.int64) - vocab_share.start
-    is_counted = (columns >= 0) & (columns < share) & (positions < num_tokens.unsqueeze(1))
-    is_output = positions >= num_prompt_tokens.unsqueeze(1)
-    # prompt counts, then output counts, then one cell for whatever is not counted
-    cells = torch.where(is_counted, columns + share * is_output, 2 * share)
-    counts = torch.zeros(num_lines, 2 * share + 1, device=tokens.device)
-    counts.scatter_add_(1, cells, torch.ones(1, 1, device=tokens.device).expand(num_lines, length))
-    return counts[:, :share], counts[:, share : 2 * share]
-
-
-def apply_penalties_(
-    logits: Tensor, counts: tuple[Tensor, Tensor], repetition: Tensor, frequency: Tensor, presence: Tensor
-) -> Tensor:
-    """Penalises `logits` [n, share] in place, given `token_counts` and one factor [n] per line of each kind.
-
-    Repetition (Keskar et al., "CTRL", 2019) divides positive and multiplies other logits of every token seen in prompt
+    `num_tokens` [n] (both int64), anything after. `penalties` are one factor [n] float32 per line of each kind:
+    repetition (Keskar et al., "CTRL", 2019) divides positive and multiplies other logits of every token seen in prompt
     or output; frequency is subtracted once per occurrence in the output, presence once if there is any.
     """
-    in_prompt, in_output = counts
-    factor = repetition.unsqueeze(1)
-    repeated = torch.where(logits > 0, logits / factor, logits * factor)
-    torch.where(in_prompt + in_output > 0, repeated, logits, out=logits)
-    logits.sub_(frequency.unsqueeze(1) * in_output)
-    return logits.sub_(presence.unsqueeze(1) * (in_output > 0))
+    length, share = tokens.shape[1], len(vocab_share)
+    positions = torch.arange(length, device=tokens.device)
+    columns = tokens.to(torch.int64) - vocab_share.start
+    is_seen = (columns >= 0) & (columns < share) & (positions < num_tokens.unsqueeze(1))
+    is_output = (positions >= num_prompt_tokens.unsqueeze(1)).float()
+    columns = torch.where(is_seen, columns, share)  # one column more takes what is not of this share
+
+    repetition, frequency, presence = (penalty.unsqueeze(1) for penalty in penalties)
+    padded = torch.nn.functional.pad(logits, (0, 1))
+    counts = torch.zeros_like(padded).scatter_add_(1, columns, is_output).gather(1, columns)
+    values = padded.gather(1, columns)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts - presence * (counts > 0)
+    return padded.scatter_(1, columns, values)[:, :share]  # a token seen twice is written twice, with the same value

@@ -33,7 +33,7 @@ from eagleray.workers.logit_edits import add_bias_, allow_only_, mask_
 from eagleray.workers.logprobs import LogprobTensors, token_logprobs
 from eagleray.workers.noise import add_gumbel_, row_keys
 from eagleray.workers.pairs import best_pairs, unpack_ids
-from eagleray.workers.penalties import apply_penalties_, token_counts
+from eagleray.workers.penalties import penalise
 from eagleray.workers.sampling_table import NO_TOP_K, Feature, SamplingTable
 from eagleray.workers.wire import TokenLogprobs
 
@@ -98,7 +98,7 @@ class Sampler:
             return SampleOutput(self._agree(best_pairs(logits, self._share.start)))
         batch = _Batch(rows, features, tokens, num_prompt_tokens, num_tokens)
         asking = batch.lines(Feature.LOGPROBS)
-        raw = logits[asking] if asking else None
+        raw = logits.index_select(0, self._tensor(asking)) if asking else None
         self._edit(logits, batch)
         token_ids = self._agree(self._best(logits, batch))
         if raw is None:
@@ -134,15 +134,15 @@ class Sampler:
             self._penalise(logits, batch, penalised)
 
     def _penalise(self, logits: Tensor, batch: _Batch, lines: list[int]) -> None:
+        table = self._table
         rows = self._tensor([batch.rows[line] for line in lines])
         num_prompt_tokens = self._tensor([batch.num_prompt_tokens[line] for line in lines])
         lengths = [batch.num_tokens[line] for line in lines]
         tokens = batch.tokens[rows, : max(lengths)]
-        counts = token_counts(tokens, num_prompt_tokens, self._tensor(lengths), self._share)
-        table = self._table
+        penalties = (table.repetition[rows], table.frequency[rows], table.presence[rows])
         index = _index(self._tensor(lines), len(batch.rows))
-        logits[index] = apply_penalties_(
-            logits[index], counts, table.repetition[rows], table.frequency[rows], table.presence[rows]
+        logits[index] = penalise(
+            logits[index], tokens, num_prompt_tokens, self._tensor(lengths), penalties, self._share
         )
 
     def _best(self, logits: Tensor, batch: _Batch) -> Tensor:
@@ -174,7 +174,8 @@ class Sampler:
         table = self._table
         values = logits.div_(table.temperatures[rows].unsqueeze(1))
         max_top_k = max(table.host[batch.rows[line]].top_k or NO_TOP_K for line in lines)
-        restriction = Restriction(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k)
+        has_min_p = bool((batch.features[lines] & Feature.MIN_P).any())
+        restriction = Restriction(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k, has_min_p)
         return draw_restricted(values, keys, restriction, self._share, self._max_share, self._tp)
 
     def _rows_and_keys(self, batch: _Batch, lines: list[int]) -> tuple[Tensor, Tensor]:
