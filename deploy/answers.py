@@ -10,6 +10,8 @@ from eagleray.cluster.outputs import CompletionOutput, RequestOutput
 from eagleray.deploy.figures import num_output_tokens
 from eagleray.deploy.prompts import Task
 
+FAILED, INTERRUPTED = "(failed)", "(interrupted)"
+
 
 @dataclass
 class Answer:
@@ -53,9 +55,10 @@ class InOrder:
 
 
 def remark(sequence: CompletionOutput) -> str:
-    """What the text alone does not show: why it ended, if not by itself."""
-    endings = {"length": f"cut at {len(sequence.token_ids)} tokens", "abort": "interrupted", None: "interrupted"}
-    return sequence.error or endings.get(sequence.finish_reason, "")
+    """What the text alone does not show: how it ended, if not by itself."""
+    length = f"(cut at {len(sequence.token_ids)} tokens)"
+    endings = {"length": length, "abort": INTERRUPTED, None: INTERRUPTED}
+    return endings.get(sequence.finish_reason, "")
 
 
 def printable(text: str) -> str:

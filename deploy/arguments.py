@@ -36,7 +36,7 @@ SAMPLING_HELP = {
 }
 NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "detokenize"}
 GENERATE_DEFAULTS = {"max_tokens": 256}
-CHAT_DEFAULTS = {"max_tokens": 1024, "temperature": 0.7}
+CHAT_DEFAULTS = {"max_tokens": None, "temperature": 0.7}
 
 ENGINE_HELP = {
     "tensor_parallel_size": "ranks, each a Ray actor, that share every layer of the model",

@@ -64,7 +64,7 @@ class Conversation:
 
 
 def _talk(conversation: Conversation, runner: asyncio.Runner) -> None:
-    at_terminal = sys.stdin.isatty()
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
     if at_terminal:
         print(GREETING)
     while (text := _read("> " if at_terminal else "")) not in (None, "/exit"):
@@ -98,4 +98,5 @@ def _read(prompt: str) -> str | None:
         except KeyboardInterrupt:
             print()
         except EOFError:
+            print()
             return None

@@ -1,5 +1,6 @@
 """A running engine for a command, and what its model can do."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 @contextmanager
 def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
     """Start an engine, with a word on the terminal while that takes; close it whatever happens."""
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
     ranks = f"{config.tensor_parallel_size} rank{'s' * (config.tensor_parallel_size > 1)}"
     with err.status(f"starting {ranks} with {config.model}"):
         from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the word that says so
@@ -40,3 +42,8 @@ def chat_templates(model: str, wanted: bool | None) -> bool:
     if wanted and not has_template:
         raise ValueError(f"the model {model} has no chat template, which --chat, --system and messages need; use --raw")
     return has_template
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """All but Ray's remark at every start that its cluster asks for a token, as it should."""
+    return not record.getMessage().startswith("Token authentication is enabled")

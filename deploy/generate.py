@@ -82,7 +82,7 @@ def _stream(engine: "AsyncLLM", answer: Answer, params: SamplingParams) -> Async
 def _report(answers: Sequence[Answer], elapsed: float, err: Console) -> None:
     """The figures, and each error once with the prompts that it befell."""
     outputs = [answer.output for answer in answers if answer.output is not None]
-    err.print(Figures.of(outputs, elapsed).line(), style="dim", highlight=False, soft_wrap=True)
+    err.print(Figures.of(outputs, elapsed).line(), style="dim", highlight=False, soft_wrap=not err.is_terminal)
     failed: dict[str, list[str]] = {}
     for answer in answers:
         if answer.error is not None:

@@ -6,7 +6,7 @@ from typing import TextIO
 from rich.console import Console, Group
 from rich.text import Text
 
-from eagleray.deploy.answers import Answer, printable, remark
+from eagleray.deploy.answers import FAILED, Answer, printable, remark
 
 TITLE, ASIDE, FAULT = "bold cyan", "dim", "red"
 
@@ -19,7 +19,7 @@ def write_plain(file: TextIO, titled: bool) -> Callable[[Answer], None]:
         if titled:
             print(f"> {answer.task.title}", file=file)
         if answer.error is not None:
-            texts.append(f"error: {answer.error}")
+            texts.append(FAILED)
         print("\n\n".join(texts), end="\n\n" if titled else "\n", file=file, flush=True)
 
     return write
@@ -37,10 +37,10 @@ def whole(answer: Answer) -> Text:
         if len(answer.sequences) > 1:
             parts.append(Text(f"{sequence.index + 1} of {len(answer.sequences)}", style=ASIDE))
         parts.append(Text(printable(sequence.text.strip("\n"))))
-        if note := remark(sequence):
-            parts.append(Text(f"({printable(note)})", style=FAULT if sequence.error else ASIDE))
-    if answer.error is not None and not any(sequence.error for sequence in answer.sequences):
-        parts.append(Text(f"error: {printable(answer.error)}", style=FAULT))
+        if answer.error is None and (note := remark(sequence)):
+            parts.append(Text(note, style=ASIDE))
+    if answer.error is not None:
+        parts.append(Text(FAILED, style=FAULT))
     return Text("\n").join(parts)
 
 

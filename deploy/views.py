@@ -45,9 +45,13 @@ class Bar:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._id = self.progress.add_task("", total=num_requests, tokens=0, rate=0.0)
+        self._id = self.progress.add_task("", start=False, total=num_requests, tokens=0, rate=0.0)
         self._num_tokens: dict[int, int] = {}
         self._total = 0
+
+    def start(self) -> None:
+        """Let the clock run."""
+        self.progress.start_task(self._id)
 
     def count(self, answer: Answer, done: bool = False) -> None:
         """Take in news of one answer."""
@@ -66,6 +70,7 @@ class PlainView:
         self._order = InOrder(write)
 
     def __enter__(self) -> Self:
+        self._bar.start()
         self._bar.progress.start()
         return self
 
@@ -96,7 +101,8 @@ class TerminalView:
         )
 
     def __enter__(self) -> Self:
-        self._live.start()
+        self._bar.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -116,9 +122,9 @@ class TerminalView:
         self._order.done(answer)
 
     def _print(self, answer: Answer) -> None:
-        self._console.print(whole(answer))
-        self._console.print()
-        self._open.pop(answer.index, None)
+        del self._open[answer.index]
+        self.refresh()  # what is printed appears above the region as last drawn
+        self._console.print(whole(answer), "", sep="\n")
 
     def refresh(self) -> None:
         """Draw the region now; otherwise it is drawn several times a second."""

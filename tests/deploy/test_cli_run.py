@@ -1,0 +1,168 @@
+"""The command line with a real engine: two ranks as Ray actors, the demo model, and a terminal where one belongs."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
+# A Ray of its own, whatever else runs on the machine; one thread for each rank leaves room on two cores.
+ENVIRONMENT = os.environ | {
+    "RAY_ADDRESS": "local",
+    "OMP_NUM_THREADS": "1",
+    "TERM": "xterm",
+    "COLUMNS": "80",
+    "LINES": "24",
+}
+OPTIONS = [
+    *["--model", "demo", "--tp", "2", "--threads-per-rank", "1", "--temperature", "0"],
+    *["--max-model-len", "1024", "--kv-cache-bytes", "50000000"],
+]
+PATIENCE_S = 180.0
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+pytestmark = pytest.mark.usefixtures("demo_model_dir")
+
+
+class Terminal:
+    """A process on a pseudo-terminal. `seen` is all it wrote, without escape sequences."""
+
+    def __init__(self, file: int, process: "subprocess.Popen[bytes]") -> None:
+        self._file = file
+        self.process = process
+        self.seen = ""
+
+    def wait_for(self, pattern: str, start: int = 0) -> int:
+        """Read until `pattern` occurs after `start`; returns where its first occurrence ends."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (found := re.compile(pattern).search(self.seen, start)) is None:
+            assert self._read(deadline), f"{pattern!r} never came; seen:\n{self.seen}"
+        return found.end()
+
+    def press(self, keys: str) -> None:
+        os.write(self._file, keys.encode())
+
+    def wait_for_end(self) -> int:
+        """The exit code, once everything is read."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._read(deadline):
+            pass
+        return self.process.wait(timeout=PATIENCE_S)
+
+    def _read(self, deadline: float) -> bool:
+        if not select.select([self._file], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            return False
+        try:
+            read = os.read(self._file, 65536)
+        except OSError:  # Linux's end of file on a pseudo-terminal
+            return False
+        self.seen += ESCAPES.sub("", read.decode(errors="replace"))
+        return bool(read)
+
+
+@contextmanager
+def on_a_terminal(*words: str) -> Iterator[Terminal]:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*EAGLERAY, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT, start_new_session=True,
+        preexec_fn=become_foreground,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        yield Terminal(ours, process)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+        os.close(ours)
+
+
+def become_foreground() -> None:
+    """Make standard input the controlling terminal, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "What is the capital of France?\n"
+        '{"prompt": [999999]}\n'
+        '{"messages": [{"role": "user", "content": "What is the capital of Italy?"}]}\n'
+    )
+    run = subprocess.run(
+        [*EAGLERAY, "generate", *OPTIONS, "--max-tokens", "20", "--json", "--file", str(prompts)],
+        capture_output=True, text=True, env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
+    )  # fmt: skip
+    france, bad, italy = (json.loads(line) for line in run.stdout.splitlines())
+    assert run.returncode == 1
+    assert [entry["index"] for entry in (france, bad, italy)] == [0, 1, 2]
+    assert france["outputs"][0]["text"] == "The capital of France is Paris."
+    assert france["outputs"][0]["finish_reason"] == "stop"
+    assert "Rome" in italy["outputs"][0]["text"]
+    assert "999999" in bad["error"]
+    figures, complaint = run.stderr.splitlines()
+    assert figures.startswith("2 requests · ")
+    assert complaint.startswith("eagleray: prompt 2: ")
+
+
+def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures() -> None:
+    words = ["--max-tokens", "48", "What is the capital of France?", "Tell me a long story."]
+    with on_a_terminal("generate", *OPTIONS, *words) as terminal:
+        assert terminal.wait_for_end() == 0
+    seen = terminal.seen
+    counts = {int(count) for count in re.findall(r"(\d+) tokens · ", seen)}
+    assert len(counts) >= 4  # the bar moved while tokens came
+    assert "2 requests · " in seen
+    assert "p99" in seen
+    assert "0/2 requests" in seen
+    kept = seen[seen.rindex("What is the capital of France?") :]
+    assert "The capital of France is Paris." in kept
+    assert "(cut at 48 tokens)" in kept
+    assert kept.index("Paris") < kept.index("Tell me a long story.")
+
+
+def test_interrupting_generate_keeps_what_was_said_and_leaves_no_process() -> None:
+    with on_a_terminal(
+        "generate", *OPTIONS, "--max-tokens", "900", "--ignore-eos", "Tell me a long story."
+    ) as terminal:
+        terminal.wait_for(r"[1-9]\d* tokens · ")
+        family = psutil.Process(terminal.process.pid).children(recursive=True)
+        assert any("ray" in " ".join(member.cmdline()) for member in family)
+        terminal.press("\x03")
+        assert terminal.wait_for_end() == 130
+    assert "(interrupted)" in terminal.seen
+    assert "eagleray: interrupted" in terminal.seen
+    assert "Traceback" not in terminal.seen
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_chat_streams_remembers_stops_and_forgets() -> None:
+    with on_a_terminal("chat", *OPTIONS) as terminal:
+        at = terminal.wait_for("\n> ")
+        terminal.press("What is the capital of France?\n")
+        at = terminal.wait_for(r"The capital of France is Paris\.\s+> ", at)
+        terminal.press("Tell me a very long story.\n")
+        at = terminal.wait_for(r"\w+ \w+ \w+ \w+", terminal.wait_for(r"story\.\r\n", at))
+        terminal.press("\x03")
+        at = terminal.wait_for(r"\(stopped\)\s+> ", at)
+        terminal.press("/nonsense\n")
+        at = terminal.wait_for(r"no command /nonsense.*\s+> ", at)
+        terminal.press("/reset\n")
+        at = terminal.wait_for("> ", terminal.wait_for("/reset", at))
+        terminal.press("/exit\n")
+        assert terminal.wait_for_end() == 0
+    assert "Traceback" not in terminal.seen
