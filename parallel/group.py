@@ -1,7 +1,7 @@
 """The tensor-parallel group: an argument of every sharded layer, and its collectives.
 
 The collectives are custom ops with a schema and a fake, so `torch.compile(fullgraph=True)` traces through them. They
-find their process group by name, since an op takes no objects.
+find what connects the ranks by the group's name, since an op takes no objects.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from eagleray.parallel import mesh
+
 ReduceOp = Literal["sum", "max"]
 
 
@@ -21,7 +23,7 @@ class TPGroup:
     """Rank `rank` of `size`. A group of one never communicates.
 
     Layers only need `rank` and `size`, so any shard can be built and loaded in one process; collectives also need the
-    process group that `init_tp_group` registers as `name`, and raise `RuntimeError` without it.
+    connections that `init_tp_group` registers as `name`, and raise `RuntimeError` without them.
     """
 
     rank: int = 0
@@ -45,49 +47,75 @@ class TPGroup:
         return torch.ops.eagleray.all_gather(x, self.size, self.name)  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True)
+class _Links:
+    """What connects this process with the other ranks of its group."""
+
+    process_group: dist.ProcessGroup
+    mesh: mesh.Mesh | None  # on CPU, for small messages
+
+
+_links: dict[str, _Links] = {}
+
+
 def init_tp_group(
-    rank: int, size: int, store: Store, device: torch.device, *, name: str = "tp", timeout_s: float = 600.0
+    rank: int, size: int, store: Store | None, device: torch.device, *, name: str = "tp", timeout_s: float = 600.0
 ) -> TPGroup:
     """Join the group: gloo on CPU, NCCL on CUDA. Every rank calls this with a client of the same store.
 
     A group of one needs no store and joins nothing. A process belongs to one group at a time: leave it with
-    `destroy_tp_group` before joining the next, which needs a store (or a prefix of one) that was not used before.
+    `destroy_tp_group` before joining the next, which needs a store (or a prefix of one) that was not used before. A
+    collective that waits longer than `timeout_s` for a rank raises `RuntimeError`.
     """
     group = TPGroup(rank, size, name if size > 1 else "")
     if size == 1:
         return group
-    if _process_groups:
-        raise RuntimeError(f"this process is already in group {next(iter(_process_groups))!r}; leave it first")
-    cuda = device.type == "cuda"
+    if store is None:
+        raise ValueError(f"{size} ranks need a store to meet")
+    if _links:
+        raise RuntimeError(f"this process is already in group {next(iter(_links))!r}; leave it first")
+    cpu = device.type == "cpu"
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "gloo" if cpu else "nccl",
         store=store,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
-        device_id=device if cuda else None,
+        device_id=None if cpu else device,
     )
     assert dist.group.WORLD is not None
-    _process_groups[name] = dist.group.WORLD
+    _links[name] = _Links(dist.group.WORLD, mesh.Mesh.join(rank, size, store, timeout_s) if cpu else None)
     return group
 
 
 def destroy_tp_group(group: TPGroup) -> None:
     """Leave the group. Leaving a group of one, or one that was left before, does nothing."""
-    if _process_groups.pop(group.name, None) is not None:
-        dist.destroy_process_group()
+    links = _links.pop(group.name, None)
+    if links is None:
+        return
+    if links.mesh is not None:
+        links.mesh.close()
+    dist.destroy_process_group()
 
-
-_process_groups: dict[str, dist.ProcessGroup] = {}
 
 torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
 torch.library.define("eagleray::all_gather", "(Tensor x, int size, str group) -> Tensor")
 
 
-def _process_group(name: str) -> dist.ProcessGroup:
-    if name not in _process_groups:
+def _links_of(name: str) -> _Links:
+    if name not in _links:
         raise RuntimeError(f"no process group {name!r} in this process; join one with init_tp_group")
-    return _process_groups[name]
+    return _links[name]
+
+
+def _gather(x: Tensor, size: int, group: str) -> Tensor:
+    links, x = _links_of(group), x.contiguous()
+    if links.mesh is not None and x.nbytes <= mesh.MAX_BYTES:
+        return links.mesh.gather(x)
+    gathered = x.new_empty(size, *x.shape)
+    # The function that does this has one name in torch 2.11 and another in 2.13; the method has the same in both.
+    links.process_group._allgather_base(gathered.view(-1), x.view(-1)).wait()
+    return gathered
 
 
 @torch.library.impl("eagleray::all_gather", ("cpu", "cuda"))
@@ -95,18 +123,12 @@ def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return _gather(x, size, group)
 
 
-def _gather(x: Tensor, size: int, group: str) -> Tensor:
-    gathered = x.new_empty(size, *x.shape)
-    dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=_process_group(group))
-    return gathered
-
-
 @torch.library.impl("eagleray::all_reduce", "cpu")
 def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     """Gather, then reduce in order of rank.
 
     gloo's own all-reduce adds in an order that depends on an element's place in the message, so a token's sum would
-    change with the tokens beside it. For the few ranks and small messages of a CPU this is not slower either.
+    change with the tokens beside it.
     """
     gathered = _gather(x, size, group)
     if op == "max":
@@ -121,7 +143,8 @@ def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
 def _all_reduce_cuda(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     """NCCL reduces each element once and hands the same result to every rank."""
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=_process_group(group))
+    reduce = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+    dist.all_reduce(total, reduce, group=_links_of(group).process_group)
     return total
 
 

@@ -133,7 +133,7 @@ def randomize(model: torch.nn.Module) -> None:
 def make_prompts() -> list[list[int]]:
     """Of 33, 12, 21 and 9 tokens, with a common prefix."""
     generator = torch.Generator().manual_seed(1)
-    draw = torch.randint(0, COMMON["vocab_size"], (4, 33), generator=generator)  # type: ignore[call-overload]
+    draw = torch.randint(0, COMMON["vocab_size"], (4, 33), generator=generator)
     draw[:, :PREFIX] = draw[0, :PREFIX]
     return [row[:length].tolist() for row, length in zip(draw, (33, 12, 21, 9), strict=True)]
 

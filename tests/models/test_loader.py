@@ -1,12 +1,12 @@
 """What a rank reads from a checkpoint, what it says when something is wrong with one, and weights made up."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,11 +109,10 @@ class CountingSlice:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     bytes_read: list[int] = []
-    safe_open = checkpoint.safe_open
     monkeypatch.setattr(checkpoint, "safe_open", lambda *a, **k: CountingFile(safe_open(*a, **k), bytes_read))
-    yield bytes_read
+    return bytes_read
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -54,7 +54,9 @@ class Paged:
 
     def context(self, batch: dict[int, int]) -> tuple[Tensor, list[LayerContext]]:
         """Positions and context of a batch that runs `batch[request]` tokens of each request."""
-        positions, slots, seq_lens, starts = [], [], [], [0]
+        positions: list[int] = []
+        slots: list[int] = []
+        seq_lens, starts = [], [0]
         for request, tokens in batch.items():
             first = self.computed[request]
             self.computed[request] = end = first + tokens
