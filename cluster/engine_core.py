@@ -61,7 +61,8 @@ class EngineCore:
         if self._send_step():
             return  # perhaps there is room for another, before anything else
         self._send_news()
-        self._wait()
+        if not self._stopping:
+            self._wait()
 
     def _take_messages(self) -> None:
         while message := self._front_ends.receive():

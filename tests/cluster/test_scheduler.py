@@ -1,67 +1,22 @@
 """The scheduler, with a rank whose tokens can be foretold, with one and with several steps in flight."""
 
-from array import array
-from collections import deque
 from random import Random
+from typing import Any
 
 import pytest
 
-from eagleray.cluster.messages import EngineRequest, Tokens
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.wire import Sampling, StepOutput
+from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 
-ME = b"front end"
 
+class Engine(InlineEngine):
+    """With a toy rank and little room."""
 
-class Engine:
-    """A scheduler and a toy rank, with `depth` steps in flight."""
-
-    def __init__(self, depth: int, *, num_blocks: int = 64, block_size: int = 4, **options: object) -> None:
-        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | options
-        self.scheduler = Scheduler(num_blocks=num_blocks, block_size=block_size, **settings)  # type: ignore[arg-type]
+    def __init__(self, depth: int, *, num_blocks: int = 64, block_size: int = 4, **options: Any) -> None:
         self.rank = ToyRank(num_blocks, block_size)
-        self.news: dict[int, list[Tokens]] = {}
-        self._depth = depth
-        self._outputs: deque[StepOutput] = deque()
-
-    def add(self, request_id: int, prompt: list[int], max_tokens: int = 8, **fields: object) -> None:
-        priority = fields.pop("priority", 0)
-        request = EngineRequest(
-            request_id,
-            array("i", prompt).tobytes(),
-            Sampling(**fields),  # type: ignore[arg-type]
-            max_tokens,
-            priority,  # type: ignore[arg-type]
-        )
-        self.scheduler.add(ME, request)
-        self.news[request_id] = []
-
-    def abort(self, request_id: int) -> None:
-        if tokens := self.scheduler.abort(ME, request_id):
-            self.news[request_id].append(tokens)
-
-    def turn(self) -> bool:
-        """Fill the pipeline, then take one step's output; False when there is nothing left to do."""
-        while self.scheduler.num_in_flight < self._depth and (step := self.scheduler.schedule()):
-            self._outputs.append(self.rank.run(step))
-        if not self._outputs:
-            return False
-        for _, tokens in self.scheduler.update(self._outputs.popleft()):
-            self.news[tokens.id].append(tokens)
-        return True
-
-    def run(self) -> None:
-        while self.turn():
-            pass
-        assert self.scheduler.num_unfinished == 0, "requests are left that nobody runs"
-
-    def token_ids(self, request_id: int) -> list[int]:
-        return [token_id for tokens in self.news[request_id] for token_id in tokens.token_ids]
-
-    def finish_reason(self, request_id: int) -> str | None:
-        assert all(tokens.finish_reason is None for tokens in self.news[request_id][:-1]), "news after the end"
-        return self.news[request_id][-1].finish_reason if self.news[request_id] else None
+        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32} | options
+        super().__init__(Scheduler(num_blocks=num_blocks, block_size=block_size, **settings), self.rank, depth)
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda depth: f"{depth} in flight")
@@ -93,8 +48,8 @@ def some_prompts(rng: Random, count: int) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_tokens_are_the_same_whatever_runs_beside_a_request(depth: int, options: dict[str, object]) -> None:
-    engine, rng = Engine(depth, **options), Random(1)  # type: ignore[arg-type]
+def test_tokens_are_the_same_whatever_runs_beside_a_request(depth: int, options: dict[str, Any]) -> None:
+    engine, rng = Engine(depth, **options), Random(1)
     prompts = some_prompts(rng, 40)
     for index, prompt in enumerate(prompts):
         engine.add(index, prompt, max_tokens=1 + index % 9)
@@ -235,8 +190,7 @@ def test_nothing_is_left_behind_by_two_thousand_requests_with_aborts(depth: int,
     added = 0
     while added < len(prompts) or engine.scheduler.num_unfinished:
         while added < len(prompts) and rng.random() < 0.5:
-            options = {"stop_token_ids": stops[added], "priority": rng.randrange(3)}
-            engine.add(added, prompts[added], max_tokens[added], **options)
+            engine.add(added, prompts[added], max_tokens[added], rng.randrange(3), stop_token_ids=stops[added])
             added += 1
         if added and rng.random() < 0.2:
             victim = rng.randrange(max(0, added - 12), added)
