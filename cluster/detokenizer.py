@@ -24,7 +24,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that becomes certain with this token: nothing while a character is incomplete."""
-        if token_id in self._skipped_ids:
+        if token_id in self._skipped_ids:  # it has no text, and would be decoded again with every later token
             return ""
         self._pending.append(token_id)
         text = self._step(token_id)

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from eagleray.cluster.prompts import Message
@@ -32,8 +31,6 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self._chat_templates = chat_templates
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self._add_around(bos=bool(config.get("add_bos_token")), eos=bool(config.get("add_eos_token")))
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
@@ -87,9 +84,9 @@ class Tokenizer:
         if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
             raise ValueError(f'messages are {messages!r}; give a list of {{"role": …, "content": …}}')
         try:
-            rendered, _ = render_jinja_template(
+            rendered: Any = render_jinja_template(  # texts and token masks, whatever its annotation says
                 [list(messages)],
-                tools=tools,
+                tools=list[Any](tools) if tools else None,
                 chat_template=self._chat_templates[name],
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
@@ -97,20 +94,13 @@ class Tokenizer:
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
-        text: str = rendered[0]
+        text: str = rendered[0][0]
         return text
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         token_id: int | None = None if token is None else self.backend.token_to_id(token)
         return token_id
-
-    def _add_around(self, *, bos: bool, eos: bool) -> None:
-        """Put start and end tokens around every text, or none: as in transformers, tokenizer_config.json decides."""
-        start = [(self.special_tokens["bos_token"], self.bos_token_id)] if bos and self.bos_token_id is not None else []
-        end = [(self.special_tokens["eos_token"], self.eos_token_id)] if eos and self.eos_token_id is not None else []
-        single = [*(token for token, _ in start), "$A", *(token for token, _ in end)]
-        self.backend.post_processor = TemplateProcessing(single=single, special_tokens=start + end)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -66,7 +66,7 @@ def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenize
         ([1, "x"], {}, "the prompt holds 'x'; give token ids from 0 to 49151"),
         ([1, 2**40], {}, "the prompt holds 1099511627776; give token ids"),
         ([1, VOCAB_SIZE], {}, "the prompt holds the token id 49152, but the model's vocabulary ends at 49151"),
-        ([-1], {}, "the prompt holds the token id -1"),
+        ([-1, 5], {}, "the prompt holds the token id -1"),
         (
             [5] * 64,
             {},
@@ -126,8 +126,9 @@ def test_seeds_differ_between_requests_and_repeat_between_runs(tokenizer: Tokeni
 def test_sequences_of_one_request_count_their_seeds_up(front_end: FrontEnd) -> None:
     _, requests = add(front_end, n=3, seed=2**64 - 2, prompt_logprobs=1)
     assert [request.sampling.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
-    assert len({request.id for request in requests}) == 3
     assert [request.sampling.prompt_logprobs for request in requests] == [1, None, None]
+    requests += add(front_end)[1]
+    assert len({request.id for request in requests}) == 4
 
 
 def test_tokens_become_text_and_an_end(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
@@ -280,7 +281,10 @@ def test_a_running_requests_id_cannot_be_taken_twice(front_end: FrontEnd) -> Non
     with pytest.raises(ValueError, match="request_id 'mine' is that of a running request"):
         front_end.add(front_end.prepare("Hello", SamplingParams(), "mine"))
     front_end.abort(first)
-    front_end.add(front_end.prepare("Hello", SamplingParams(), "mine"))
+    second = front_end.prepare("Hello", SamplingParams(), "mine")
+    front_end.add(second)
+    assert front_end.abort(first) == []
+    assert front_end.running("mine") is second
 
 
 def test_without_a_tokenizer_there_are_ids_alone() -> None:

@@ -61,10 +61,10 @@ class LocalEngine:
         return EngineOutputs(news, self.scheduler.stats()) if news else None
 
     async def areceive(self) -> EngineOutputs:
-        while (news := self.receive(0)) is None:
+        while True:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0)
-        return news
+            if news := self.receive(0):
+                return news
 
     def close(self) -> None:
         self.closed = True
@@ -164,8 +164,9 @@ def test_an_interruption_ends_what_runs(llm: LLM, engine: LocalEngine, interrupt
 def test_a_dead_engine_says_why(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
     engine.failures = {5: EngineDeadError("rank 1 is gone")}
     for _ in range(2):
-        with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        with pytest.raises(EngineDeadError, match="rank 1 is gone") as death:
             llm.generate(PROMPTS, params(), use_tqdm=False)
+        assert death.value.__context__ is None, "one failure is one message"
         assert front_end.num_running == 0
 
 
@@ -221,6 +222,16 @@ async def test_a_slow_consumer_gets_merged_outputs_and_the_last(async_llm: Async
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200)), pause=0.05)
     assert len(outputs) < 100
     assert token_ids(outputs[-1]) == generate(PROMPTS[0], 200)
+
+
+async def test_a_stop_string_ends_a_stream_and_frees_the_engine(
+    async_llm: AsyncLLM, engine: LocalEngine, tokenizer: Tokenizer
+) -> None:
+    text = tokenizer.decode(generate(PROMPTS[0], 12))
+    outputs = await collect(async_llm.generate(PROMPTS[0], params(200, stop=[text[-3:]])))
+    assert outputs[-1].outputs[0].text == text[: text.index(text[-3:])]
+    assert all(outputs[-1].outputs[0].text.startswith(output.outputs[0].text) for output in outputs)
+    assert engine.scheduler.num_unfinished == 0
 
 
 async def test_leaving_the_iteration_aborts_the_request(async_llm: AsyncLLM, engine: LocalEngine) -> None:

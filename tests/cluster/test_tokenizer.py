@@ -80,8 +80,10 @@ def test_chats_are_those_of_transformers(ours: Tokenizer, theirs: Any, options: 
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("eos", [True, False])
-def test_start_and_end_tokens_follow_the_tokenizers_config(tmp_path: Path, bos: bool, eos: bool) -> None:
+def test_start_and_end_tokens_are_those_of_the_tokenizer_file(tmp_path: Path, bos: bool, eos: bool) -> None:
     small_tokenizer(add_bos_token=bos, add_eos_token=eos).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": not bos}))
     ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("ab é") == theirs("ab é")["input_ids"]
     assert ours.encode("a", add_special_tokens=False) == theirs("a", add_special_tokens=False)["input_ids"]
