@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from eagleray.deploy.demo_model import demo_model
 
@@ -20,6 +21,14 @@ from eagleray.deploy.demo_model import demo_model
 def demo_model_dir() -> Path:
     """The demo model, SmolLM2-135M-Instruct in float32, converted on first use."""
     return demo_model()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster whose logical CPUs suffice for three ranks on any machine."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
 
 
 RANK_PROCESS = Path(__file__).parent / "support" / "rank_process.py"

@@ -4,13 +4,14 @@ Keys and values of the whole batch are written first, so a request may read bloc
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.context import AttentionMetadata, current_layer
+from eagleray.workers.context import AttentionMetadata, current_layer, scratch
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
@@ -24,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Put each token's key and value into its slot."""
+    """Put each token's key and value into its slot. Tokens beyond the slot mapping are padding."""
     tokens = slot_mapping.shape[0]
     for cache, new in zip(kv_cache.flatten(1, 2), (k, v), strict=True):
         cache.index_copy_(0, slot_mapping, new[:tokens])
@@ -35,64 +36,68 @@ def reference_attention(
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
 
-    Slices of one token are attended in one padded batch, longer ones request by request. Tokens of `q` beyond the
-    last request are padding, and their output is 0.
+    Tokens of `q` beyond the last request are padding, and their output is 0.
     """
-    starts = metadata.query_start_loc.tolist()
-    seq_lens = metadata.seq_lens.tolist()
-    lengths = [end - start for start, end in pairwise(starts)]
+    shared, key = scratch(), ("visits", id(metadata), k_cache.shape[1], spec.sliding_window)
+    if key not in shared:
+        shared[key] = plan_visits(metadata, k_cache.shape[1], spec.sliding_window)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for visit in shared[key]:
+        k, v = _gather(k_cache, visit.blocks), _gather(v_cache, visit.blocks)
+        queries = q[visit.tokens].reshape(visit.blocks.shape[0], -1, *q.shape[1:])
+        out[visit.tokens] = _attend(queries, k, v, visit.seen, spec).flatten(0, 1)
+    return out
+
+
+class Visit(NamedTuple):
+    """Queries that are attended together: equally many of each of `n` requests."""
+
+    tokens: slice | Tensor  # of the batch, request after request
+    blocks: Tensor  # [n, num_blocks], which they read
+    seen: Tensor  # [n, queries, num_blocks * block_size], True where a query sees a key
+
+
+def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None) -> list[Visit]:
+    """Slices of one token in one padded visit, longer ones request by request and not too many queries at once.
+
+    Layers with the same window share a plan. Blocks that no query of a long slice sees stay unread.
+    """
+    starts, seq_lens = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    visits = []
     single = [i for i, length in enumerate(lengths) if length == 1]
     if single:
-        tokens = [starts[i] for i in single]
-        out[tokens] = _attend_single(
-            q[tokens], k_cache, v_cache, metadata.block_table[single], [seq_lens[i] for i in single], spec
-        )
+        alone = len(single) == len(lengths)
+        tokens = slice(starts[0], starts[-1]) if alone else _index([starts[i] for i in single], metadata)
+        table = metadata.block_table if alone else metadata.block_table[_index(single, metadata)]
+        ends = _index([seq_lens[i] for i in single], metadata)
+        blocks = table[:, : -(-max(seq_lens[i] for i in single) // block_size)]
+        visits.append(Visit(tokens, blocks, _seen(ends.unsqueeze(1) - 1, 0, blocks.shape[1] * block_size, window)))
     for i, length in enumerate(lengths):
-        if length > 1:
-            own = slice(starts[i], starts[i] + length)
-            out[own] = _attend_slice(q[own], k_cache, v_cache, metadata.block_table[i], seq_lens[i], spec)
-    return out
+        for first in range(0, length if length > 1 else 0, _QUERIES_AT_ONCE):
+            queries = min(_QUERIES_AT_ONCE, length - first)
+            start = seq_lens[i] - length + first  # position of the first query
+            lowest = 0 if window is None else max(0, start - window + 1) // block_size
+            blocks = metadata.block_table[i : i + 1, lowest : -(-(start + queries) // block_size)]
+            positions = torch.arange(start, start + queries, device=blocks.device).unsqueeze(0)
+            seen = _seen(positions, lowest * block_size, blocks.shape[1] * block_size, window)
+            visits.append(Visit(slice(starts[i] + first, starts[i] + first + queries), blocks, seen))
+    return visits
 
 
-def _attend_single(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: list[int], spec: AttentionSpec
-) -> Tensor:
-    """One query per request, the last token of each: `q` is `[requests, heads, head_size]`."""
-    num_blocks = -(-max(seq_lens) // k_cache.shape[1])
-    blocks = block_table[:, :num_blocks]
-    ends = torch.tensor(seq_lens, device=q.device).unsqueeze(1)
-    places = torch.arange(num_blocks * k_cache.shape[1], device=q.device)
-    seen = places < ends
-    if spec.sliding_window is not None:
-        seen &= places >= ends - spec.sliding_window
-    k, v = _gather(k_cache, blocks), _gather(v_cache, blocks)
-    return _attend(q.unsqueeze(1), k, v, seen.unsqueeze(1), spec).squeeze(1)
+def _index(values: list[int], metadata: AttentionMetadata) -> Tensor:
+    return torch.tensor(values, device=metadata.block_table.device)
 
 
-def _attend_slice(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, blocks: Tensor, seq_len: int, spec: AttentionSpec
-) -> Tensor:
-    """The last tokens of one request: `q` is `[tokens, heads, head_size]`. Blocks that no query sees stay unread."""
-    block_size, out = k_cache.shape[1], torch.empty_like(q, memory_format=torch.contiguous_format)
-    for first in range(0, q.shape[0], _QUERIES_AT_ONCE):
-        queries = q[first : first + _QUERIES_AT_ONCE]
-        start = seq_len - q.shape[0] + first
-        end = start + queries.shape[0]
-        lowest = 0 if spec.sliding_window is None else max(0, start - spec.sliding_window + 1) // block_size
-        own = blocks[lowest : -(-end // block_size)].unsqueeze(0)
-        positions = torch.arange(start, end, device=q.device).unsqueeze(1)
-        places = torch.arange(own.shape[1] * block_size, device=q.device) + lowest * block_size
-        seen = places <= positions
-        if spec.sliding_window is not None:
-            seen &= places > positions - spec.sliding_window
-        k, v = _gather(k_cache, own), _gather(v_cache, own)
-        out[first : first + queries.shape[0]] = _attend(queries.unsqueeze(0), k, v, seen.unsqueeze(0), spec)[0]
-    return out
+def _seen(positions: Tensor, first_key: int, num_keys: int, window: int | None) -> Tensor:
+    """Which of the keys from `first_key` on each query sees: `positions` is `[n, queries]`."""
+    keys = torch.arange(first_key, first_key + num_keys, device=positions.device)
+    seen = keys <= positions.unsqueeze(-1)
+    return seen if window is None else seen & (keys > positions.unsqueeze(-1) - window)
 
 
 def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """The contents of `blocks`, `[requests, n]`, as `[requests, n * block_size, kv_heads, head_size]`."""
+    """The contents of `blocks`, `[n, num_blocks]`, as `[n, num_blocks * block_size, kv_heads, head_size]`."""
     chosen = cache.index_select(0, blocks.reshape(-1))
     return chosen.view(blocks.shape[0], -1, *cache.shape[2:])
 
@@ -100,14 +105,14 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) -> Tensor:
     """`q` is `[n, queries, heads, head_size]`, `k` and `v` are `[n, keys, kv_heads, head_size]`; like `q`.
 
-    `seen` is `[n, queries, keys]`. The query heads of a KV head stand beside its queries, so nothing is repeated.
+    The query heads of a KV head stand beside its queries, so that no key is repeated.
     """
     n, queries, heads, head_size = q.shape
     group = heads // k.shape[2]
     # [n, kv_heads, group * queries, head_size]
-    q = q.view(n, queries, -1, group, head_size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    q = q.reshape(n, queries, -1, group, head_size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
-    seen = seen.repeat(1, group, 1).unsqueeze(1)
+    seen = (seen if queries == 1 else seen.repeat(1, group, 1)).unsqueeze(1)
     if spec.logits_soft_cap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.scale)
     else:

@@ -1,8 +1,9 @@
 """The forward context: what attention needs beyond its tensors, for exactly as long as one model forward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -33,19 +34,25 @@ class LayerContext:
 ForwardContext = Sequence[LayerContext]  # one per layer
 
 _current: ForwardContext | None = None
+_scratch: dict[Hashable, Any] = {}
 
 
 @contextmanager
 def forward_context(context: ForwardContext) -> Iterator[None]:
     """Set the context for one forward pass. Passes never overlap in a process: nesting raises `RuntimeError`."""
-    global _current
+    global _current, _scratch
     if _current is not None:
         raise RuntimeError("a forward pass is already running; forward contexts are never nested")
     _current = context
     try:
         yield
     finally:
-        _current = None
+        _current, _scratch = None, {}
+
+
+def scratch() -> dict[Hashable, Any]:
+    """What layers work out for each other, such as masks: gone when the pass ends, and always new outside of one."""
+    return {} if _current is None else _scratch
 
 
 def current_layer(layer_index: int) -> LayerContext:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.workers import attention
-from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context
+from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
 
 BLOCK_SIZE = 4
 MIXED = [(1, 9), (6, 6), (1, 1), (3, 17), (1, 30), (20, 23)]  # (tokens in this batch, tokens of the request)
@@ -182,3 +182,25 @@ def test_an_error_in_a_forward_pass_ends_its_context() -> None:
         raise ZeroDivisionError
     with forward_context([]):
         pass
+
+
+def test_layers_share_what_they_work_out_until_the_pass_ends() -> None:
+    with forward_context([]):
+        scratch()["masks"] = 1
+        assert scratch() == {"masks": 1}
+    with forward_context([]):
+        assert scratch() == {}
+    scratch()["masks"] = 1
+    assert scratch() == {}
+
+
+def test_layers_with_and_without_a_window_each_have_their_own_plan() -> None:
+    requests = [Requests(MIXED, SPECS[name]) for name in ("plain", "window", "plain")]
+    metadata = requests[0].metadata
+    layers = [LayerContext(metadata, request.cache, request.spec) for request in requests]
+    with forward_context(layers):
+        for index, request in enumerate(requests):
+            new = [kv[:, -len(q) :] for kv, q in zip(request.kv, request.queries, strict=True)]
+            k, v = (torch.cat([kv[side] for kv in new]) for side in (0, 1))
+            out = torch.ops.eagleray.attention(torch.cat(request.queries), k, v, index)
+            torch.testing.assert_close(out, request.expected(), atol=1e-5, rtol=1e-5)
