@@ -31,7 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	set -e; for script in tests/bench/bench_*.py; do $(BIN)/python "$$script"; done
+	set -e; for script in tests/bench/*.py; do $(BIN)/python "$$script"; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info

@@ -101,18 +101,18 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_pat
     prompts.write_text(
         "What is the capital of France?\n"
         '{"prompt": [999999]}\n'
-        '{"messages": [{"role": "user", "content": "What is the capital of Italy?"}]}\n'
+        '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}\n'
     )
     run = subprocess.run(
         [*EAGLERAY, "generate", *OPTIONS, "--max-tokens", "20", "--json", "--file", str(prompts)],
         capture_output=True, text=True, env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
     )  # fmt: skip
-    france, bad, italy = (json.loads(line) for line in run.stdout.splitlines())
+    text, bad, messages = (json.loads(line) for line in run.stdout.splitlines())
     assert run.returncode == 1
-    assert [entry["index"] for entry in (france, bad, italy)] == [0, 1, 2]
-    assert france["outputs"][0]["text"] == "The capital of France is Paris."
-    assert france["outputs"][0]["finish_reason"] == "stop"
-    assert "Rome" in italy["outputs"][0]["text"]
+    assert [entry["index"] for entry in (text, bad, messages)] == [0, 1, 2]
+    assert text["outputs"][0]["text"] == "The capital of France is Paris."
+    assert text["outputs"][0]["finish_reason"] == "stop"
+    assert messages["outputs"] == text["outputs"]
     assert "999999" in bad["error"]
     figures, complaint = run.stderr.splitlines()
     assert figures.startswith("2 requests · ")
