@@ -33,13 +33,13 @@ class LocalEngine:
         self.failures: dict[int, BaseException] = {}  # number of a call -> what it raises
         self.num_calls = 0
         self.closed = False
-        self._dead: EngineDeadError | None = None
+        self._dead: str | None = None
         self._in_flight: deque[StepOutput] = deque()
         self._news: list[Tokens] = []
 
     def send(self, message: Submit | Abort) -> None:
         if self._dead:
-            raise self._dead
+            raise EngineDeadError(self._dead)
         if isinstance(message, Submit):
             for request in message.requests:
                 self.scheduler.add(ME, request)
@@ -50,9 +50,11 @@ class LocalEngine:
         self.num_calls += 1
         failure = self.failures.get(self.num_calls)
         if isinstance(failure, EngineDeadError):
-            self._dead = failure
-        if self._dead or failure:
-            raise self._dead or failure  # type: ignore[misc]
+            self._dead = str(failure)
+        if self._dead:
+            raise EngineDeadError(self._dead)
+        if failure:
+            raise failure
         while len(self._in_flight) < 2 and (step := self.scheduler.schedule()):
             self._in_flight.append(self.rank.run(step))
         news, self._news = self._news, []
