@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 from eagleray.cluster.detokenizer import Detokenizer, TextStream
 from eagleray.cluster.generation import Completion, Generation
@@ -113,9 +114,10 @@ class FrontEnd:
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, where there is one, and its token ids."""
         if isinstance(prompt, dict):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt", prompt)
+            given = dict[str, Any](prompt)
+            if "prompt_token_ids" in given:
+                return given.get("prompt"), list(given["prompt_token_ids"])
+            prompt = given.get("prompt", prompt)
         if isinstance(prompt, Sequence) and not isinstance(prompt, str):
             return None, list(prompt)
         if not isinstance(prompt, str):

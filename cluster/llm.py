@@ -1,5 +1,6 @@
 """The offline front end: a list of prompts in, a list of outputs back in the same order."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,8 @@ from eagleray.cluster.progress import BatchProgress
 from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 
@@ -63,8 +66,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for every prompt, with one set of parameters for all or one for each; outputs in the prompts' order.
 
-        All prompts are checked before the first is sent. An output whose finish_reason is "error" failed alone.
-        `use_tqdm` shows a progress bar. Raises `ValueError` for what the user gave and `EngineDeadError`.
+        All prompts are checked before the first is sent. A request that fails once it runs does not take the others'
+        outputs with it: its finish_reason is "error", its `error` the cause, and the log says so. `use_tqdm` shows a
+        progress bar. Raises `ValueError` for what the user gave and `EngineDeadError` if the engine is gone.
         """
         all_prompts = prompt_list(prompts)
         all_params = _params_list(sampling_params, len(all_prompts))
@@ -74,7 +78,9 @@ class LLM:
         ]
         with BatchProgress(generations, enabled=use_tqdm and bool(generations)) as progress:
             self._run(generations, progress)
-        return [generation.output() for generation in generations]
+        outputs = [generation.output() for generation in generations]
+        _log_failures(outputs)
+        return outputs
 
     def chat(
         self,
@@ -132,6 +138,12 @@ class LLM:
         if aborts:
             self._engine.send(Abort(aborts))
         return [generation for generation in changed if generation.finished]
+
+
+def _log_failures(outputs: list[RequestOutput]) -> None:
+    causes = [error for output in outputs if (error := next(filter(None, (o.error for o in output.outputs)), None))]
+    if causes:
+        logger.error("%d of %d requests failed: %s", len(causes), len(outputs), "; ".join(dict.fromkeys(causes)))
 
 
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:

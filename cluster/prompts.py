@@ -24,9 +24,10 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list. A sequence that begins with a number is one prompt's token ids."""
-    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    several = cast(Sequence[Prompt], prompts)
+    return [cast(Sequence[int], prompts)] if several and isinstance(several[0], int) else list(several)
 
 
 def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:

@@ -31,6 +31,7 @@ class LocalEngine:
         self.scheduler = Scheduler(num_blocks=400, block_size=4, max_num_seqs=64, max_num_batched_tokens=256)
         self.rank = ToyRank(400, 4)
         self.failures: dict[int, BaseException] = {}  # number of a call -> what it raises
+        self.fails_at: int | None = None  # number of the call in which every running request fails
         self.num_calls = 0
         self.closed = False
         self._dead: str | None = None
@@ -58,6 +59,11 @@ class LocalEngine:
         while len(self._in_flight) < 2 and (step := self.scheduler.schedule()):
             self._in_flight.append(self.rank.run(step))
         news, self._news = self._news, []
+        if self.num_calls == self.fails_at:
+            self._in_flight.clear()
+            return EngineOutputs(
+                [tokens for _, tokens in self.scheduler.fail("rank 1 says no")], self.scheduler.stats()
+            )
         if self._in_flight:
             news += [tokens for _, tokens in self.scheduler.update(self._in_flight.popleft())]
         return EngineOutputs(news, self.scheduler.stats()) if news else None
@@ -170,6 +176,18 @@ def test_a_dead_engine_says_why(llm: LLM, engine: LocalEngine, front_end: FrontE
             llm.generate(PROMPTS, params(), use_tqdm=False)
         assert death.value.__context__ is None, "one failure is one message"
         assert front_end.num_running == 0
+
+
+def test_a_failed_request_keeps_the_others_outputs(
+    llm: LLM, engine: LocalEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.fails_at = 5
+    outputs = llm.generate(PROMPTS, [params(1), *[params()] * 11], use_tqdm=False)
+    assert token_ids(outputs[0]) == generate(PROMPTS[0], 1)
+    for prompt, output in zip(PROMPTS[1:], outputs[1:], strict=True):
+        assert (output.outputs[0].finish_reason, output.outputs[0].error) == ("error", "rank 1 says no")
+        assert token_ids(output) == generate(prompt, len(token_ids(output)))
+    assert caplog.messages == ["11 of 12 requests failed: rank 1 says no"]
 
 
 def test_progress_is_shown_on_standard_error(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
