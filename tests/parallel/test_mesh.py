@@ -45,11 +45,10 @@ def test_every_rank_may_send_the_largest_message_before_any_receives() -> None:
 
 
 def test_a_rank_that_is_gone_is_an_error_at_once() -> None:
-    with meshes(3) as ranks:
+    with meshes(2) as ranks:
         ranks[1].close()
         with pytest.raises(RuntimeError, match="rank 1 is gone"):
-            for _ in range(3):  # what it sends may still go well
-                ranks[0].gather(torch.ones(2))
+            ranks[0].gather(torch.ones(2))
 
 
 def test_a_rank_that_is_silent_is_an_error_in_time() -> None:
