@@ -282,7 +282,8 @@ class TestExtremes:
         assert sample([Line(greedy, flat()), Line(greedy, logits)], size)[0] == [0, 650]
 
     def test_a_temperature_below_the_limit_is_greedy(self, size: int) -> None:
-        assert sample([Line(Sampling(temperature=9e-6), peaked())], size)[0] == [int(peaked().argmax())]
+        lines = [Line(Sampling(temperature=9e-6, seed=seed), flat()) for seed in range(5)]
+        assert sample(lines, size)[0] == [0] * 5  # a draw among ties would give any token
 
     @pytest.mark.parametrize(
         "narrow", [Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(top_p=0.0), Sampling(min_p=1.0)]
@@ -321,6 +322,20 @@ class TestExtremes:
 
     def test_bias_does_not_bring_back_what_is_not_allowed(self, size: int) -> None:
         assert sample([Line(Sampling(allowed_token_ids=[3], logit_bias={777: 100.0}), peaked())], size)[0] == [3]
+
+    def test_top_p_holds_for_the_mass_that_min_p_leaves(self, size: int) -> None:
+        """Three tokens of e**5 against 997 of 1: without the many, two of the three hold half of the mass."""
+        logits = flat()
+        logits[[5, 650, 999]] = 5.0
+        lines = [Line(Sampling(min_p=0.5, top_p=0.5, seed=seed), logits) for seed in range(40)]
+        assert set(sample(lines, size)[0]) == {5, 650}
+
+    def test_repetition_makes_unlikely_tokens_unlikelier(self, size: int) -> None:
+        """A negative logit is multiplied: -1 becomes -3, below the -2 of all others."""
+        logits = flat() - 2.0
+        logits[1] = -1.0
+        greedy = Sampling(temperature=0.0, repetition_penalty=3.0)
+        assert sample([Line(greedy, logits, prompt=[1]), Line(greedy, logits, prompt=[2])], size)[0] == [0, 1]
 
     def test_stop_tokens_are_masked_until_min_tokens_were_generated(self, size: int) -> None:
         logits = flat()
