@@ -1,5 +1,6 @@
 """Fixtures that every room's tests may use."""
 
+import logging
 import os
 import pickle
 import secrets
@@ -26,7 +27,7 @@ def demo_model_dir() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster whose logical CPUs suffice for three ranks on any machine."""
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

@@ -1,0 +1,225 @@
+"""The whole engine on a local Ray cluster with a small random model: what goes wrong, and who hears of it."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from ray.util.placement_group import placement_group_table
+from safetensors.torch import save_file
+
+from eagleray import LLM, AsyncLLM, EngineConfig, EngineDeadError, EngineStartError, RequestOutput, SamplingParams
+from eagleray.cluster.engine_client import EngineClient
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.submission import ModelLimits
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+PROMPT = [1, 2, 3]
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+def start(model_dir: Path, tensor_parallel_size: int = 1, **options: Any) -> LLM:
+    return LLM(model_dir, tensor_parallel_size, skip_tokenizer_init=True, **{"load_format": "dummy"} | options)
+
+
+def assert_nothing_is_left() -> None:
+    """No placement group, and no rank or core process."""
+    deadline = time.monotonic() + 10
+    while (left := rank_processes()) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=0.2)
+    assert not left, f"still running: {left}"
+    states = [group["state"] for group in placement_group_table().values()]
+    assert set(states) <= {"REMOVED"}, states
+
+
+def rank_processes() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if p.is_running() and any(name in title(p) for name in ("RankActor", "CoreActor"))]
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["ElmanForCausalLM"]}, "ElmanForCausalLM"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, "3"),
+    ],
+    ids=["unsupported architecture", "more ranks than heads"],
+)
+def test_a_model_that_cannot_run_is_refused_before_anything_starts(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, tensor_parallel_size=3)
+    assert time.monotonic() - begin < 1
+
+
+def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        start(tmp_path / "nowhere")
+
+
+def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(model_dir: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(EngineStartError) as error:
+        start(model_dir, tensor_parallel_size=2, cpus_per_rank=100.0, placement_timeout_s=1.5)
+    assert time.monotonic() - begin < 5
+    assert "2 ranks of 100 CPU each" in str(error.value)
+    assert "8 CPU" in str(error.value)
+    assert_nothing_is_left()
+
+
+def test_a_rank_that_fails_to_load_says_why_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
+    with pytest.raises(EngineStartError) as error:
+        start(tmp_path, tensor_parallel_size=2, load_format="safetensors")
+    assert str(error.value).count("model.embed_tokens.weight") == 1
+    assert "model.safetensors" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert_nothing_is_left()
+
+
+def test_a_rank_whose_process_dies_while_starting_is_named(model_dir: Path) -> None:
+    def kill_first_rank() -> None:
+        while not (ranks := [p for p in rank_processes() if "RankActor" in title(p)]):
+            time.sleep(0.01)
+        ranks[0].kill()
+
+    killer = threading.Thread(target=kill_first_rank)
+    killer.start()
+    with pytest.raises(EngineStartError, match=r"^rank [01]: its process is gone"):
+        start(model_dir, tensor_parallel_size=2)
+    killer.join()
+    assert_nothing_is_left()
+
+
+def test_a_kv_cache_too_small_for_one_request_is_refused_with_the_remedy(model_dir: Path) -> None:
+    with pytest.raises(EngineStartError, match="lower max_model_len"):
+        start(model_dir, kv_cache_bytes=100_000)
+    assert_nothing_is_left()
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> Iterator[LLM]:
+    with start(model_dir, tensor_parallel_size=2) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "empty"),
+        ([1] * 4090, {"max_tokens": 10}, "4096"),
+        ([5, 120], {}, "120"),
+        ([5], {"stop_token_ids": [120]}, "120"),
+        ([5], {"logit_bias": {4000: 1.0}}, "4000"),
+        ([5], {"allowed_token_ids": [-1]}, "-1"),
+    ],
+)
+def test_a_bad_request_is_refused_at_once_and_the_good_ones_run(
+    llm: LLM, prompt: list[int], params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate([prompt], SamplingParams(**params), use_tqdm=False)
+    (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=5, temperature=0), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 5
+
+
+def test_tokens_do_not_depend_on_the_number_of_ranks(llm: LLM, model_dir: Path) -> None:
+    prompts = [[i, i * 7 % 120, 3] for i in range(12)]
+    params = [SamplingParams(max_tokens=20, temperature=i % 2, seed=i) for i in range(12)]
+    two = llm.generate(prompts, params, use_tqdm=False)
+    with start(model_dir, tensor_parallel_size=1, steps_in_flight=1) as single:
+        one = single.generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in two] == [o.outputs[0].token_ids for o in one]
+
+
+def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(model_dir: Path) -> None:
+    before = {p.pid for p in rank_processes()}
+    llm = start(model_dir, tensor_parallel_size=2)
+    started = {p.pid for p in rank_processes()} - before
+    assert len(started) == 3
+    begin = time.monotonic()
+    llm.close()
+    assert time.monotonic() - begin < 5
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=5)
+    assert not alive
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
+async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
+    model_dir: Path, blow: signal.Signals
+) -> None:
+    config = EngineConfig(model=str(model_dir), tensor_parallel_size=2, load_format="dummy", step_timeout_s=1.0)
+    engine = EngineClient.start(config)
+    llm = AsyncLLM.attach(
+        engine, FrontEnd(None, ModelLimits(max_model_len=4096, vocab_size=120, eos_token_ids=frozenset()))
+    )
+    pids = engine.info.rank_pids
+    received: list[int] = []
+
+    async def consume(index: int) -> tuple[str, float]:
+        stream = llm.generate([index], SamplingParams(max_tokens=4000, ignore_eos=True))
+        last: RequestOutput | None = None
+        try:
+            async for output in stream:
+                received.append(index)
+                last = output
+        except EngineDeadError as error:
+            return str(error), time.monotonic()
+        assert last is not None
+        assert last.outputs[0].finish_reason == "error", last
+        return last.outputs[0].error or "", time.monotonic()
+
+    consumers = [asyncio.create_task(consume(index)) for index in range(8)]
+    while len(set(received)) < 8:
+        await asyncio.sleep(0.02)
+    struck = time.monotonic()
+    os.kill(pids[1], blow)
+    ends = await asyncio.wait_for(asyncio.gather(*consumers), 20)
+    assert max(when for _, when in ends) - struck < 2.0
+    for cause, _ in ends:
+        assert ("rank 1: its process is gone" if blow == signal.SIGKILL else "step_timeout_s") in cause
+    with pytest.raises(EngineDeadError):
+        await anext(llm.generate(PROMPT, SamplingParams(max_tokens=2)))
+    llm.close()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not alive
