@@ -28,8 +28,6 @@ from eagleray.deploy.arguments import (
 )
 from eagleray.deploy.options import add_options, given
 
-HEAVY = {"torch", "ray", "transformers", "numpy", "rich"}
-
 
 def parsed(*words: str) -> argparse.Namespace:
     parser = Parser(prog="eagleray generate")
@@ -115,8 +113,10 @@ def test_engine_options_are_read() -> None:
     }
 
 
-def test_prompts_may_stand_between_options() -> None:
+def test_prompts_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("first", "--tp", "2", "second", "--json", "third").prompts == ["first", "second", "third"]
+    assert cli.main(["generate", "first", "--model", "/no/such/model", "second"]) == cli.MISUSED
+    assert "/no/such/model" in complaint(capsys)
 
 
 def test_a_field_of_a_type_without_a_reader_is_refused() -> None:
@@ -133,6 +133,7 @@ USAGE_ERRORS = [
     ("generat", "'generat'"),
     ("generate hello", "--model"),
     ("generate --model demo hello --tempo 3", "--tempo"),
+    ("generate --model demo hello --temp 3", "--temp"),
     ("generate --model demo hello --top-k many", "'many'"),
     ("generate --model demo hello --dtype int3", "'int3'"),
     ("generate --model demo hello --logit-bias 5", "'5'"),
@@ -176,6 +177,11 @@ def test_a_model_that_cannot_be_cut_so_often_is_refused_before_anything_starts(
 ) -> None:
     assert cli.main(["generate", "--model", str(demo_model_dir), "--tp", "64", "hello"]) == cli.MISUSED
     assert "64" in complaint(capsys)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "--model", str(tmp_path)]) == cli.MISUSED
+    assert "config.json" in complaint(capsys)
 
 
 def test_no_prompt_at_all_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,14 +230,23 @@ def test_engine_config_finds_the_demo_model(demo_model_dir: Path) -> None:
     assert engine_config(arguments).model == str(demo_model_dir)
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "generate --help", "chat --help"])
-def test_asking_what_there_is_imports_nothing_heavy(words: str) -> None:
+def imported_by(words: str) -> set[str]:
+    """Modules in a process that ran the command line."""
     script = (
         "import sys\nfrom eagleray.deploy.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    print(*sys.modules, file=sys.stderr)"
     )
     run = subprocess.run([sys.executable, "-c", script, *words.split()], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0
-    assert "eagleray" in run.stdout
-    assert not HEAVY & set(run.stderr.split())
+    assert "eagleray" in run.stdout + run.stderr
+    return set(run.stderr.split())
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "generate --help", "chat --help"])
+def test_asking_what_there_is_imports_nothing_heavy(words: str) -> None:
+    assert not imported_by(words) & {"torch", "ray", "transformers", "numpy", "rich"}
+
+
+@pytest.mark.parametrize("command", ["generate hello", "chat"])
+def test_a_bad_value_is_reported_before_anything_slow_is_imported(command: str) -> None:
+    assert not imported_by(f"{command} --model /no/such/model") & {"torch", "ray", "transformers"}

@@ -133,6 +133,20 @@ def test_a_plain_view_writes_nothing_but_finished_answers_in_order() -> None:
     assert written(quiet) == ""
 
 
+def test_an_interrupted_plain_view_writes_what_was_finished() -> None:
+    seen: list[int] = []
+
+    def interrupted() -> None:
+        with PlainView(lambda ready: seen.append(ready.index), terminal(), num_requests=3) as view:
+            view.news(answer(0, "x", None))
+            view.done(answer(2, "x"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == [2]
+
+
 def test_a_terminal_view_streams_at_the_bottom_and_leaves_whole_answers_in_order() -> None:
     console = terminal(height=20)
     with TerminalView(console, num_requests=2) as view:
