@@ -17,6 +17,7 @@ DEMO_PROMPTS := \
 	"Write a haiku about rays gliding through the sea." \
 	"Name three things a compiler does."
 
+.DELETE_ON_ERROR:
 .PHONY: demo test check bench clean
 
 demo: $(VENV)/.demo
