@@ -36,7 +36,8 @@ def reference_attention(
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
 
-    Tokens of `q` beyond the last request are padding, and their output is 0.
+    Tokens of `q` beyond the last request are padding, and their output is 0. Slots that nobody wrote are read, with
+    weight 0, so they must hold finite numbers.
     """
     shared, key = scratch(), ("visits", id(metadata), k_cache.shape[1], spec.sliding_window)
     if key not in shared:
@@ -113,15 +114,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) 
     q = q.reshape(n, queries, -1, group, head_size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     seen = (seen if queries == 1 else seen.repeat(1, group, 1)).unsqueeze(1)
-    if spec.logits_soft_cap is None:
+    if spec.logits_soft_cap is None and q.device.type == "cpu":
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.scale)
-    else:
-        out = _capped_attention(q, k, v, seen, spec.scale, spec.logits_soft_cap)
+    else:  # by hand on CUDA: there, torch 2.11 reads masked keys in bfloat16
+        out = _attend_by_hand(q, k, v, seen, spec)
     return out.reshape(n, -1, group, queries, head_size).permute(0, 3, 1, 2, 4).reshape(n, queries, heads, head_size)
 
 
-def _capped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, cap: float) -> Tensor:
-    """Softmax in float32 over `cap * tanh(scores / cap)`, as in Gemma 2."""
-    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
-    scores = (torch.tanh(scores / cap) * cap).masked_fill(~seen, float("-inf"))
+def _attend_by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) -> Tensor:
+    """Softmax in float32 over the scores, or over `cap * tanh(scores / cap)` as in Gemma 2."""
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * spec.scale
+    if spec.logits_soft_cap is not None:
+        scores = torch.tanh(scores / spec.logits_soft_cap) * spec.logits_soft_cap
+    scores = scores.masked_fill(~seen, float("-inf"))
     return torch.matmul(scores.softmax(dim=-1), v.float()).to(q.dtype)

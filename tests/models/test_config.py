@@ -53,9 +53,10 @@ def test_both_spellings_of_rope_are_the_same() -> None:
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_frequencies_are_those_of_transformers(kind: str) -> None:
     scaling = {**LLAMA3, "rope_type": kind} if kind == "llama3" else {"rope_type": kind, "factor": 8.0}
-    theirs = AutoConfig.for_model("llama", **LLAMA, rope_parameters={"rope_theta": 5000.0, **scaling})
+    changes = {"head_dim": 64, "rope_parameters": {"rope_theta": 5000.0, **scaling}}  # some frequencies are blended
+    theirs = AutoConfig.for_model("llama", **LLAMA, **changes)
     expected, _ = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
-    ours = config(LLAMA, rope_parameters={"rope_theta": 5000.0, **scaling})
+    ours = config(LLAMA, **changes)
     torch.testing.assert_close(frequencies(ours.head_size, ours.rope), expected)
 
 
