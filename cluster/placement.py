@@ -25,6 +25,7 @@ def connect(config: EngineConfig) -> None:
     except ConnectionError:
         if os.environ.get("RAY_ADDRESS"):
             raise
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers would yield the cores to everything else
         wanted = config.tensor_parallel_size * config.cpus_per_rank
         ray.init(
             address="local", num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, **options

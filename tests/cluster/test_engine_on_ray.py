@@ -19,7 +19,14 @@ from safetensors.torch import save_file
 from eagleray import LLM, AsyncLLM, EngineConfig, EngineDeadError, EngineStartError, RequestOutput, SamplingParams
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.resolve import worker_config
+from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.submission import ModelLimits
+from eagleray.models.config import ModelConfig
+from eagleray.models.loader import load_model
+from eagleray.parallel.group import TPGroup
+from eagleray.workers.worker import Worker
+from support.inline_engine import InlineEngine
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -163,13 +170,31 @@ def test_a_bad_request_is_refused_at_once_and_the_good_ones_run(
     assert len(output.outputs[0].token_ids) == 5
 
 
-def test_tokens_do_not_depend_on_the_number_of_ranks(llm: LLM, model_dir: Path) -> None:
+def test_tokens_are_those_of_one_process_without_ray(llm: LLM, model_dir: Path) -> None:
     prompts = [[i, i * 7 % 120, 3] for i in range(12)]
+    inline = inline_engine(model_dir)
+    for index, prompt in enumerate(prompts):
+        inline.add(index, prompt, max_tokens=20, temperature=float(index % 2), seed=index)
+    inline.run()
+    expected = [inline.token_ids(index) for index in range(12)]
+    assert len({token_id for tokens in expected for token_id in tokens}) > 20
+
     params = [SamplingParams(max_tokens=20, temperature=i % 2, seed=i) for i in range(12)]
-    two = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
     with start(model_dir, tensor_parallel_size=1, steps_in_flight=1) as single:
-        one = single.generate(prompts, params, use_tqdm=False)
-    assert [o.outputs[0].token_ids for o in two] == [o.outputs[0].token_ids for o in one]
+        outputs = single.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def inline_engine(model_dir: Path) -> InlineEngine:
+    config = EngineConfig(model=str(model_dir), load_format="dummy")
+    worker = worker_config(config, ModelConfig.from_dir(model_dir), "cpu")
+    model = load_model(
+        model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=config.seed
+    )
+    scheduler = Scheduler(num_blocks=256, block_size=worker.block_size, max_num_seqs=16, max_num_batched_tokens=256)
+    return InlineEngine(scheduler, Worker(worker, model, TPGroup(), 256))
 
 
 def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(model_dir: Path) -> None:
