@@ -59,7 +59,7 @@ class Visit(NamedTuple):
 
 
 def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None) -> list[Visit]:
-    """Slices of one token in one padded visit, longer ones request by request and not too many queries at once.
+    """Slices of one token padded together, longer ones request by request and not too many queries at once.
 
     Layers with the same window share a plan. Blocks that no query of a long slice sees stay unread.
     """
@@ -67,12 +67,12 @@ def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None
     lengths = [end - start for start, end in pairwise(starts)]
     visits = []
     single = [i for i, length in enumerate(lengths) if length == 1]
-    if single:
-        alone = len(single) == len(lengths)
-        tokens = slice(starts[0], starts[-1]) if alone else _index([starts[i] for i in single], metadata)
-        table = metadata.block_table if alone else metadata.block_table[_index(single, metadata)]
-        ends = _index([seq_lens[i] for i in single], metadata)
-        blocks = table[:, : -(-max(seq_lens[i] for i in single) // block_size)]
+    for group in _alike(single, seq_lens):
+        alone = len(group) == len(lengths)
+        tokens = slice(starts[0], starts[-1]) if alone else _index([starts[i] for i in group], metadata)
+        table = metadata.block_table if alone else metadata.block_table[_index(group, metadata)]
+        ends = _index([seq_lens[i] for i in group], metadata)
+        blocks = table[:, : -(-max(seq_lens[i] for i in group) // block_size)]
         visits.append(Visit(tokens, blocks, _seen(ends.unsqueeze(1) - 1, 0, blocks.shape[1] * block_size, window)))
     for i, length in enumerate(lengths):
         for first in range(0, length if length > 1 else 0, _QUERIES_AT_ONCE):
@@ -84,6 +84,14 @@ def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None
             seen = _seen(positions, lowest * block_size, blocks.shape[1] * block_size, window)
             visits.append(Visit(slice(starts[i] + first, starts[i] + first + queries), blocks, seen))
     return visits
+
+
+def _alike(requests: list[int], seq_lens: list[int]) -> list[list[int]]:
+    """Group requests so that in a group no context is more than four times as long as another, from 64 tokens on."""
+    groups: dict[int, list[int]] = {}
+    for request in requests:
+        groups.setdefault(max(3, seq_lens[request].bit_length() // 2), []).append(request)
+    return list(groups.values())
 
 
 def _index(values: list[int], metadata: AttentionMetadata) -> Tensor:

@@ -96,7 +96,10 @@ SPECS = {
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("lengths", [[(1, 9)], [(1, 7), (1, 1), (1, 20)], [(13, 13)], [(5, 18)], MIXED])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(1, 9)], [(1, 7), (1, 1), (1, 20)], [(1, 300), (1, 9), (3, 40), (1, 290)], [(13, 13)], [(5, 18)], MIXED],
+)
 def test_the_op_computes_attention(name: str, lengths: list[tuple[int, int]]) -> None:
     requests = Requests(lengths, SPECS[name])
     torch.testing.assert_close(requests.run(), requests.expected(), atol=1e-5, rtol=1e-5)
