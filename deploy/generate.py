@@ -46,10 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _view(json: bool, err: Console, num_requests: int) -> View:
-    if json:
-        return PlainView(lambda answer: print(as_json(answer), flush=True), err, num_requests)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not json:
         return TerminalView(Console(), num_requests)
+    if json:
+        bar = Console(stderr=True, force_terminal=False) if sys.stdout.isatty() else err  # not where the answers go
+        return PlainView(lambda answer: print(as_json(answer), flush=True), bar, num_requests)
     return PlainView(write_plain(sys.stdout, titled=num_requests > 1), err, num_requests)
 
 

@@ -44,6 +44,7 @@ class Bar:
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            redirect_stdout=False,  # standard output may be a file, where answers belong
         )
         self._id = self.progress.add_task("", start=False, total=num_requests, tokens=0, rate=0.0)
         self._num_tokens: dict[int, int] = {}

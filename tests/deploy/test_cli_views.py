@@ -133,6 +133,15 @@ def test_a_plain_view_writes_nothing_but_finished_answers_in_order() -> None:
     assert written(quiet) == ""
 
 
+def test_a_bar_on_the_terminal_leaves_standard_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    err = terminal()
+    with PlainView(lambda ready: print(as_json(ready)), err, num_requests=1) as view:
+        view.done(answer(0, "x y"))
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["text"] == "x y"
+    assert "1/1 requests" in written(err)
+    assert "outputs" not in written(err)
+
+
 def test_an_interrupted_plain_view_writes_what_was_finished() -> None:
     seen: list[int] = []
 
