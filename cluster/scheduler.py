@@ -122,11 +122,12 @@ class Scheduler:
     def fail(self, cause: str) -> list[News]:
         """End every request with an error: the ranks are gone."""
         self._in_flight.clear()
-        self.pool.forget_prefixes()
-        return [
+        news = [
             (request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))
             for request in list(self._requests.values())
         ]
+        self.pool.forget_prefixes()
+        return news
 
     def _end(self, request: Request, news: Tokens) -> Tokens:
         request.finished = True

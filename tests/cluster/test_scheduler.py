@@ -180,6 +180,17 @@ def test_failure_ends_every_request_with_the_cause(depth: int) -> None:
     assert engine.scheduler.num_unfinished == 0
 
 
+def test_what_was_computed_before_a_failure_is_not_found_after_it(depth: int) -> None:
+    engine = Engine(depth)
+    engine.add(0, list(range(16)), max_tokens=5)
+    engine.turn()
+    engine.scheduler.fail("rank 1 is gone")
+    engine.add(1, list(range(16)), max_tokens=1)
+    step = engine.scheduler.schedule()
+    assert step is not None
+    assert step.start[0].num_computed_tokens == 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_left_behind_by_two_thousand_requests_with_aborts(depth: int, seed: int) -> None:
     engine, rng = Engine(depth, num_blocks=40, max_slice_tokens=9), Random(seed)
