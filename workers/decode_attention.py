@@ -1,0 +1,223 @@
+"""Paged attention for one query token per request, split over the keys, in Triton: for CUDA, or Triton's interpreter.
+
+A request's keys are cut in sections of 1,024 keys or more, at most 16 of them, and each section in four chunks, at
+places that its own length decides. Softmax runs over a chunk; chunks are merged to sections one after the other, and
+sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much work
+the batch has, but both go through the same operations in the same order: a request's result is the same to the bit in
+any batch.
+
+The plan, who does which piece, is made on the GPU from the lengths, once per step; all layers with the same heads and
+window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
+"""
+
+from dataclasses import dataclass
+from math import log2
+
+import torch
+import triton
+from torch import Tensor
+
+from eagleray.models.attention import AttentionSpec
+from eagleray.workers.decode_attention_kernels import (
+    CHUNKS,
+    FIELDS,
+    MAX_SECTIONS,
+    attend_kernel,
+    combine_kernel,
+    plan_kernel,
+)
+
+SECTION = 1024  # keys, at least
+_LOG2_E = log2(2.718281828459045)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConstants:
+    """What was measured to be fast. Only `tile` has a part in the result's rounding."""
+
+    tile: int = 64  # keys per iteration; a power of two, 16 up to 256
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_sm: int = 2
+    fine_below: int = 1024  # (section, KV head) pairs; with fewer, chunks are the pieces of work
+    overlap: bool = False  # launch the sum of the parts while the attention still runs (programmatic dependent launch)
+
+
+def launch_constants(spec: AttentionSpec) -> LaunchConstants:
+    """A tile of keys and values stays at 32 KiB of shared memory."""
+    return LaunchConstants(tile=32 if spec.head_size > 128 else 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeWorkspace:
+    """Buffers of the kernels, for layers that share heads and window, of which only one runs at a time."""
+
+    constants: LaunchConstants
+    max_seq_len: int
+    num_programs: int
+    header: Tensor  # [2] int32
+    starts: Tensor  # [max_requests + 1] int32
+    work: Tensor  # [max_pieces, FIELDS] int32
+    partial: Tensor  # [max_pieces, heads, head_size] float32
+    partial_ml: Tensor  # [max_pieces, heads, 2] float32
+
+
+def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
+    """The most pieces of work that a batch can have."""
+    visible = max_seq_len if spec.sliding_window is None else min(max_seq_len, spec.sliding_window + constants.tile)
+    sections = max_requests * min(int(MAX_SECTIONS), -(-visible // SECTION))
+    return max(sections, int(CHUNKS) * min(sections, -(-constants.fine_below // spec.num_kv_heads)))
+
+
+def workspace_bytes(
+    max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants | None = None
+) -> int:
+    """What `allocate_workspace` takes on the device."""
+    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec))
+    return 4 * (3 + max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
+
+
+def allocate_workspace(
+    max_requests: int,
+    max_seq_len: int,
+    spec: AttentionSpec,
+    device: torch.device,
+    constants: LaunchConstants | None = None,
+) -> DecodeWorkspace:
+    """Buffers for batches of up to `max_requests` requests (padding included) of up to `max_seq_len` tokens."""
+    constants = constants or launch_constants(spec)
+    pieces = max_pieces(max_requests, max_seq_len, spec, constants)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return DecodeWorkspace(
+        constants=constants,
+        max_seq_len=max_seq_len,
+        num_programs=sms * constants.programs_per_sm,
+        header=torch.zeros(2, dtype=torch.int32, device=device),
+        starts=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
+        work=torch.zeros(pieces, int(FIELDS), dtype=torch.int32, device=device),
+        partial=torch.empty(pieces, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
+        partial_ml=torch.empty(pieces, spec.num_heads, 2, dtype=torch.float32, device=device),
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    spec: AttentionSpec,
+    max_seq_len: int,
+    workspace: DecodeWorkspace,
+    *,
+    rows: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`plan_decode` and `attend_planned` in one; no request may have more than `max_seq_len` tokens.
+
+    Request `i` attends over its `seq_lens[i]` tokens, the last of which is its query, through row `i` of `block_table`
+    `[n, max_blocks]` int32, or row `rows[i]` of a table of all rows. A request of length 0 is padding: it costs
+    nothing, and its output is 0.
+    """
+    assert max_seq_len <= workspace.max_seq_len
+    plan_decode(workspace, seq_lens, spec, rows=rows)
+    return attend_planned(q, k_cache, v_cache, block_table, spec, workspace, sinks=sinks)
+
+
+def plan_decode(
+    workspace: DecodeWorkspace, seq_lens: Tensor, spec: AttentionSpec, *, rows: Tensor | None = None
+) -> None:
+    """Share out the work of one step: `seq_lens` is `[n]` int32 and `rows` `[n]` int64, both contiguous."""
+    n = seq_lens.shape[0]
+    assert n < workspace.starts.shape[0], "the workspace is for fewer requests"
+    assert seq_lens.dtype == torch.int32
+    assert rows is None or rows.dtype == torch.int64
+    plan_kernel[(1,)](
+        seq_lens,
+        rows,
+        workspace.header,
+        workspace.starts,
+        workspace.work,
+        n,
+        triton.cdiv(workspace.constants.fine_below, spec.num_kv_heads),
+        HAS_ROWS=rows is not None,
+        WINDOW=spec.sliding_window or 0,
+        TILE=workspace.constants.tile,
+        SECTION=SECTION,
+        N_PAD=max(16, triton.next_power_of_2(n)),
+        num_warps=4 if n <= 128 else 8,
+    )
+
+
+def attend_planned(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    spec: AttentionSpec,
+    workspace: DecodeWorkspace,
+    *,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one layer, after `plan_decode` for this batch.
+
+    `q` is `[n, heads, head_size]` (any strides with the last one 1), the caches are
+    `[num_blocks, block_size, kv_heads, head_size]`, both with the same strides. `sinks`, `[heads]` float32, are scores
+    that join the softmax without a value. Returns `[n, heads, head_size]`, contiguous.
+    """
+    n, heads, head_size = q.shape
+    constants, block_size = workspace.constants, k_cache.shape[1]
+    assert k_cache.stride() == v_cache.stride()
+    assert k_cache.stride(3) == q.stride(2) == block_table.stride(1) == 1
+    assert (heads, head_size, k_cache.shape[2]) == (spec.num_heads, spec.head_size, spec.num_kv_heads)
+    assert block_size & (block_size - 1) == 0, "the kernel wants blocks of a power of two"
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    head_pad, group = triton.next_power_of_2(head_size), heads // spec.num_kv_heads
+    attend_kernel[(min(workspace.num_programs, workspace.work.shape[0] * spec.num_kv_heads),)](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        sinks,
+        out,
+        workspace.header,
+        workspace.work,
+        workspace.partial,
+        workspace.partial_ml,
+        spec.scale * _LOG2_E,
+        (spec.logits_soft_cap or 1.0) * _LOG2_E,
+        q.stride(0),
+        q.stride(1),
+        block_table.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        KV_HEADS=spec.num_kv_heads,
+        GROUP=group,
+        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        HEAD_SIZE=head_size,
+        HEAD_PAD=head_pad,
+        BLOCK_SIZE=block_size,
+        TILE=constants.tile,
+        HAS_CAP=spec.logits_soft_cap is not None,
+        HAS_SINKS=sinks is not None,
+        PDL=constants.overlap,
+        num_warps=constants.num_warps,
+        num_stages=constants.num_stages,
+    )
+    combine_kernel[(n, heads)](
+        out,
+        sinks,
+        workspace.header,
+        workspace.starts,
+        workspace.partial,
+        workspace.partial_ml,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        HEAD_PAD=head_pad,
+        HAS_SINKS=sinks is not None,
+        PDL=constants.overlap,
+        num_warps=4,
+        launch_pdl=constants.overlap,
+    )
+    return out

@@ -1,0 +1,234 @@
+"""Triton kernels of decode attention: who does what (`plan_kernel`), the attention itself, and the sum of its parts.
+
+How a request's keys are cut, and why its result does not depend on the batch: see `decode_attention.py`.
+"""
+
+# Kernels are compiled by Triton, which has no types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+FIELDS = tl.constexpr(8)  # int32 per piece of work, of which 5 are used: one sector of memory
+CHUNKS = tl.constexpr(4)  # per section
+MAX_SECTIONS = tl.constexpr(16)  # per request
+
+
+@triton.jit
+def plan_kernel(
+    seq_lens,  # [n] int32
+    rows,  # [n] int64, only if HAS_ROWS
+    header,  # [2] int32: pieces of work, and in how many each section is cut
+    starts,  # [n + 1] int32: first piece of each request
+    work,  # [pieces, FIELDS] int32: 2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk
+    n,
+    fine_below,
+    HAS_ROWS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    TILE: tl.constexpr,
+    SECTION: tl.constexpr,
+    N_PAD: tl.constexpr,
+):
+    """One program. Sections are whole pieces, or cut in chunks where there are fewer than `fine_below` of them."""
+    request = tl.arange(0, N_PAD)
+    seq_len = tl.load(seq_lens + request, mask=request < n, other=0)
+    lowest = tl.zeros_like(seq_len)
+    if WINDOW > 0:
+        lowest = tl.maximum(seq_len - WINDOW, 0)
+    origin = lowest // TILE * TILE
+    span = seq_len - origin
+    section = tl.full([N_PAD], SECTION, tl.int32)
+    for _ in tl.static_range(12):  # 1024 * 16 keys doubled so often is more than any context
+        section = tl.where(section * MAX_SECTIONS < span, section * 2, section)
+    ratio = tl.where(tl.sum((span + section - 1) // section, 0) < fine_below, CHUNKS, 1)
+    size = section // ratio
+    count = (span + size - 1) // size
+    start = tl.cumsum(count, 0) - count
+    tl.store(starts + request, start, mask=request < n)
+    tl.store(starts + n, tl.sum(count, 0))
+    tl.store(header, tl.sum(count, 0))
+    tl.store(header + 1, ratio)
+    row = request.to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows + request, mask=request < n, other=0)
+    for j in range(tl.max(count, 0)):
+        field = work + (start + j).to(tl.int64) * FIELDS
+        mine = j < count
+        tl.store(field, request * 2 + (count == 1).to(tl.int32), mask=mine)
+        tl.store(field + 1, row.to(tl.int32), mask=mine)
+        tl.store(field + 2, tl.maximum(lowest, origin + j * size), mask=mine)
+        tl.store(field + 3, tl.minimum(seq_len, origin + (j + 1) * size), mask=mine)
+        tl.store(field + 4, section // CHUNKS, mask=mine)
+
+
+@triton.jit
+def merge(m, l, acc, m_next, l_next, acc_next):  # noqa: E741
+    """Two parts of a softmax as one: maxima in units of log2, sums of weights, weighted values (rows by columns).
+
+    Every operation is exact when one part is empty (-inf, 0, 0). The fused multiply-add is spelled out, so that every
+    kernel rounds in the same places.
+    """
+    m_both = tl.maximum(m, m_next)
+    shift = tl.where(m_both == float("-inf"), 0.0, m_both)
+    old, new = tl.exp2(m - shift), tl.exp2(m_next - shift)
+    acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_next * new[:, None])
+    return m_both, tl.fma(l, old, l_next * new), acc
+
+
+@triton.jit
+def soft_capped(scores, cap):
+    """`cap * tanh(scores / cap)`, everything in units of log2."""
+    return cap - 2.0 * cap / (tl.exp2(scores * (2.0 * 1.4426950408889634 / cap)) + 1.0)
+
+
+@triton.jit
+def find_blocks(blocks, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """The block of each of `TILE` keys from `tile` on, one number if they share it. Beyond `end`: the last one."""
+    if TILE <= BLOCK_SIZE:
+        block = tl.load(blocks + tl.minimum(tile, end - 1) // BLOCK_SIZE)
+    else:
+        block = tl.load(blocks + tl.minimum(tile + tl.arange(0, TILE), end - 1) // BLOCK_SIZE)
+    return block.to(tl.int64)
+
+
+@triton.jit
+def attend_kernel(
+    q,  # [n, KV_HEADS * GROUP, HEAD_SIZE]
+    k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
+    v_cache,
+    table,  # [rows, max_blocks] int32
+    sinks,  # [heads] float32, only if HAS_SINKS
+    out,  # like q, contiguous
+    header,  # the plan
+    work,
+    partial,  # [pieces, heads, HEAD_SIZE] float32
+    partial_ml,  # [pieces, heads, 2] float32: maximum and sum
+    scale,  # times log2(e)
+    cap,  # times log2(e)
+    q_stride,
+    q_head_stride,
+    table_stride,
+    block_stride,
+    slot_stride,
+    head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs take turns at (piece, KV head), heads of one piece side by side, since they share memory pages."""
+    if PDL:
+        gdc_launch_dependents()
+    head_row, dim, lane = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, TILE)
+    own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+    items = tl.load(header) * KV_HEADS
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        piece, kv_head = item // KV_HEADS, item % KV_HEADS
+        field = work + piece * FIELDS
+        tag, row, lowest = tl.load(field), tl.load(field + 1), tl.load(field + 2)
+        end, chunk = tl.load(field + 3), tl.load(field + 4)
+        request = (tag // 2).to(tl.int64)
+        head = kv_head * GROUP + head_row
+        query = tl.load(
+            q + request * q_stride + head[:, None] * q_head_stride + dim[None, :], mask=own, other=0.0
+        )  # [GROUP_PAD, HEAD_PAD]
+        blocks = table + row.to(tl.int64) * table_stride
+        keys, values = k_cache + kv_head * head_stride, v_cache + kv_head * head_stride
+        m_all = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        l_all = tl.zeros([GROUP_PAD], tl.float32)
+        acc_all = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+        m, l, acc = m_all, l_all, acc_all  # noqa: E741
+        first = lowest // TILE * TILE
+        # Blocks are looked up one tile ahead: as a chain of loads within one iteration they would cost a stage.
+        next_block = find_blocks(blocks, first, end, BLOCK_SIZE, TILE)
+        for tile in range(first, end, TILE):
+            key = tile + lane
+            seen = key < end
+            offset = (next_block * block_stride + key % BLOCK_SIZE * slot_stride)[:, None] + dim[None, :]
+            next_block = find_blocks(blocks, tile + TILE, end, BLOCK_SIZE, TILE)
+            mask = seen[:, None]
+            if HEAD_SIZE != HEAD_PAD:
+                mask = mask & (dim < HEAD_SIZE)[None, :]
+            k = tl.load(keys + offset, mask=mask, other=0.0, eviction_policy="evict_first")
+            v = tl.load(values + offset, mask=mask, other=0.0, eviction_policy="evict_first")
+            scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+            if HAS_CAP:
+                scores = soft_capped(scores, cap)
+            scores = tl.where((seen & (key >= lowest))[None, :], scores, float("-inf"))
+            m_next = tl.maximum(m, tl.max(scores, 1))  # finite: every tile holds a key that is seen
+            weights = tl.exp2(scores - m_next[:, None])
+            old = tl.exp2(m - m_next)
+            l = tl.fma(l, old, tl.sum(weights, 1))  # noqa: E741
+            acc = tl.dot(weights.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
+            m = m_next
+            if (tile - first + TILE) % chunk == 0:
+                m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc)
+                m = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+                l = tl.zeros([GROUP_PAD], tl.float32)  # noqa: E741
+                acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+        m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc)
+        if tag % 2 == 1:
+            if HAS_SINKS:
+                sink = tl.load(sinks + head, mask=head_row < GROUP, other=float("-inf"))
+                l_all += tl.exp2(sink * 1.4426950408889634 - m_all)
+            place = out + (request * (KV_HEADS * GROUP) + head[:, None]) * HEAD_SIZE + dim[None, :]
+            tl.store(place, (acc_all / l_all[:, None]).to(out.dtype.element_ty), mask=own)
+        else:
+            part = piece * (KV_HEADS * GROUP) + head
+            tl.store(partial + part[:, None] * HEAD_SIZE + dim[None, :], acc_all, mask=own)
+            tl.store(partial_ml + part * 2, m_all, mask=head_row < GROUP)
+            tl.store(partial_ml + part * 2 + 1, l_all, mask=head_row < GROUP)
+
+
+@triton.jit
+def combine_kernel(
+    out,  # [n, heads, HEAD_SIZE]
+    sinks,
+    header,
+    starts,
+    partial,
+    partial_ml,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program for each request and head: chunks to sections in their order, then all sections at once."""
+    if PDL:  # all programs wait, or the launch after this one could overtake the attention
+        gdc_wait()
+    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, ratio = tl.load(starts + request), tl.load(header + 1)
+    count = tl.load(starts + request + 1) - start
+    dim = tl.arange(0, HEAD_PAD)
+    place = out + (request * HEADS + head) * HEAD_SIZE + dim
+    if count == 0:
+        tl.store(place, tl.zeros([HEAD_PAD], out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    if count > 1:
+        section = tl.arange(0, MAX_SECTIONS)
+        m = tl.full([MAX_SECTIONS], float("-inf"), tl.float32)
+        l = tl.zeros([MAX_SECTIONS], tl.float32)  # noqa: E741
+        acc = tl.zeros([MAX_SECTIONS, HEAD_PAD], tl.float32)
+        for j in tl.static_range(CHUNKS):
+            index = section * ratio + j
+            valid = index < tl.where(j < ratio, count, 0)
+            part = (start + index).to(tl.int64) * HEADS + head
+            m_next = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
+            l_next = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)
+            mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
+            acc_next = tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
+            m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+        m_all = tl.max(m, 0)
+        weight = tl.exp2(m - m_all)
+        l_all = tl.sum(l * weight, 0)
+        if HAS_SINKS:
+            l_all += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 - m_all)
+        mean = tl.sum(acc * weight[:, None], 0) / l_all
+        tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
