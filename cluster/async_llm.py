@@ -136,7 +136,10 @@ class AsyncLLM:
         except EngineDeadError as error:
             self._fail(str(error))
             raise
-        if self._reader is None:
+        except BaseException:
+            self._front_end.abort(generation)
+            raise
+        if self._reader is None or self._reader.done():  # done with the event loop it ran on
             self._reader = asyncio.create_task(self._read(), name="eagleray news")
         return self._news.setdefault(generation, asyncio.Event())
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Any
 
 import ray
@@ -21,13 +22,16 @@ class Calls:
 
     def __init__(self, refs: "Sequence[ray.ObjectRef[Any]]") -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = Lock()
         self._ended: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
         for index, ref in enumerate(refs):
             ref.future().add_done_callback(partial(self._note, index))
 
     def _note(self, index: int, future: "Future[Any]") -> None:
         self._ended.put((index, future.exception()))
-        os.eventfd_write(self.fd, 1)
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
 
     def next(self, timeout_s: float) -> tuple[int, BaseException | None] | None:
         """The actor whose call ended next and the error it ended with; None if none did within `timeout_s`."""
@@ -35,6 +39,13 @@ class Calls:
             return self._ended.get(timeout=max(0.0, timeout_s))
         except Empty:
             return None
+
+    def close(self) -> None:
+        """Stop watching. Calls that end later are not noted."""
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+            self.fd = -1
 
     def blame(self, index: int, error: BaseException | None) -> str:
         """Name the failed rank and the cause, given the first call that ended.
@@ -56,6 +67,11 @@ def _is_cause(error: BaseException | None) -> bool:
     if isinstance(error, ray.exceptions.RayTaskError):
         return not isinstance(error.cause, RuntimeError)
     return True
+
+
+def is_death(error: BaseException | None) -> bool:
+    """Whether the process is gone, so that it had no words of its own."""
+    return error is None or isinstance(error, ray.exceptions.RayActorError)
 
 
 def describe(error: BaseException | None) -> str:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+MAX_COUNT = 2**63 - 1
+MAX_AMOUNT = 1e6  # of seconds, or CPUs
 LOAD_FORMATS = ("safetensors", "dummy")
 
 
@@ -38,13 +40,18 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "steps_in_flight"):
-            _check_positive(name, getattr(self, name))
+            _check_count(name, getattr(self, name))
         for name in ("max_model_len", "block_size", "max_slice_tokens", "kv_cache_bytes", "threads_per_rank"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                _check_count(name, getattr(self, name))
         for name in ("cpus_per_rank", "placement_timeout_s", "start_timeout_s", "step_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0")
+            _check_amount(name, getattr(self, name))
+        for name in ("enable_prefix_caching", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed!r}; give a whole number from 0 to 2**64 - 1")
+        _check_amount("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization
             raise ValueError(f"gpu_memory_utilization is {share!r}; give a share above 0, up to 1")
@@ -65,6 +72,15 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: object) -> None:
+    if not _is_int(value) or not 1 <= value <= MAX_COUNT:  # type: ignore[operator]
         raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
+
+
+def _check_amount(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_AMOUNT:
+        raise ValueError(f"{name} is {value!r}; give a number above 0, up to {MAX_AMOUNT:g}")

@@ -7,7 +7,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_core import EngineCore
 from eagleray.cluster.executor import RayExecutor
 from eagleray.cluster.messages import EngineInfo
-from eagleray.cluster.resolve import check_capacity, check_model, worker_config
+from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.workers.channel import Hub
 
@@ -20,11 +20,6 @@ class CoreActor:
         model = check_model(config)
         worker = worker_config(config, model, device)
         executor = RayExecutor(worker, group, timeout_s=config.start_timeout_s)
-        try:
-            check_capacity(executor.num_blocks, worker)
-        except BaseException:
-            executor.close()
-            raise
         same_node = ray.get_runtime_context().get_node_id() == front_end_node
         front_ends = Hub(None if same_node else ray.util.get_node_ip_address())
         self._core = EngineCore(

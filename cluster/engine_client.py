@@ -1,16 +1,18 @@
 """A front end's end of the channel to the engine core, and starting the core."""
 
+import asyncio
+import logging
 import uuid
+import weakref
 from typing import Any
 
 import msgspec
 import ray
 import zmq
-import zmq.asyncio
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from eagleray.cluster.calls import Calls, describe
+from eagleray.cluster.calls import Calls, describe, is_death
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core_actor import CoreActor
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
@@ -19,6 +21,9 @@ from eagleray.cluster.placement import choose_device, connect, place
 from eagleray.cluster.resolve import check_model
 from eagleray.workers.channel import Peer, milliseconds
 
+logger = logging.getLogger(__name__)
+
+START_MARGIN_S = 60.0  # for the core's own process, beside what its ranks may take
 CLOSE_S = 6.0  # how long a closing engine may take before it is killed
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
 
@@ -28,8 +33,6 @@ class EngineClient:
 
     def __init__(self, info: EngineInfo, core: Any, group: PlacementGroup) -> None:
         self.info = info
-        self._core = core
-        self._group = group
         self._running = Calls([core.run.remote()])
         self._dead: str | None = None
         self._closed = False
@@ -39,7 +42,10 @@ class EngineClient:
         self._poller = zmq.Poller()
         self._poller.register(self._peer.socket, zmq.POLLIN)
         self._poller.register(self._running.fd, zmq.POLLIN)
-        self._async_poller: zmq.asyncio.Poller | None = None
+        self._num_news = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # on which `areceive` waits
+        self._wake = asyncio.Event()
+        self._finalizer = weakref.finalize(self, _remove, core, group)  # for an owner that forgets to close
 
     @classmethod
     def start(cls, config: EngineConfig) -> "EngineClient":
@@ -55,13 +61,25 @@ class EngineClient:
         core = _create_core(group)
         try:
             node = ray.get_runtime_context().get_node_id()
-            info = ray.get(core.start.remote(config, device, group, node))
+            started = core.start.remote(config, device, group, node)
+            info: EngineInfo = ray.get(started, timeout=config.start_timeout_s + START_MARGIN_S)
+        except ray.exceptions.GetTimeoutError:
+            _remove(core, group)
+            raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
         except ray.exceptions.RayError as error:
             _remove(core, group)
             raise EngineStartError(describe(error)) from None
         except BaseException:
             _remove(core, group)
             raise
+        logger.info(
+            "engine ready: %d rank(s) on %s in %s, %d KV blocks of %d tokens",
+            config.tensor_parallel_size,
+            info.device,
+            info.dtype,
+            info.num_blocks,
+            info.block_size,
+        )
         return cls(info, core, group)
 
     def send(self, message: Submit | Abort) -> None:
@@ -69,6 +87,7 @@ class EngineClient:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         self._peer.send(self._encode(message))
+        self._wake.set()
 
     def receive(self, timeout_s: float | None = None) -> EngineOutputs | None:
         """The next news, or None once `timeout_s` is over. Raises `EngineDeadError` after a dead core's last news."""
@@ -77,25 +96,48 @@ class EngineClient:
         return self._take()
 
     async def areceive(self) -> EngineOutputs:
-        """The next news, without blocking the event loop. Raises like `receive`."""
-        if self._async_poller is None:
-            self._async_poller = zmq.asyncio.Poller()
-            self._async_poller.register(zmq.asyncio.Socket.from_socket(self._peer.socket), zmq.POLLIN)
-            self._async_poller.register(self._running.fd, zmq.POLLIN)
+        """The next news, without blocking the event loop. Raises like `receive`.
+
+        A socket's descriptor tells of news once, and whatever touches the socket next takes the sign away. So `send`,
+        which touches it too, wakes this up to look again.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._wait_on(loop)
         while (news := self._take()) is None:
-            await self._async_poller.poll()
+            self._wake.clear()
+            await self._wake.wait()
         return news
+
+    def _wait_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._leave_loop()
+        self._loop, self._wake = loop, asyncio.Event()
+        for fd in (self._peer.fd, self._running.fd):
+            loop.add_reader(fd, self._wake.set)
+
+    def _leave_loop(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            for fd in (self._peer.fd, self._running.fd):
+                self._loop.remove_reader(fd)
+        self._loop = None
 
     def _take(self) -> EngineOutputs | None:
         """News that have arrived, if any; what a core said before it ended comes before its end."""
         if self._dead is None and (ended := self._running.next(0)):
-            self._dead = describe(ended[1])
+            self._dead = f"the engine core: {describe(ended[1])}" if is_death(ended[1]) else describe(ended[1])
         payload = self._peer.receive(0 if self._dead is None else LAST_WORDS_S)
         if payload is not None:
-            return self._decode(payload)
+            return self._in_order(self._decode(payload))
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         return None
+
+    def _in_order(self, news: EngineOutputs) -> EngineOutputs:
+        self._num_news += 1
+        if news.number != self._num_news:
+            self._dead = "the connection to the engine core broke and news were lost"
+            raise EngineDeadError(self._dead)
+        return news
 
     def close(self) -> None:
         """End the engine and everything it started. Closing twice does nothing."""
@@ -105,8 +147,10 @@ class EngineClient:
         if self._dead is None:
             self._peer.send(self._encode(Shutdown()))
             self._running.next(CLOSE_S)
+        self._leave_loop()
         self._peer.close()
-        _remove(self._core, self._group)
+        self._running.close()
+        self._finalizer()
 
 
 def _create_core(group: PlacementGroup) -> Any:

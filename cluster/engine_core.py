@@ -30,6 +30,7 @@ class EngineCore:
         self._steps_in_flight = steps_in_flight
         self._step_timeout_s = step_timeout_s
         self._step_due = 0.0  # when the oldest step in flight is late
+        self._num_news: dict[FrontEndId, int] = defaultdict(int)
         self._news: dict[FrontEndId, list[Tokens]] = defaultdict(list)
         self._stopping = False
         self._encode = msgspec.msgpack.Encoder().encode
@@ -58,8 +59,8 @@ class EngineCore:
         """Take what has arrived; then send a step, or wait until there is something to do."""
         self._take_messages()
         self._take_output()
-        if self._send_step():
-            return  # perhaps there is room for another, before anything else
+        while self._send_step():
+            pass  # what keeps the ranks busy goes first
         self._send_news()
         if not self._stopping:
             self._wait()
@@ -67,7 +68,11 @@ class EngineCore:
     def _take_messages(self) -> None:
         while message := self._front_ends.receive():
             front_end, payload = message
-            self._handle(front_end, self._decode(payload))
+            try:
+                self._handle(front_end, self._decode(payload))
+            except msgspec.DecodeError as error:  # other front ends must not suffer from it
+                logger.error("a message of a front end cannot be read, its requests are aborted: %s", error)
+                self._scheduler.abort_front_end(front_end)
 
     def _handle(self, front_end: FrontEndId, message: FrontEndMessage) -> None:
         match message:
@@ -123,8 +128,10 @@ class EngineCore:
         news, self._news = self._news, defaultdict(list)
         stats = self._scheduler.stats()
         for front_end, tokens in news.items():
+            self._num_news[front_end] += 1
+            message = EngineOutputs(tokens, stats, self._num_news[front_end])
             try:
-                self._front_ends.send(front_end, self._encode(EngineOutputs(tokens, stats)))
+                self._front_ends.send(front_end, self._encode(message))
             except PeerGoneError:
                 logger.warning("a front end is gone; its requests are aborted")
                 self._scheduler.abort_front_end(front_end)

@@ -11,8 +11,9 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from eagleray.cluster.calls import Calls
+from eagleray.cluster.calls import DEATH_NOTICE_S, Calls
 from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.resolve import check_capacity
 from eagleray.workers.actor import GOODBYE, RankActor, RankHost
 from eagleray.workers.channel import Hub, PeerGoneError
 from eagleray.workers.config import WorkerConfig
@@ -56,11 +57,14 @@ class RayExecutor:
         try:
             self.hosts: list[RankHost] = self._call("prepare")
             self.num_blocks: int = min(self._call("load", self.hosts[0].ip, self.hosts[0].store_port))
+            check_capacity(self.num_blocks, config)
             self._hub = self._listen()
             self._serving = Calls([rank.serve.remote(self.num_blocks, self._hub.endpoint) for rank in self._ranks])
             self._await_greetings()
         except BaseException:
             self._kill()
+            if hasattr(self, "_hub"):
+                self._hub.close()
             raise
         self.pollable: Sequence[Any] = (self._hub.socket, self._serving.fd)
 
@@ -99,9 +103,9 @@ class RayExecutor:
         try:
             for name in self._names:
                 self._hub.send(name, payload)
-        except PeerGoneError:
-            self._raise_failure(timeout_s=GOODBYE_S)
-            raise
+        except PeerGoneError as error:
+            self._raise_failure(timeout_s=DEATH_NOTICE_S)
+            raise RankFailedError(str(error)) from error
 
     def receive(self) -> StepOutput | None:
         self._raise_failure(timeout_s=0)
@@ -122,6 +126,7 @@ class RayExecutor:
             if self._serving.next(deadline - time.monotonic()) is None:
                 break
         self._kill()
+        self._serving.close()
         self._hub.close()
 
     def _kill(self) -> None:

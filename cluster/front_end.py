@@ -13,6 +13,8 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_requests
 from eagleray.cluster.tokenizer import Tokenizer
 
+MAX_PRIORITY = 2**31 - 1
+
 
 class FrontEnd:
     """Tokenises, checks, detokenises, finds stop strings and puts the sequences of a request together."""
@@ -32,6 +34,8 @@ class FrontEnd:
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
     ) -> Generation:
         """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice."""
+        if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise ValueError(f"priority is {priority!r}; give a whole number; lower numbers run first, 0 is usual")
         number = next(self._numbers)
         text, token_ids = self._tokens(prompt)
         if params.stop and self.tokenizer is None:

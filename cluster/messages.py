@@ -25,7 +25,7 @@ class Abort(msgspec.Struct, tag="abort"):
 
 
 class Shutdown(msgspec.Struct, tag="shutdown"):
-    """The owner closes the engine; whatever still runs ends as aborted."""
+    """The owner closes the engine; whatever still runs ends with an error."""
 
 
 class Tokens(msgspec.Struct, omit_defaults=True):
@@ -56,6 +56,7 @@ class EngineOutputs(msgspec.Struct, omit_defaults=True):
 
     outputs: list[Tokens]
     stats: EngineStats
+    number: int = 0  # 1, 2, … for each front end, so that a lost message is noticed
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -48,8 +48,12 @@ def place(config: EngineConfig, device: str) -> PlacementGroup:
     """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
     bundle = rank_resources(config, device)
     group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
-    if group.wait(config.placement_timeout_s):
-        return group
+    try:
+        if group.wait(config.placement_timeout_s):
+            return group
+    except BaseException:
+        remove_placement_group(group)
+        raise
     remove_placement_group(group)
     raise EngineStartError(_no_room(config, bundle))
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line
 MAX_SEED = 2**64 - 1
+MAX_COUNT = 2**31 - 1  # what the ranks' int32 tables hold
+MAX_N = 4096
+MAX_FACTOR = 1e6  # of temperature and repetition: beyond it nothing changes, and float32 ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +136,17 @@ _TYPES = {  # a field's declared type -> whether a value is of it, and how to sa
 }
 
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "n": (1, math.inf, "give at least 1"),
-    "temperature": (0, math.inf, "give at least 0; 0 is greedy"),
+    "n": (1, MAX_N, f"give a number from 1 to {MAX_N}"),
+    "temperature": (0, MAX_FACTOR, f"give a number from 0 to {MAX_FACTOR:g}; 0 is greedy"),
     "top_p": (0, 1, "give a number above 0, up to 1; 1 keeps every token"),
-    "top_k": (-1, math.inf, "give at least 1, or 0 or -1 to keep every token"),
+    "top_k": (-1, MAX_COUNT, "give at least 1, less than 2**31, or 0 or -1 to keep every token"),
     "min_p": (0, 1, "give a number from 0 to 1; 0 keeps every token"),
     "seed": (0, MAX_SEED, "give a number from 0 to 2**64 - 1, or None to have one derived"),
     "presence_penalty": (-2, 2, "give a number from -2 to 2; 0 turns it off"),
     "frequency_penalty": (-2, 2, "give a number from -2 to 2; 0 turns it off"),
-    "repetition_penalty": (0, math.inf, "give a number above 0; 1 turns it off"),
-    "max_tokens": (1, math.inf, "give at least 1, or None for all that the model holds"),
-    "min_tokens": (0, math.inf, "give at least 0"),
+    "repetition_penalty": (1e-6, MAX_FACTOR, f"give a number above 0, up to {MAX_FACTOR:g}; 1 turns it off"),
+    "max_tokens": (1, MAX_COUNT, "give at least 1, less than 2**31, or None for all that the model holds"),
+    "min_tokens": (0, MAX_COUNT, "give at least 0, less than 2**31"),
     "logprobs": (0, MAX_LOGPROBS, f"give a number from 0 to {MAX_LOGPROBS}, or None"),
     "prompt_logprobs": (0, MAX_LOGPROBS, f"give a number from 0 to {MAX_LOGPROBS}, or None"),
 }

@@ -42,7 +42,7 @@ def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
 
 def _read(file: Path | None) -> list[Task]:
     if file is not None and str(file) != "-":
-        return parse_lines(_text(file).splitlines(), str(file))
+        return parse_lines(_text(file).split("\n"), str(file))
     if sys.stdin is None or sys.stdin.isatty():
         return []
     return parse_lines(sys.stdin, "standard input")

@@ -27,7 +27,7 @@ def demo_model_dir() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster whose logical CPUs suffice for three ranks on any machine."""
-    os.environ["RAY_worker_niceness"] = "0"  # or whatever else runs here would slow the ranks down
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  or whatever else runs here slows the ranks
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

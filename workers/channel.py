@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
+HEARTBEAT_MS = 5000  # a node that vanishes without a word is noticed after this
+
 
 class Endpoint(msgspec.Struct, frozen=True):
     """Where a hub listens."""
@@ -89,6 +91,11 @@ class Peer:
         """The next message, or None once `timeout_s` is over; without one, waits."""
         return self.socket.recv() if self.socket.poll(milliseconds(timeout_s)) else None
 
+    @property
+    def fd(self) -> int:
+        """A descriptor that becomes readable when there may be a message, and says so once."""
+        return int(self.socket.getsockopt(zmq.FD))
+
     def close(self) -> None:
         self.socket.close(linger=0)
 
@@ -105,5 +112,6 @@ def _set_keys(socket: "zmq.Socket[bytes]", public: bytes, secret: bytes) -> None
 
 def _never_drop(socket: "zmq.Socket[bytes]") -> None:
     """Queues without limit: the engine bounds what is in flight itself, and a dropped message would be a lost token."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)

@@ -24,10 +24,21 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
         return config.kv_cache_bytes // each
     if parameter.device.type == "cpu":
         return CPU_KV_CACHE_BYTES // each
-    return _free_cuda_bytes(config, model, tp, parameter.device) // each
+    profiled = num_profile_blocks(config) * each
+    return max(0, _free_cuda_bytes(config, model, tp, parameter.device) + profiled) // each
+
+
+def num_profile_blocks(config: WorkerConfig) -> int:
+    """KV blocks that the largest step takes."""
+    return config.max_num_seqs * -(-_tokens_of_each(config) // config.block_size)
+
+
+def _tokens_of_each(config: WorkerConfig) -> int:
+    return max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len))
 
 
 def _free_cuda_bytes(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.device) -> int:
+    """What is left of this GPU's share after the weights and a run of the largest step, its KV blocks included."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run_largest_step(config, model, tp)
@@ -41,7 +52,7 @@ def _free_cuda_bytes(config: WorkerConfig, model: CausalLM, tp: TPGroup, device:
 def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None:
     """One step with every row in use and the token budget spent, on a KV cache just large enough for it."""
     rows = config.max_num_seqs
-    length = max(1, min(config.max_num_batched_tokens // rows, config.max_model_len))
+    length = _tokens_of_each(config)
     blocks_each = -(-length // config.block_size)
     sampling = Sampling(temperature=1.0, top_p=0.9)
     starts = [
@@ -54,5 +65,5 @@ def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None
         )
         for row in range(rows)
     ]
-    worker = Worker(config, model, tp, rows * blocks_each)
+    worker = Worker(config, model, tp, num_profile_blocks(config))
     worker.run(Step(1, start=starts, slices=dict.fromkeys(range(rows), length)))

@@ -45,10 +45,6 @@ class Rows:
         self._block_size = block_size
         self._device = device
 
-    @property
-    def num_live(self) -> int:
-        return int(self._live.sum())
-
     def apply(self, step: Step) -> Batch:
         """Bring the tables up to date with a step and gather its batch."""
         self._live[step.stop] = False

@@ -37,15 +37,15 @@ class Worker:
             device=device,
         )
         self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
+        self._num_steps = 0
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
-
-    @property
-    def num_live_rows(self) -> int:
-        return self._rows.num_live
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepOutput:
-        """Run one step. Every rank returns the same output."""
+        """Run one step. Every rank returns the same output. Raises `RuntimeError` if a step before it never came."""
+        if step.step != self._num_steps + 1:
+            raise RuntimeError(f"step {step.step} came after step {self._num_steps}: a message was lost")
+        self._num_steps = step.step
         for row in step.stop:
             self._sampling.clear(row)
         for start in step.start:

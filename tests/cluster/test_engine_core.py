@@ -60,6 +60,7 @@ class FrontEnd:
         self.peer = Peer(hub.endpoint, name)
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Tokens] = {}
+        self.num_messages = 0
 
     def send(self, message: FrontEndMessage) -> None:
         self.peer.send(msgspec.msgpack.encode(message))
@@ -76,7 +77,10 @@ class FrontEnd:
         while not done():
             payload = self.peer.receive(10)
             assert payload is not None, "no news for ten seconds"
-            for tokens in msgspec.msgpack.decode(payload, type=EngineOutputs).outputs:
+            news = msgspec.msgpack.decode(payload, type=EngineOutputs)
+            self.num_messages += 1
+            assert news.number == self.num_messages
+            for tokens in news.outputs:
                 self.tokens[tokens.id] += tokens.token_ids
                 if tokens.finish_reason:
                     assert tokens.id not in self.ends, "a request ended twice"
@@ -184,6 +188,22 @@ def test_a_rank_that_never_answers_ends_every_request_with_the_cause() -> None:
     core.close()
     assert isinstance(core.error, EngineDeadError)
     assert core.scheduler.pool.num_used == 0
+
+
+def test_a_message_that_cannot_be_read_harms_only_its_sender(core: Core) -> None:
+    bad, good = core.front_end(b"bad"), core.front_end(b"good")
+    good.submit(0, [1, 2], max_tokens=100)
+    bad.peer.send(msgspec.msgpack.encode({"type": "submit", "requests": [{"id": "zero"}]}))
+    bad.peer.send(b"\xc1")
+    good.wait(good.has_ended)
+    assert good.tokens[0] == generate([1, 2], 100)
+
+
+def test_tokens_leave_while_the_ranks_keep_up(core: Core) -> None:
+    front_end = core.front_end(b"one")
+    front_end.submit(0, [1], max_tokens=100)
+    front_end.wait(front_end.has_ended)
+    assert front_end.num_messages > 20
 
 
 def test_shutdown_ends_what_runs(core: Core) -> None:

@@ -209,6 +209,48 @@ def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(model_dir: Path) -
     assert not alive
 
 
+async def test_streams_go_on_while_others_are_submitted_and_aborted(model_dir: Path) -> None:
+    """Sending and receiving share a socket: whoever sends must not take the receiver's wake-up away."""
+    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
+
+    async def client(index: int) -> int:
+        done = 0
+        for number in range(25):
+            time.sleep(0.002)  # as tokenising a prompt does, this keeps the event loop from reading
+            stream = llm.generate([index, number, 3], SamplingParams(max_tokens=6, ignore_eos=True))
+            async for output in stream:
+                if number % 5 == 4:
+                    break  # leaving aborts
+                done += output.finished
+            await stream.aclose()  # type: ignore[attr-defined]
+        return done
+
+    try:
+        assert await asyncio.wait_for(asyncio.gather(*(client(index) for index in range(6))), 60) == [20] * 6
+        while llm.stats.num_running or llm.stats.num_used_blocks:
+            async for _ in llm.generate([1], SamplingParams(max_tokens=2)):
+                pass
+    finally:
+        llm.close()
+
+
+def test_an_engine_can_be_used_from_one_event_loop_after_the_other(model_dir: Path) -> None:
+    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
+
+    async def one_request() -> int:
+        last: RequestOutput | None = None
+        async for output in llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)):
+            last = output
+        assert last is not None
+        return len(last.outputs[0].token_ids)
+
+    try:
+        for _ in range(2):
+            assert asyncio.run(asyncio.wait_for(one_request(), 20)) == 3
+    finally:
+        llm.close()
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
 async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
     model_dir: Path, blow: signal.Signals

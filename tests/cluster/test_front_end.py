@@ -46,6 +46,13 @@ def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[Generation], list[int
     return front_end.process(EngineOutputs(list(news), EngineStats()))
 
 
+@pytest.mark.parametrize("priority", ["high", 1.5, None, True, 2**40])
+def test_a_priority_that_is_no_whole_number_is_refused(front_end: FrontEnd, priority: Any) -> None:
+    with pytest.raises(ValueError, match="priority is "):
+        front_end.prepare("Hello", SamplingParams(), priority=priority)
+    front_end.prepare("Hello", SamplingParams(), priority=-3)
+
+
 def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Hello")
     prompts: list[Prompt] = ["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids}]

@@ -20,6 +20,12 @@ def test_a_file_holds_a_prompt_a_line_and_blank_lines_are_none(tmp_path: Path) -
     assert [task.prompt for task in read_tasks([], file)] == ["first", "  indented", "zuletzt ü"]
 
 
+def test_only_a_line_feed_ends_a_line_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\u2028b"}\none\x0cprompt\u0085still\n', encoding="utf-8")
+    assert [task.prompt for task in read_tasks([], file)] == ["a\u2028b", "one\x0cprompt\u0085still"]
+
+
 @pytest.mark.parametrize("file", [None, Path("-")])
 def test_standard_input_is_read_without_a_file(file: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))

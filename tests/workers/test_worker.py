@@ -194,6 +194,14 @@ def test_no_row_or_block_is_left_by_two_thousand_requests_with_aborts(model: Cau
     assert all(engine.finish_reason(index) for index in range(2000))
 
 
+def test_a_step_that_was_lost_is_noticed(model: CausalLM) -> None:
+    engine = make_engine(model, depth=2)
+    engine.add(0, [1, 2, 3], 9, temperature=0.0)
+    engine.scheduler.schedule()  # and never sent
+    with pytest.raises(RuntimeError, match="step 2 came after step 0"):
+        engine.turn()
+
+
 def test_the_kv_cache_takes_the_bytes_it_is_given(model: CausalLM) -> None:
     each = 2 * 2 * 8 * 8 * 4 * 2  # key and value, heads, head size, bytes of float64, tokens of a block, layers
     config = worker_config(kv_cache_bytes=10 * each + each - 1)

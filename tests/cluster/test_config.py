@@ -1,0 +1,41 @@
+"""What a user sets when an engine starts."""
+
+import math
+from typing import Any
+
+import pytest
+
+from eagleray.cluster.config import EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "tensor_parallel_size": [0, -1, 1.0, True, "2", None],
+        "dtype": ["float64", None],
+        "device": ["tpu"],
+        "load_format": ["pickle"],
+        "seed": [-1, 1.5, "a", None, 2**64],
+        "max_model_len": [0, 2.5, "8k"],
+        "kv_cache_bytes": [0, -5, 1e9],
+        "enable_prefix_caching": ["false", 1, None],
+        "compile": ["no", 0],
+        "gpu_memory_utilization": [0, 1.5, math.nan, "0.9"],
+        "cpus_per_rank": [0, math.inf, "2"],
+        "placement_timeout_s": [0, math.inf, math.nan],
+        "start_timeout_s": [-1, math.inf],
+        "step_timeout_s": ["5", math.inf, None],
+        "steps_in_flight": [0, 1.0],
+    }.items(),
+)
+def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{field} is ") as refusal:
+            EngineConfig(**{"model": "m", field: value})
+        assert repr(value) in str(refusal.value)
+
+
+def test_a_step_must_have_room_for_a_token_of_every_request() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 100, less than max_num_seqs 200"):
+        EngineConfig(model="m", max_num_batched_tokens=100, max_num_seqs=200)
+    EngineConfig(model="m", max_num_batched_tokens=200, max_num_seqs=200)
