@@ -33,12 +33,12 @@ _LOG2_E = log2(2.718281828459045)
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConstants:
-    """What was measured to be fast. Only `tile` has a part in the result's rounding."""
+    """How the kernels are launched. Of these, `tile`, `num_warps` and `num_stages` may have a part in the rounding."""
 
     tile: int = 64  # keys per iteration; a power of two, 16 up to 256
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 2
+    programs_per_sm: int = 3
     fine_below: int = 1024  # (section, KV head) pairs; with fewer, chunks are the pieces of work
     overlap: bool = False  # launch the sum of the parts while the attention still runs (programmatic dependent launch)
 
