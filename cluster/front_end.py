@@ -119,10 +119,10 @@ class FrontEnd:
         """A prompt's text, where there is one, and its token ids."""
         if isinstance(prompt, dict):
             given = dict[str, Any](prompt)
-            if "prompt_token_ids" in given:
+            if given.get("prompt_token_ids") is not None:
                 return given.get("prompt"), list(given["prompt_token_ids"])
             prompt = given.get("prompt", prompt)
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
             return None, list(prompt)
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt is {prompt!r}; give text or a list of token ids")

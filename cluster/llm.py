@@ -12,7 +12,7 @@ from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import Abort, Submit
+from eagleray.cluster.messages import Abort, EngineStats, Submit
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.progress import BatchProgress
 from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
@@ -55,6 +55,11 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if it was not skipped."""
         return self._front_end.tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        return self._front_end.stats
 
     def generate(
         self,
@@ -149,6 +154,8 @@ def _log_failures(outputs: list[RequestOutput]) -> None:
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise ValueError(f"sampling_params is {params!r}; give SamplingParams, or a list of them")
     if len(params) != num_prompts:
         raise ValueError(
             f"there are {num_prompts} prompts and {len(params)} sampling_params; give one for all or one each"

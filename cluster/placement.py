@@ -2,6 +2,7 @@
 
 import logging
 import os
+from math import ceil
 from typing import Any
 
 import ray
@@ -16,20 +17,25 @@ Resources = dict[str, float]
 
 
 def connect(config: EngineConfig) -> None:
-    """Join the Ray cluster that runs here or that RAY_ADDRESS names; else start one on this machine."""
+    """Join the Ray cluster that `ray start` made here or that RAY_ADDRESS names; else start one for this process alone.
+
+    Raises `EngineStartError` if the cluster cannot be reached.
+    """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    num_cpus = max(os.cpu_count() or 1, ceil(config.tensor_parallel_size * config.cpus_per_rank))
     try:
-        ray.init(address="auto", **options)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers would yield the cores to everything else
-        wanted = config.tensor_parallel_size * config.cpus_per_rank
-        ray.init(
-            address="local", num_cpus=max(os.cpu_count() or 1, int(wanted + 0.999)), include_dashboard=False, **options
-        )
+        try:
+            ray.init(num_cpus=num_cpus, include_dashboard=False, **options)
+        except ValueError:  # there is a cluster, and its resources are not ours to choose
+            ray.init(**options)
+    except ConnectionError as error:
+        raise EngineStartError(
+            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'the address that `ray start` left')!r} cannot be "
+            f"reached ({error}); start it, or end what is left of it with `ray stop`"
+        ) from error
 
 
 def choose_device(config: EngineConfig) -> str:
@@ -47,6 +53,8 @@ def rank_resources(config: EngineConfig, device: str) -> Resources:
 def place(config: EngineConfig, device: str) -> PlacementGroup:
     """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
     bundle = rank_resources(config, device)
+    if device == "cuda" and not ray.cluster_resources().get("GPU") and config.device == "cuda":
+        logger.warning("device is 'cuda', but no node of the cluster has a GPU yet; waiting for one")
     group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
     try:
         if group.wait(config.placement_timeout_s):

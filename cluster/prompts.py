@@ -26,6 +26,8 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list. A sequence that begins with a number is one prompt's token ids."""
     if isinstance(prompts, str | dict):
         return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise ValueError(f"prompts is {prompts!r}; give text, a list of token ids, or a list of those")
     several = cast(Sequence[Prompt], prompts)
     return [cast(Sequence[int], prompts)] if several and isinstance(several[0], int) else list(several)
 

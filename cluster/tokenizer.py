@@ -16,6 +16,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eagleray.cluster.prompts import Message
 
 
+def check_text(text: str) -> None:
+    """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
+        ) from None
+
+
 class Tokenizer:
     """A checkpoint's tokenizer: the same ids and the same text as transformers' `AutoTokenizer`."""
 
@@ -57,6 +67,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token."""
+        check_text(text)
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -29,6 +29,8 @@ MAX_OPEN = 1024  # requests handed to the engine at once: enough for it to choos
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError`, `EngineStartError` or `DemoModelError` before the first one."""
     params = sampling_params(arguments)
+    if arguments.chat is False and arguments.system is not None:
+        raise ValueError("--system needs the chat template, which --raw leaves out; drop one of the two")
     tasks = read_tasks(arguments.prompts, arguments.file)
     config = engine_config(arguments)
     if chat_templates(config.model, wanted=arguments.chat or (True if arguments.system else None)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.prompts import Message
+from eagleray.cluster.tokenizer import check_text
 
 FORMS = 'give {"prompt": "text"}, {"prompt": [token ids]} or {"messages": [{"role": "user", "content": "text"}]}'
 
@@ -34,6 +35,8 @@ def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
     """
     if prompts and file is not None:
         raise ValueError(f"there are prompts both as arguments and in --file {file}; give one or the other")
+    for prompt in prompts:
+        check_text(prompt)  # an argument that is not UTF-8
     tasks = [Task(prompt=prompt) for prompt in prompts] or _read(file)
     if not tasks:
         raise ValueError("there is no prompt; give one as an argument, with --file, or on standard input")
@@ -50,7 +53,7 @@ def _read(file: Path | None) -> list[Task]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"--file {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +128,20 @@ def test_one_prompt_needs_no_list(llm: LLM, tokenizer: Tokenizer) -> None:
     for prompt in ("1+2=", ids, {"prompt": "1+2="}, {"prompt_token_ids": ids}, ["1+2="], [ids]):
         (output,) = llm.generate(prompt, params(5), use_tqdm=False)  # type: ignore[arg-type]
         assert token_ids(output) == generate(ids, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (None, None, "prompts is None"),
+        (b"abc", None, "prompts is b'abc'"),
+        (["a"], {"max_tokens": 3}, "sampling_params is {'max_tokens': 3}; give SamplingParams"),
+        (["a"], [None], r"sampling_params is \[None\]"),
+    ],
+)
+def test_what_is_no_prompt_or_no_parameters_is_refused(llm: LLM, prompts: Any, params: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
 
 
 def test_no_prompts_no_outputs(llm: LLM) -> None:

@@ -113,6 +113,11 @@ def test_engine_options_are_read() -> None:
     }
 
 
+def test_a_system_message_without_a_template_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", "demo", "hello", "--raw", "--system", "x"]) == 2
+    assert "--system needs the chat template" in complaint(capsys)
+
+
 def test_prompts_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("first", "--tp", "2", "second", "--json", "third").prompts == ["first", "second", "third"]
     assert cli.main(["generate", "first", "--model", "/no/such/model", "second"]) == cli.MISUSED

@@ -20,6 +20,17 @@ def test_a_file_holds_a_prompt_a_line_and_blank_lines_are_none(tmp_path: Path) -
     assert [task.prompt for task in read_tasks([], file)] == ["first", "  indented", "zuletzt ü"]
 
 
+def test_an_argument_that_is_no_utf8_is_refused() -> None:
+    with pytest.raises(ValueError, match="no character; give UTF-8 text"):
+        read_tasks(["good", "bad \udcff"], None)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "hi"}\n', encoding="utf-8-sig")
+    assert read_tasks([], file) == [Task(prompt="hi")]
+
+
 def test_only_a_line_feed_ends_a_line_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a\u2028b"}\none\x0cprompt\u0085still\n', encoding="utf-8")
