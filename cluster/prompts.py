@@ -37,3 +37,13 @@ def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> 
     if not messages or isinstance(messages[0], dict):
         return [cast(Sequence[Message], messages)]
     return list(cast(Sequence[Sequence[Message]], messages))
+
+
+def check_text(text: str) -> None:
+    """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
+        ) from None

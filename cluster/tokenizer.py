@@ -13,17 +13,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from eagleray.cluster.prompts import Message
-
-
-def check_text(text: str) -> None:
-    """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
-        ) from None
+from eagleray.cluster.prompts import Message, check_text
 
 
 class Tokenizer:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.cluster.prompts import Message
-from eagleray.cluster.tokenizer import check_text
+from eagleray.cluster.prompts import Message, check_text
 
 FORMS = 'give {"prompt": "text"}, {"prompt": [token ids]} or {"messages": [{"role": "user", "content": "text"}]}'
 
