@@ -73,8 +73,9 @@ class EngineClient:
             _remove(core, group)
             raise
         logger.info(
-            "engine ready: %d rank(s) on %s in %s, %d KV blocks of %d tokens",
+            "engine ready: %d rank%s on %s in %s, %d KV blocks of %d tokens",
             config.tensor_parallel_size,
+            "s" * (config.tensor_parallel_size > 1),
             info.device,
             info.dtype,
             info.num_blocks,

@@ -114,7 +114,8 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_pat
     assert text["outputs"][0]["finish_reason"] == "stop"
     assert messages["outputs"] == text["outputs"]
     assert "999999" in bad["error"]
-    figures, complaint = run.stderr.splitlines()
+    ready, figures, complaint = run.stderr.splitlines()
+    assert ready.startswith("eagleray: engine ready: 2 ranks on cpu in float32")
     assert figures.startswith("2 requests · ")
     assert complaint.startswith("eagleray: prompt 2: ")
 
