@@ -8,6 +8,7 @@ import ray
 
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
+from eagleray.workers.reporter import Reporter
 from eagleray.workers.wire import Step
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
@@ -16,6 +17,7 @@ CUDA_ENVIRONMENT = {
     "NVSHMEM_DISABLE_NVLS": "1",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+REPORTER_CHECK_S = 0.5
 GOODBYE = b""  # sent instead of a step, it ends `serve`
 
 
@@ -93,11 +95,20 @@ class RankActor:
         from eagleray.workers.worker import Worker
 
         worker = Worker(self._config, self._model, self._tp, num_blocks)
-        decode, encode = msgspec.msgpack.Decoder(Step).decode, msgspec.msgpack.Encoder().encode
+        decode = msgspec.msgpack.Decoder(Step).decode
         hub = Peer(endpoint, b"rank %d" % self._rank)
         hub.send(b"")  # the hub can only reach a peer that it has heard of
-        while payload := hub.receive():
-            output = worker.run(decode(payload))
-            if self._rank == 0:
-                hub.send(encode(output))
+        reporter = Reporter(endpoint) if self._rank == 0 else None
+        while payload := self._next_step(hub, reporter):
+            pending = worker.launch(decode(payload))
+            if reporter is not None:
+                reporter.report(pending)
         hub.close()
+
+    @staticmethod
+    def _next_step(hub: Peer, reporter: Reporter | None) -> bytes:
+        """The next message; meanwhile a failure of the reporter is noticed, too."""
+        while (payload := hub.receive(REPORTER_CHECK_S)) is None:
+            if reporter is not None:
+                reporter.check()
+        return payload

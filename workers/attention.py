@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.context import AttentionMetadata, current_layer, scratch
+from eagleray.workers.context import AttentionBackend, AttentionMetadata, current_layer, scratch
+from eagleray.workers.flash_attention import flash_attention, supports
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
@@ -21,7 +22,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
     """`q` is `[tokens, heads, head_size]`, `k` and `v` are `[tokens, kv_heads, head_size]`; like `q`."""
     layer = current_layer(layer_index)
     write_kv(k, v, layer.kv_cache, layer.metadata.slot_mapping)
-    return reference_attention(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec)
+    attend = layer.backend or reference_attention
+    return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec)
+
+
+def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
+    """The fastest implementation that computes such a layer on this device."""
+    return flash_attention if supports(spec, dtype, device) else reference_attention
 
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The forward context: what attention needs beyond its tensors, for exactly as long as one model forward."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,18 @@ class AttentionMetadata:
     max_seq_len: int
 
 
+# Attends with q, keys, values, metadata and spec, once the batch's keys and values are in the cache.
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, AttentionSpec], Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """What one attention layer finds. Layers may share their metadata; each has its own cache and spec."""
+    """What one attention layer finds. Layers may share their metadata; each has its own cache, spec and backend."""
 
     metadata: AttentionMetadata
     kv_cache: Tensor  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
     spec: AttentionSpec
+    backend: AttentionBackend | None = None  # the plain PyTorch reference
 
 
 ForwardContext = Sequence[LayerContext]  # one per layer

@@ -65,5 +65,5 @@ def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None
         )
         for row in range(rows)
     ]
-    worker = Worker(config, model, tp, num_profile_blocks(config))
+    worker = Worker(config, model, tp, num_profile_blocks(config), capture=False)
     worker.run(Step(1, start=starts, slices=dict.fromkeys(range(rows), length)))

@@ -8,110 +8,163 @@ import torch
 from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
+from eagleray.workers.staging import Staging
 from eagleray.workers.wire import RowStart, Step
 
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
+class Slices:
+    """Which rows a step runs, and how much of each; all on the host."""
+
+    rows: IntArray  # ascending
+    starts: IntArray  # first position of each
+    ends: IntArray
+    samples: npt.NDArray[np.bool_]  # whether the row reaches its last known token
+    is_decode: bool  # every row runs and samples one token, and none has just started
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens of one forward pass, row after row, and which of them are sampled."""
+    """The tokens of one forward pass, row after row."""
 
     input_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
     metadata: AttentionMetadata
-    rows: list[int]  # ascending
-    starts: list[int]  # of each row: its first position in this batch
-    query_start_loc: list[int]  # of each row: its first token in this batch; one more at the end
-    sampled_rows: list[int]  # rows that reach their last known token
-    sampled_tokens: Tensor  # [sampled rows] int64, where in the batch those tokens stand
 
 
 class Rows:
     """What a rank remembers of running requests between steps.
 
-    Lengths are known to the host without looking at any token, so they live there; tokens live on the device, where a
-    sampled one is written and, in the next step, read.
+    Lengths are known to the host without looking at any token. Tokens live on the device, where a sampled one is
+    written and, in the next step, read; lengths and block tables have a copy there, so that a batch of decodes needs
+    nothing from the host. One spare row, with a block of its own, takes what padded batches write.
     """
 
-    def __init__(self, *, max_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(max_rows, max_len, dtype=torch.int32, device=device)
+    def __init__(self, *, max_rows: int, max_len: int, block_size: int, spare_block: int, device: torch.device) -> None:
+        max_blocks = -(-max_len // block_size)
+        self.spare = max_rows
+        self.max_len = max_len
+        self.tokens = torch.zeros(max_rows + 1, max_len, dtype=torch.int32, device=device)
         self.num_prompt_tokens = np.zeros(max_rows, np.int64)
         self.num_tokens = np.zeros(max_rows, np.int64)  # prompt, committed, and sampled by steps before the next
         self._num_computed_tokens = np.zeros(max_rows, np.int64)
-        self._block_table = np.zeros((max_rows, -(-max_len // block_size)), np.int32)
         self._num_blocks = np.zeros(max_rows, np.int64)
         self._live = np.zeros(max_rows, np.bool_)
+        self._block_table = torch.full((max_rows + 1, max_blocks), spare_block, dtype=torch.int32, device=device)
+        self._device_num_computed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self._block_size = block_size
-        self._device = device
+        self._staging = Staging(device)
 
-    def apply(self, step: Step) -> Batch:
-        """Bring the tables up to date with a step and gather its batch."""
+    # ---- a step changes the tables
+
+    def apply(self, step: Step) -> Slices:
+        """Bring the tables up to date with a step; what it runs counts as computed."""
         self._live[step.stop] = False
         for start in step.start:
             self._start(start)
-        for row, block_ids in step.blocks.items():
-            self._append_blocks(row, block_ids)
-        return self._gather(step)
+        new_blocks = {start.row: start.block_ids for start in step.start} | step.blocks
+        if new_blocks:
+            self._append_blocks(new_blocks)
+        return self._slices(step)
 
     def _start(self, start: RowStart) -> None:
-        row = start.row
-        token_ids = np.frombuffer(start.token_ids, np.int32)
-        self.tokens[row, : len(token_ids)] = torch.from_numpy(token_ids.copy()).to(self._device)
+        row, token_ids = start.row, np.frombuffer(start.token_ids, np.int32)
+        self.tokens[row, : len(token_ids)] = self._staging.send([token_ids.astype(np.int64)])[0]
         self.num_prompt_tokens[row] = start.num_prompt_tokens
         self.num_tokens[row] = len(token_ids)
         self._num_computed_tokens[row] = start.num_computed_tokens
         self._num_blocks[row] = 0
         self._live[row] = True
-        self._append_blocks(row, start.block_ids)
 
-    def _append_blocks(self, row: int, block_ids: list[int]) -> None:
-        begin = self._num_blocks[row]
-        self._num_blocks[row] = end = begin + len(block_ids)
-        self._block_table[row, begin:end] = block_ids
+    def _append_blocks(self, new_blocks: dict[int, list[int]]) -> None:
+        rows = np.repeat(list(new_blocks), [len(blocks) for blocks in new_blocks.values()])
+        columns = np.concatenate([self._num_blocks[row] + np.arange(len(b)) for row, b in new_blocks.items()])
+        blocks = np.concatenate([np.asarray(blocks, np.int64) for blocks in new_blocks.values()])
+        for row, block_ids in new_blocks.items():
+            self._num_blocks[row] += len(block_ids)
+        on_device = self._staging.send([rows, columns, blocks])
+        self._block_table[on_device[0].long(), on_device[1].long()] = on_device[2]
 
-    def _gather(self, step: Step) -> Batch:
-        rows, lengths = self._slices(step)
-        starts = self._num_computed_tokens[rows]
-        ends = starts + lengths
-        query_start_loc = np.concatenate(([0], np.cumsum(lengths)))
-        row_of_token = np.repeat(rows, lengths)
-        positions = np.arange(query_start_loc[-1]) + np.repeat(starts - query_start_loc[:-1], lengths)
-        blocks = self._block_table[row_of_token, positions // self._block_size]
-        samples = ends == self.num_tokens[rows]
-        self._num_computed_tokens[rows] = ends
-        device_positions = self._to_device(positions)
-        return Batch(
-            input_ids=self.tokens[self._to_device(row_of_token), device_positions].long(),
-            positions=device_positions,
-            metadata=AttentionMetadata(
-                query_start_loc=self._to_device(query_start_loc.astype(np.int32)),
-                seq_lens=self._to_device(ends.astype(np.int32)),
-                slot_mapping=self._to_device(blocks * np.int64(self._block_size) + positions % self._block_size),
-                block_table=self._to_device(self._block_table[rows, : -(-int(ends.max()) // self._block_size)]),
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(ends.max()),
-            ),
-            rows=rows.tolist(),
-            starts=starts.tolist(),
-            query_start_loc=query_start_loc.tolist(),
-            sampled_rows=rows[samples].tolist(),
-            sampled_tokens=self._to_device(query_start_loc[1:][samples] - 1),
-        )
-
-    def _slices(self, step: Step) -> tuple[IntArray, IntArray]:
-        """The rows of a step, ascending, and how many tokens each runs."""
+    def _slices(self, step: Step) -> Slices:
         rows = np.flatnonzero(self._live)
         lengths = np.ones(len(self._live), np.int64)
         lengths[list(step.slices)] = list(step.slices.values())
         rows = rows[lengths[rows] > 0]
-        return rows, lengths[rows]
+        starts = self._num_computed_tokens[rows]
+        ends = starts + lengths[rows]
+        self._num_computed_tokens[rows] = ends
+        samples = ends == self.num_tokens[rows]
+        is_decode = not step.start and bool(samples.all()) and bool((ends - starts == 1).all())
+        return Slices(rows, starts, ends, samples, is_decode)
 
-    def append(self, rows: list[int], token_ids: Tensor) -> None:
-        """Write sampled tokens [len(rows)] behind their rows' last ones."""
-        index = self._to_device(np.asarray(rows)), self._to_device(self.num_tokens[rows])
-        self.tokens[index] = token_ids.int()
+    def count_sampled(self, rows: IntArray) -> None:
+        """One more token of each of `rows` is known, on the device."""
         self.num_tokens[rows] += 1
 
-    def _to_device(self, values: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+    # ---- a batch of any slices, put together on the host
+
+    def gather(self, slices: Slices) -> Batch:
+        """The batch that runs `slices`."""
+        rows, starts, ends = slices.rows, slices.starts, slices.ends
+        lengths = ends - starts
+        query_start_loc = np.concatenate(([0], np.cumsum(lengths)))
+        row_of_token = np.repeat(rows, lengths)
+        positions = np.arange(query_start_loc[-1]) + np.repeat(starts - query_start_loc[:-1], lengths)
+        token_rows, token_positions, query_starts, seq_lens, device_rows = self._staging.send(
+            [row_of_token, positions, query_start_loc, ends, rows]
+        )
+        self._device_num_computed[device_rows.long()] = seq_lens.long()
+        block_table = self._block_table[device_rows.long(), : -(-int(ends.max()) // self._block_size)]
+        token_rows, token_positions = token_rows.long(), token_positions.long()
+        token_blocks = self._block_table[token_rows, token_positions // self._block_size]
+        return Batch(
+            input_ids=self.tokens[token_rows, token_positions].long(),
+            positions=token_positions,
+            metadata=AttentionMetadata(
+                query_start_loc=query_starts,
+                seq_lens=seq_lens,
+                slot_mapping=self._slots(token_blocks, token_positions),
+                block_table=block_table,
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(ends.max()),
+            ),
+        )
+
+    def append(self, slices: Slices, token_ids: Tensor) -> None:
+        """Write the tokens [sampled rows] that follow the sampled slices."""
+        rows, positions = self._staging.send([slices.rows[slices.samples], slices.ends[slices.samples]])
+        self.tokens[rows.long(), positions.long()] = token_ids.int()
+
+    # ---- a batch of decodes, put together on the device
+
+    def to_device(self, rows: IntArray) -> Tensor:
+        """Row numbers [n] int32 on the device."""
+        return self._staging.send([rows])[0]
+
+    def gather_decodes(self, rows: Tensor) -> Batch:
+        """One token of each of `rows` [n] int64 on the device, padded with the spare row. Asks nothing of the host."""
+        positions = self._device_num_computed[rows]
+        block_table = self._block_table[rows]
+        blocks = block_table.gather(1, (positions // self._block_size).unsqueeze(1)).squeeze(1)
+        return Batch(
+            input_ids=self.tokens[rows, positions].long(),
+            positions=positions,
+            metadata=AttentionMetadata(
+                query_start_loc=torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
+                seq_lens=(positions + 1).int(),
+                slot_mapping=self._slots(blocks, positions),
+                block_table=block_table,
+                max_query_len=1,
+                max_seq_len=self.max_len,
+            ),
+        )
+
+    def advance(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
+        """The tokens at `positions` of `rows` [n] int64 are computed, and `token_ids` [n] follow them."""
+        self.tokens[rows, positions + 1] = token_ids.int()
+        self._device_num_computed[rows] = positions + 1
+
+    def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
+        return blocks.long() * self._block_size + positions % self._block_size

@@ -5,44 +5,85 @@ from array import array
 import torch
 from torch import Tensor
 
-import eagleray.workers.attention  # noqa: F401  (implements the attention op)
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.attention import choose_backend
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.context import AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.decode_graphs import DecodeGraphs
 from eagleray.workers.kv_cache import allocate_kv_cache
-from eagleray.workers.rows import Batch, Rows
-from eagleray.workers.sampler import Sampler
+from eagleray.workers.rows import Batch, Rows, Slices
+from eagleray.workers.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling_table import SamplingTable
 from eagleray.workers.wire import Step, StepOutput, TokenLogprobs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
 
 
+class PendingOutput:
+    """A step that has been launched: its output, once the device has got there."""
+
+    def __init__(
+        self, step: int, sampled: SampleOutput | None, prompt_logprobs: dict[int, list[TokenLogprobs]]
+    ) -> None:
+        self._output = StepOutput(step, prompt_logprobs=prompt_logprobs)
+        self._sampled = sampled
+        self._copied: torch.cuda.Event | None = None
+        if sampled is not None:
+            self._token_ids = sampled.token_ids
+            if sampled.token_ids.is_cuda:
+                self._token_ids = torch.empty(sampled.token_ids.shape, dtype=torch.int64, pin_memory=True)
+                self._token_ids.copy_(sampled.token_ids, non_blocking=True)
+                self._copied = torch.cuda.Event(blocking=True)
+                self._copied.record()
+
+    def wait(self) -> StepOutput:
+        """Sleep until the tokens are on the host. May be called from another thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        if self._sampled is not None:
+            self._output.token_ids = array("i", self._token_ids.tolist()).tobytes()
+            self._output.logprobs = self._sampled.logprobs
+        return self._output
+
+
 class Worker:
     """A loaded model shard with `num_blocks` blocks of KV cache, run step by step. Knows nothing of Ray or sockets."""
 
-    def __init__(self, config: WorkerConfig, model: CausalLM, tp: TPGroup, num_blocks: int) -> None:
-        device = next(model.parameters()).device
+    def __init__(
+        self, config: WorkerConfig, model: CausalLM, tp: TPGroup, num_blocks: int, *, capture: bool = True
+    ) -> None:
+        """On CUDA, `capture` makes graphs of decode batches; a worker that runs one step only is better off without."""
+        parameter = next(model.parameters())
+        device, dtype = parameter.device, parameter.dtype
         self._model = model
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model
         self._specs = [layer.spec for layer in attention_layers(model)]
-        dtype = next(model.parameters()).dtype
-        self._kv_caches = allocate_kv_cache(self._specs, num_blocks, config.block_size, dtype, device)
+        self._backends = [choose_backend(spec, dtype, device) for spec in self._specs]
+        self._kv_caches = allocate_kv_cache(self._specs, num_blocks + 1, config.block_size, dtype, device)
         self._rows = Rows(
             max_rows=config.max_num_seqs,
             max_len=config.max_model_len,
             block_size=config.block_size,
+            spare_block=num_blocks,
             device=device,
         )
         self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
-        self._num_steps = 0
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
+        self._num_steps = 0
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and capture:
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(self._decode_forward, self._rows, config.max_num_seqs, device)
+
+    def run(self, step: Step) -> StepOutput:
+        """Run one step to its end. Every rank returns the same output."""
+        return self.launch(step).wait()
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepOutput:
-        """Run one step. Every rank returns the same output. Raises `RuntimeError` if a step before it never came."""
+    def launch(self, step: Step) -> PendingOutput:
+        """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
         if step.step != self._num_steps + 1:
             raise RuntimeError(f"step {step.step} came after step {self._num_steps}: a message was lost")
         self._num_steps = step.step
@@ -50,44 +91,70 @@ class Worker:
             self._sampling.clear(row)
         for start in step.start:
             self._sampling.set(start.row, start.sampling)
-        batch = self._rows.apply(step)
+        slices = self._rows.apply(step)
+        if self._graphs is not None and slices.is_decode:
+            return PendingOutput(step.step, self._decode(self._graphs, slices), {})
+        batch = self._rows.gather(slices)
+        hidden = self._run_model(batch)
+        prompt_logprobs = self._prompt_logprobs(slices, batch, hidden)
+        sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
+        return PendingOutput(step.step, sampled, prompt_logprobs)
+
+    def _run_model(self, batch: Batch) -> Tensor:
         with forward_context(self._context(batch.metadata)):
-            hidden = self._forward(batch.input_ids, batch.positions)
-        output = StepOutput(step.step, prompt_logprobs=self._prompt_logprobs(batch, hidden))
-        if batch.sampled_rows:
-            self._sample(batch, hidden, output)
-        return output
+            hidden: Tensor = self._forward(batch.input_ids, batch.positions)
+        return hidden
 
     def _context(self, metadata: AttentionMetadata) -> list[LayerContext]:
-        return [
-            LayerContext(metadata, kv_cache, spec) for kv_cache, spec in zip(self._kv_caches, self._specs, strict=True)
-        ]
+        layers = zip(self._kv_caches, self._specs, self._backends, strict=True)
+        return [LayerContext(metadata, kv_cache, spec, backend) for kv_cache, spec, backend in layers]
 
-    def _sample(self, batch: Batch, hidden: Tensor, output: StepOutput) -> None:
-        rows = batch.sampled_rows
-        sampled = self._sampler(
-            self._model.logits(hidden[batch.sampled_tokens]),
-            rows,
-            self._rows.tokens,
-            self._rows.num_prompt_tokens[rows].tolist(),
-            self._rows.num_tokens[rows].tolist(),
-        )
-        self._rows.append(rows, sampled.token_ids)
-        output.token_ids = array("i", sampled.token_ids.tolist()).tobytes()
-        output.logprobs = sampled.logprobs
+    # ---- decoding, with nothing from the host but row numbers
 
-    def _prompt_logprobs(self, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _decode_forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        batch = self._rows.gather_decodes(rows)
+        return batch.positions, self._model.logits(self._run_model(batch))
+
+    def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
+        rows, positions, logits = graphs.run(slices.rows)
+        sampled = self._draw(slices, logits)
+        self._rows.advance(rows, positions, sampled.token_ids)
+        return sampled
+
+    # ---- any slices
+
+    def _sample(self, slices: Slices, batch: Batch, hidden: Tensor) -> SampleOutput:
+        if slices.samples.all() and len(slices.rows) == len(hidden):
+            last = hidden
+        else:
+            ends = batch.metadata.query_start_loc[1:].long() - 1
+            last = hidden[ends if slices.samples.all() else ends[self._sampled_lines(slices)]]
+        sampled = self._draw(slices, self._model.logits(last))
+        self._rows.append(slices, sampled.token_ids)
+        return sampled
+
+    def _sampled_lines(self, slices: Slices) -> Tensor:
+        return self._rows.to_device(slices.samples.nonzero()[0]).long()
+
+    def _draw(self, slices: Slices, logits: Tensor) -> SampleOutput:
+        rows = slices.rows[slices.samples]
+        num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
+        num_tokens = slices.ends[slices.samples].tolist()
+        sampled = self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens)
+        self._rows.count_sampled(rows)
+        return sampled
+
+    def _prompt_logprobs(self, slices: Slices, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of each prompt token whose predecessor is in this batch, for the rows that ask."""
-        logprobs = {}
-        for index, row in enumerate(batch.rows):
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        begin = 0
+        for row, start, end in zip(slices.rows.tolist(), slices.starts.tolist(), slices.ends.tolist(), strict=True):
             num_top = self._sampling.host[row].prompt_logprobs
-            if num_top is None:
-                continue
-            begin, start = batch.query_start_loc[index], batch.starts[index]
-            length = min(batch.query_start_loc[index + 1] - begin, int(self._rows.num_prompt_tokens[row]) - 1 - start)
-            if length > 0:
+            length = min(end, int(self._rows.num_prompt_tokens[row]) - 1) - start
+            if num_top is not None and length > 0:
                 targets = self._rows.tokens[row, start + 1 : start + 1 + length].long()
                 logprobs[row] = self._score(hidden[begin : begin + length], targets, num_top)
+            begin += end - start
         return logprobs
 
     def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -1,0 +1,69 @@
+"""Decoding by CUDA graphs: one graph per size of batch, from row numbers to this rank's logits."""
+
+import bisect
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eagleray.workers.rows import IntArray, Rows
+
+logger = logging.getLogger(__name__)
+
+DecodeForward = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [n] int64 -> positions [n], logits [n, share]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    positions: Tensor
+    logits: Tensor
+
+
+def batch_sizes(max_rows: int) -> list[int]:
+    """Sizes that graphs are made for: dense where a step is short, so that padding costs little."""
+    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_rows + 1, 32), max_rows}
+    return sorted(size for size in sizes if size <= max_rows)
+
+
+class DecodeGraphs:
+    """Replays the smallest graph that holds a batch; the rest of it runs on the spare row."""
+
+    def __init__(self, forward: DecodeForward, rows: Rows, max_rows: int, device: torch.device) -> None:
+        """Capture every size, largest first, so that the smaller ones fit into its memory."""
+        begin = time.monotonic()
+        self._rows = rows
+        self._sizes = batch_sizes(max_rows)
+        self._static_rows = torch.full((max_rows,), rows.spare, dtype=torch.int64, device=device)
+        self._last: IntArray = np.empty(0, np.int64)
+        self._graphs: dict[int, _Captured] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            self._graphs[size] = self._capture(forward, self._static_rows[:size], pool)
+        torch.cuda.synchronize()
+        logger.info("captured %d decode graphs in %.1f s", len(self._sizes), time.monotonic() - begin)
+
+    @staticmethod
+    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> _Captured:
+        forward(rows)  # what is set up on first use must not be captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            positions, logits = forward(rows)
+        return _Captured(graph, positions, logits)
+
+    def run(self, rows: IntArray) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, positions and logits of a decode batch, all with a line per row of `rows`."""
+        count = len(rows)
+        captured = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
+        if not np.array_equal(rows, self._last):
+            self._static_rows[:count] = self._rows.to_device(rows)
+            self._static_rows[count:] = self._rows.spare
+            self._last = rows
+        captured.graph.replay()
+        return self._static_rows[:count], captured.positions[:count], captured.logits[:count]

@@ -1,0 +1,51 @@
+"""FlashAttention-3 behind the attention op: one call for slices of any length, over the paged cache.
+
+Source: Shah and others, FlashAttention-3, arXiv:2407.08608; the package's `flash_attn_interface`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagleray.models.attention import AttentionSpec
+from eagleray.workers.context import AttentionMetadata
+
+try:
+    from flash_attn_interface import flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+HEAD_SIZES = range(8, 257, 8)
+
+
+def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FlashAttention-3 is installed and computes such a layer here: on Hopper, in 16 bits, heads up to 256."""
+    return (
+        flash_attn_with_kvcache is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and dtype in (torch.bfloat16, torch.float16)
+        and spec.head_size in HEAD_SIZES
+    )
+
+
+def flash_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+) -> Tensor:
+    """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`."""
+    window = -1 if spec.sliding_window is None else spec.sliding_window - 1  # of keys before a query's own
+    out: Any = flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=metadata.seq_lens,
+        page_table=metadata.block_table,
+        cu_seqlens_q=metadata.query_start_loc,
+        max_seqlen_q=metadata.max_query_len,
+        softmax_scale=spec.scale,
+        causal=True,
+        window_size=(window, 0 if window >= 0 else -1),
+        softcap=spec.logits_soft_cap or 0.0,
+    )
+    return out  # type: ignore[no-any-return]

@@ -1,0 +1,43 @@
+"""Sends outputs from a thread of its own: the next step is launched while the last one's tokens are on their way."""
+
+from queue import SimpleQueue
+from threading import Thread
+from typing import Protocol
+
+import msgspec
+
+from eagleray.workers.channel import Endpoint, Peer
+from eagleray.workers.wire import StepOutput
+
+
+class Pending(Protocol):
+    """An output that can be waited for."""
+
+    def wait(self) -> StepOutput: ...
+
+
+class Reporter:
+    """Waits for each output in turn and sends it to the hub."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._pending: SimpleQueue[Pending] = SimpleQueue()
+        self._failure: BaseException | None = None
+        Thread(target=self._run, args=(endpoint,), name="reporter", daemon=True).start()
+
+    def report(self, pending: Pending) -> None:
+        """Send an output once it is there, after those before it."""
+        self._pending.put(pending)
+
+    def check(self) -> None:
+        """Raise what ended the thread, if something did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, endpoint: Endpoint) -> None:
+        hub = Peer(endpoint, b"outputs")
+        encode = msgspec.msgpack.Encoder().encode
+        try:
+            while True:
+                hub.send(encode(self._pending.get().wait()))
+        except BaseException as error:  # it belongs to the thread that serves
+            self._failure = error
