@@ -15,6 +15,8 @@ from eagleray.parallel.piece import Piece, region
 class GemmaRMSNorm(RMSNorm):
     """A norm whose weights are kept as their distance from one, and applied in float32."""
 
+    fused = False
+
     def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self.size,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
 

@@ -1,6 +1,7 @@
 """Layers that the families share: norms, rotary positions, the gated MLP."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,14 @@ from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from eagleray.parallel.piece import Piece, parameter, region
 from eagleray.parallel.shares import share_columns
 
+if torch.cuda.is_available():
+    from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
+
 
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    fused: ClassVar[bool] = True  # whether the kernel computes this norm
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add `x` to the residual stream; return the norm of the sum, and the sum."""
+        if x.is_cuda and self.fused:
+            return kernels.add_rms_norm(x, residual, self.weight, self.eps)
         residual = x if residual is None else x + residual
         return self.normalize(residual), residual
 
@@ -57,6 +65,14 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     heads = x.view(*x.shape[:-1], -1, cos.shape[-1]).float()
     swapped = heads.roll(cos.shape[-1] // 2, dims=-1)  # the halves change places; the sign is in the sine
     return torch.addcmul(heads * cos, swapped, sin).to(x.dtype).flatten(-2)
+
+
+def rotate_both(q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`rotate` for queries and keys; on CUDA their memory is used again."""
+    if q.is_cuda:
+        kernels.rotate_(q, k, *rotation)
+        return q, k
+    return rotate(q, rotation), rotate(k, rotation)
 
 
 def frequencies(head_size: int, rope: RopeConfig) -> Tensor:
@@ -95,6 +111,9 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if gate_up.is_cuda and self.activation == "silu":
+            return self.down_proj(kernels.silu_mul(gate_up))  # type: ignore[no-any-return]
+        gate, up = gate_up.chunk(2, dim=-1)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * up)  # type: ignore[no-any-return]

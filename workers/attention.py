@@ -14,6 +14,9 @@ from eagleray.models.attention import AttentionSpec
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, current_layer, scratch
 from eagleray.workers.flash_attention import flash_attention, supports
 
+if torch.cuda.is_available():
+    from eagleray.workers import kv_kernels  # Triton comes with torch for CUDA, and with no other
+
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
 
@@ -33,6 +36,9 @@ def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device
 
 def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """Put each token's key and value into its slot. Tokens beyond the slot mapping are padding."""
+    if kv_cache.is_cuda:
+        kv_kernels.write_kv(k, v, kv_cache, slot_mapping)
+        return
     tokens = slot_mapping.shape[0]
     for cache, new in zip(kv_cache.flatten(1, 2), (k, v), strict=True):
         cache.index_copy_(0, slot_mapping, new[:tokens])

@@ -10,7 +10,8 @@ from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.attention import choose_backend
 from eagleray.workers.config import WorkerConfig
-from eagleray.workers.context import AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.decode_backend import DecodeBackends
 from eagleray.workers.decode_graphs import DecodeGraphs
 from eagleray.workers.kv_cache import allocate_kv_cache
 from eagleray.workers.rows import Batch, Rows, Slices
@@ -74,6 +75,9 @@ class Worker:
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and capture:
+            self._decode_backends = DecodeBackends(
+                self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
+            )
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(self._decode_forward, self._rows, config.max_num_seqs, device)
 
@@ -95,25 +99,26 @@ class Worker:
         if self._graphs is not None and slices.is_decode:
             return PendingOutput(step.step, self._decode(self._graphs, slices), {})
         batch = self._rows.gather(slices)
-        hidden = self._run_model(batch)
+        hidden = self._run_model(batch, self._backends)
         prompt_logprobs = self._prompt_logprobs(slices, batch, hidden)
         sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
         return PendingOutput(step.step, sampled, prompt_logprobs)
 
-    def _run_model(self, batch: Batch) -> Tensor:
-        with forward_context(self._context(batch.metadata)):
+    def _run_model(self, batch: Batch, backends: list[AttentionBackend]) -> Tensor:
+        with forward_context(self._context(batch.metadata, backends)):
             hidden: Tensor = self._forward(batch.input_ids, batch.positions)
         return hidden
 
-    def _context(self, metadata: AttentionMetadata) -> list[LayerContext]:
-        layers = zip(self._kv_caches, self._specs, self._backends, strict=True)
+    def _context(self, metadata: AttentionMetadata, backends: list[AttentionBackend]) -> list[LayerContext]:
+        layers = zip(self._kv_caches, self._specs, backends, strict=True)
         return [LayerContext(metadata, kv_cache, spec, backend) for kv_cache, spec, backend in layers]
 
     # ---- decoding, with nothing from the host but row numbers
 
     def _decode_forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = self._rows.gather_decodes(rows)
-        return batch.positions, self._model.logits(self._run_model(batch))
+        self._decode_backends.plan(batch.metadata.seq_lens)
+        return batch.positions, self._model.logits(self._run_model(batch, self._decode_backends.of_layers))
 
     def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
         rows, positions, logits = graphs.run(slices.rows)

@@ -1,0 +1,62 @@
+"""The Triton decode kernel behind the attention op: planned once per step, then used by every layer of a kind."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eagleray.models.attention import AttentionSpec
+from eagleray.workers.context import AttentionBackend, AttentionMetadata
+
+if torch.cuda.is_available():
+    from eagleray.workers.decode_attention import allocate_workspace, attend_planned, plan_decode
+
+HEAD_SIZES = (64, 96, 128, 256)
+
+
+def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel computes decodes of such a layer here."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
+
+
+class DecodeBackend:
+    """Attention of one token per request, for layers of one spec."""
+
+    def __init__(self, spec: AttentionSpec, max_requests: int, max_seq_len: int, device: torch.device) -> None:
+        self._spec = spec
+        self._workspace = allocate_workspace(max_requests, max_seq_len, spec, device)
+
+    def plan(self, seq_lens: Tensor) -> None:
+        """Share out the work of a step, whose requests have `seq_lens` [n] int32 tokens."""
+        plan_decode(self._workspace, seq_lens, self._spec)
+
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+    ) -> Tensor:
+        """An `AttentionBackend`, for the step that was planned last."""
+        return attend_planned(q, k_cache, v_cache, metadata.block_table, spec, self._workspace)
+
+
+class DecodeBackends:
+    """One backend per kind of layer, where the kernel supports it; other layers keep the backend they have."""
+
+    def __init__(
+        self,
+        specs: Sequence[AttentionSpec],
+        others: Sequence[AttentionBackend],
+        max_requests: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        kinds = {spec for spec in specs if supports(spec, dtype, device)}
+        self._backends = {spec: DecodeBackend(spec, max_requests, max_seq_len, device) for spec in kinds}
+        self.of_layers: list[AttentionBackend] = [
+            self._backends[spec].attend if spec in self._backends else other
+            for spec, other in zip(specs, others, strict=True)
+        ]
+
+    def plan(self, seq_lens: Tensor) -> None:
+        """Prepare a step for all of them."""
+        for backend in self._backends.values():
+            backend.plan(seq_lens)
