@@ -4,6 +4,7 @@ The collectives are custom ops with a schema and a fake, so `torch.compile(fullg
 find what connects the ranks by the group's name, since an op takes no objects.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from eagleray.parallel import mesh
+from eagleray.parallel.symmetric import SymmetricMemory
+
+logger = logging.getLogger(__name__)
 
 ReduceOp = Literal["sum", "max"]
 
@@ -52,7 +56,8 @@ class _Links:
     """What connects this process with the other ranks of its group."""
 
     process_group: dist.ProcessGroup
-    mesh: mesh.Mesh | None  # on CPU, for small messages
+    mesh: mesh.Mesh | None = None  # on CPU, for small messages
+    symmetric: SymmetricMemory | None = None  # on CUDA, for small sums
 
 
 _links: dict[str, _Links] = {}
@@ -84,8 +89,20 @@ def init_tp_group(
         device_id=None if cpu else device,
     )
     assert dist.group.WORLD is not None
-    _links[name] = _Links(dist.group.WORLD, mesh.Mesh.join(rank, size, store, timeout_s) if cpu else None)
+    if cpu:
+        _links[name] = _Links(dist.group.WORLD, mesh=mesh.Mesh.join(rank, size, store, timeout_s))
+    else:
+        _links[name] = _Links(dist.group.WORLD, symmetric=_join_symmetric(dist.group.WORLD, device))
     return group
+
+
+def _join_symmetric(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:
+    """Shared memory between the ranks' GPUs, where they can reach each other: on one node, over NVLink."""
+    try:
+        return SymmetricMemory(group, device)
+    except RuntimeError as error:
+        logger.warning("ranks cannot share GPU memory, so small sums go over NCCL, too: %s", error)
+        return None
 
 
 def destroy_tp_group(group: TPGroup) -> None:
@@ -141,10 +158,13 @@ def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
 
 @torch.library.impl("eagleray::all_reduce", "cuda")
 def _all_reduce_cuda(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
-    """NCCL reduces each element once and hands the same result to every rank."""
+    """NCCL reduces each element once and hands the same result to every rank, and so do the kernels for small sums."""
+    links = _links_of(group)
+    if op == "sum" and links.symmetric is not None and links.symmetric.takes(x):
+        return links.symmetric.all_reduce(x.contiguous())
     total = x.clone(memory_format=torch.contiguous_format)
     reduce = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
-    dist.all_reduce(total, reduce, group=_links_of(group).process_group)
+    dist.all_reduce(total, reduce, group=links.process_group)
     return total
 
 
