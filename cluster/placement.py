@@ -2,7 +2,9 @@
 
 import logging
 import os
+import socket
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,17 +27,36 @@ def connect(config: EngineConfig) -> None:
         return
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
-    num_cpus = max(os.cpu_count() or 1, ceil(config.tensor_parallel_size * config.cpus_per_rank))
     try:
-        try:
-            ray.init(num_cpus=num_cpus, include_dashboard=False, **options)
-        except ValueError:  # there is a cluster, and its resources are not ours to choose
-            ray.init(**options)
+        _init(os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local", config, options)
     except ConnectionError as error:
         raise EngineStartError(
-            f"the Ray cluster at {os.environ.get('RAY_ADDRESS', 'the address that `ray start` left')!r} cannot be "
-            f"reached ({error}); start it, or end what is left of it with `ray stop`"
+            f"the Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')!r} cannot be reached ({error}); start it, "
+            "or unset RAY_ADDRESS"
         ) from error
+
+
+def _init(address: str, config: EngineConfig, options: dict[str, Any]) -> None:
+    if address == "local":  # its logical CPUs are ours to choose: as many as the ranks ask for
+        wanted = ceil(config.tensor_parallel_size * config.cpus_per_rank)
+        options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+    ray.init(address=address, **options)
+
+
+def _left_by_ray_start() -> str | None:
+    """The address of the cluster that `ray start` made on this machine, if it still answers.
+
+    `ray.init(address="auto")` would also join the private cluster of another process, and wait a minute for one that
+    was killed.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        address = file.read_text().strip()
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except (OSError, ValueError):
+        return None
+    return address
 
 
 def choose_device(config: EngineConfig) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from eagleray.parallel import mesh
+from eagleray.parallel.mesh import MAX_BYTES, Mesh
 from eagleray.parallel.symmetric import SymmetricMemory
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class _Links:
     """What connects this process with the other ranks of its group."""
 
     process_group: dist.ProcessGroup
-    mesh: mesh.Mesh | None = None  # on CPU, for small messages
+    mesh: Mesh | None = None  # on CPU, for small messages
     symmetric: SymmetricMemory | None = None  # on CUDA, for small sums
 
 
@@ -90,7 +90,7 @@ def init_tp_group(
     )
     assert dist.group.WORLD is not None
     if cpu:
-        _links[name] = _Links(dist.group.WORLD, mesh=mesh.Mesh.join(rank, size, store, timeout_s))
+        _links[name] = _Links(dist.group.WORLD, mesh=Mesh.join(rank, size, store, timeout_s))
     else:
         _links[name] = _Links(dist.group.WORLD, symmetric=_join_symmetric(dist.group.WORLD, device))
     return group
@@ -127,7 +127,7 @@ def _links_of(name: str) -> _Links:
 
 def _gather(x: Tensor, size: int, group: str) -> Tensor:
     links, x = _links_of(group), x.contiguous()
-    if links.mesh is not None and x.nbytes <= mesh.MAX_BYTES:
+    if links.mesh is not None and x.nbytes <= MAX_BYTES:
         return links.mesh.gather(x)
     gathered = x.new_empty(size, *x.shape)
     # The function that does this has one name in torch 2.11 and another in 2.13; the method has the same in both.
