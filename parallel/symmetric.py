@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels add up
 ONE_SHOT_BYTES = 256 * 1024  # measured on four H200: beyond it two shots are faster
 MAX_BYTES = 8 * 1024 * 1024  # and beyond this one, with its copies, NCCL is
 
@@ -23,8 +24,8 @@ class SymmetricMemory:
         symm_mem.rendezvous(self._buffer, self._name)
 
     def takes(self, x: Tensor) -> bool:
-        """Whether a message is small enough, and can be cut into 16-byte words for each rank."""
-        return x.nbytes <= MAX_BYTES and x.nbytes % 256 == 0
+        """Whether the kernels add up such a message: small, and cut into 16-byte words for each rank."""
+        return x.dtype in DTYPES and x.nbytes <= MAX_BYTES and x.nbytes % 256 == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, bitwise equal on all of them."""
