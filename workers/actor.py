@@ -14,7 +14,7 @@ from eagleray.workers.started import Loaded, RankHost, Ready
 from eagleray.workers.wire import Step
 
 if TYPE_CHECKING:
-    from eagleray.workers.worker import Worker
+    from eagleray.workers.step_guard import StepGuard
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
 CUDA_ENVIRONMENT = {
@@ -51,7 +51,7 @@ class RankActor:
 
         import eagleray.models.loader
         import eagleray.workers.memory
-        import eagleray.workers.worker  # noqa: F401
+        import eagleray.workers.step_guard  # noqa: F401
 
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
@@ -103,8 +103,9 @@ class RankActor:
         seconds = {part: end - begin for part, begin, end in parts}
         return Loaded(num_blocks, seconds, sum(weights.nbytes for weights in self._model.parameters()))
 
-    def _worker(self, num_blocks: int) -> "tuple[Worker, Ready]":
+    def _worker(self, num_blocks: int) -> "tuple[StepGuard, Ready]":
         from eagleray.workers.out_of_memory import explained
+        from eagleray.workers.step_guard import StepGuard
         from eagleray.workers.worker import Worker
 
         begin = time.monotonic()
@@ -112,7 +113,9 @@ class RankActor:
         with explained("the KV cache and the decode graphs", remedy, self._device):
             worker = Worker(self._config, self._model, self._tp, num_blocks)
         graphs = worker.graph_bytes.values()
-        return worker, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
+        alone, max_rows = self._size == 1, self._config.max_num_seqs
+        guard = StepGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
+        return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
 
     def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""

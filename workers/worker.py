@@ -107,12 +107,16 @@ class Worker:
         """Run one step to its end. Every rank returns the same output."""
         return self.launch(step).wait()
 
-    @torch.inference_mode()
-    def launch(self, step: Step) -> PendingOutput:
-        """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
+    def skip(self, step: Step) -> None:
+        """Count a step without running it. Raises `RuntimeError` if a step before it never came."""
         if step.step != self._num_steps + 1:
             raise RuntimeError(f"step {step.step} came after step {self._num_steps}: a message was lost")
         self._num_steps = step.step
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> PendingOutput:
+        """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
+        self.skip(step)
         for row in step.stop:
             self._sampling.clear(row)
         for start in step.start:
