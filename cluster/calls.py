@@ -13,7 +13,12 @@ import ray
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 
-OWN_WORDS = (ValueError, EngineStartError, EngineDeadError)  # written for a person; other errors need their type's name
+OWN_WORDS = (
+    ValueError,
+    MemoryError,
+    EngineStartError,
+    EngineDeadError,
+)  # written for a person; other errors need their type's name
 DEATH_NOTICE_S = 1.0  # how long Ray may take to report a dead process after its peers have noticed
 
 

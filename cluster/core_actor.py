@@ -38,6 +38,8 @@ class CoreActor:
             device=device,
             dtype=worker.dtype,
             rank_pids=[host.pid for host in executor.hosts],
+            start=executor.start,
+            seconds_prepared=executor.seconds_prepared,
         )
 
     def run(self) -> None:

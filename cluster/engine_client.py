@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 import uuid
 import weakref
 from typing import Any
@@ -19,6 +20,7 @@ from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import Abort, EngineInfo, EngineOutputs, Shutdown, Submit
 from eagleray.cluster.placement import choose_device, connect, place
 from eagleray.cluster.resolve import check_model
+from eagleray.cluster.start_report import capacity
 from eagleray.workers.channel import Peer, milliseconds
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,10 @@ class EngineClient:
         Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
         a rank fails; then nothing is left running.
         """
+        begin = time.monotonic()
         check_model(config)
         connect(config)
+        connected = time.monotonic()
         device = choose_device(config)
         group = place(config, device)
         core = _create_core(group)
@@ -72,15 +76,16 @@ class EngineClient:
         except BaseException:
             _remove(core, group)
             raise
+        info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
         logger.info(
-            "engine ready: %d rank%s on %s in %s, %d KV blocks of %d tokens",
+            "engine ready: %d rank%s on %s in %s, %s",
             config.tensor_parallel_size,
             "s" * (config.tensor_parallel_size > 1),
             info.device,
             info.dtype,
-            info.num_blocks,
-            info.block_size,
+            capacity(info.num_blocks, info.block_size, info.start.attention),
         )
+        logger.info("%s", info.start.line())
         return cls(info, core, group)
 
     def send(self, message: Submit | Abort) -> None:
@@ -152,6 +157,12 @@ class EngineClient:
         self._peer.close()
         self._running.close()
         self._finalizer()
+
+
+def _with_whole_start(info: EngineInfo, ray_seconds: float, total: float) -> EngineInfo:
+    """The core's report, with what happened before its ranks were prepared."""
+    before = {"Ray": ray_seconds, "processes and imports": max(0.0, total - ray_seconds - info.seconds_prepared)}
+    return msgspec.structs.replace(info, start=info.start.within(before, total))
 
 
 def _create_core(group: PlacementGroup) -> Any:

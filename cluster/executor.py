@@ -14,9 +14,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from eagleray.cluster.calls import DEATH_NOTICE_S, Calls
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.resolve import check_capacity
-from eagleray.workers.actor import GOODBYE, RankActor, RankHost
+from eagleray.cluster.start_report import StartReport
+from eagleray.workers.actor import GOODBYE, RankActor
 from eagleray.workers.channel import Hub, PeerGoneError
 from eagleray.workers.config import WorkerConfig
+from eagleray.workers.started import Loaded, RankHost, Ready
 from eagleray.workers.wire import Step, StepOutput
 
 GOODBYE_S = 2.0  # how long ranks may take to end by themselves
@@ -56,11 +58,14 @@ class RayExecutor:
         self._ranks = _create_actors(config, group)
         try:
             self.hosts: list[RankHost] = self._call("prepare")
-            self.num_blocks: int = min(self._call("load", self.hosts[0].ip, self.hosts[0].store_port))
+            prepared = time.monotonic()
+            loaded: list[Loaded] = self._call("load", self.hosts[0].ip, self.hosts[0].store_port)
+            self.num_blocks: int = min(rank.num_blocks for rank in loaded)
             check_capacity(self.num_blocks, config)
             self._hub = self._listen()
             self._serving = Calls([rank.serve.remote(self.num_blocks, self._hub.endpoint) for rank in self._ranks])
-            self._await_greetings()
+            self.start = StartReport.of(loaded, self._await_greetings())
+            self.seconds_prepared = time.monotonic() - prepared  # since all processes were there
         except BaseException:
             self._kill()
             if hasattr(self, "_hub"):
@@ -87,16 +92,18 @@ class RayExecutor:
         one_node = all(host.node_id == here for host in self.hosts)
         return Hub(None if one_node else ray.util.get_node_ip_address())
 
-    def _await_greetings(self) -> None:
-        """A hub can only reach a peer that it has heard of."""
-        missing = set(self._names)
+    def _await_greetings(self) -> list[Ready]:
+        """What each rank says once it is ready. A hub can only reach a peer that it has heard of."""
+        missing, ready = set(self._names), []
         while missing:
             if greeting := self._hub.receive():
                 missing.discard(greeting[0])
+                ready.append(msgspec.msgpack.decode(greeting[1], type=Ready))
             elif ended := self._serving.next(0.01):
                 raise EngineStartError(self._serving.blame(*ended))
             elif time.monotonic() > self._deadline:
                 raise EngineStartError(f"{missing.pop().decode()} did not connect to the engine core in time")
+        return ready
 
     def send(self, step: Step) -> None:
         payload = self._encode(step)

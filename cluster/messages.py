@@ -2,6 +2,7 @@
 
 import msgspec
 
+from eagleray.cluster.start_report import StartReport
 from eagleray.workers.channel import Endpoint
 from eagleray.workers.wire import Sampling, TokenLogprobs
 
@@ -70,6 +71,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device: str
     dtype: str
     rank_pids: list[int]
+    start: StartReport
+    seconds_prepared: float  # from when all processes had their imports until the ranks were ready
 
 
 FrontEndMessage = Submit | Abort | Shutdown

@@ -1,6 +1,7 @@
 """What to run next. There are no phases: a slice of a prompt and a decode of one token are both tokens of a request."""
 
 import heapq
+import logging
 from array import array
 from bisect import insort
 from collections import deque
@@ -10,9 +11,12 @@ from operator import attrgetter, itemgetter
 import msgspec
 
 from eagleray.cluster.block_pool import BlockPool
+from eagleray.cluster.caution import Caution
 from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.request import FrontEndId, Request
 from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 News = tuple[FrontEndId, Tokens]
 
@@ -34,6 +38,15 @@ class _Plan:
     preempted: bool = False
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """A step whose output is due."""
+
+    step: int
+    slices: list[Slice]
+    num_tokens: int
+
+
 class Scheduler:
     """Turns requests into steps, and step outputs into news. Any number of steps may be in flight.
 
@@ -53,7 +66,7 @@ class Scheduler:
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self._block_size = block_size
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._caution = Caution(max_num_batched_tokens, max_num_seqs)
         self._max_slice_tokens = max_slice_tokens or max_num_batched_tokens
         self._caching = enable_prefix_caching
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
@@ -61,7 +74,8 @@ class Scheduler:
         self._requests: dict[tuple[FrontEndId, int], Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []  # a heap; finished requests in it are skipped
         self._running: list[Request] = []  # in order; the last is preempted first
-        self._in_flight: deque[tuple[int, list[Slice]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
+        self._restart = False  # the next step is the first after one that ran out of memory
         self._num_steps = 0
         self._num_arrived = 0
         self._num_preemptions = 0
@@ -131,6 +145,7 @@ class Scheduler:
 
     def _end(self, request: Request, news: Tokens) -> Tokens:
         request.finished = True
+        self._caution.note_end()
         del self._requests[request.front_end, request.id]
         if request.row is not None:
             self._running.remove(request)
@@ -152,7 +167,8 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Fill the token budget: running requests first, then waiting ones. None if nothing can run now."""
-        plan = _Plan(self._max_num_batched_tokens)
+        max_tokens = self._caution.max_tokens
+        plan = _Plan(max_tokens)
         self._continue_running(plan)
         if not plan.preempted:
             self._admit_waiting(plan)
@@ -160,11 +176,12 @@ class Scheduler:
             return None
         plan.slices.sort(key=itemgetter(1))
         self._num_steps += 1
-        self._in_flight.append((self._num_steps, plan.slices))
+        self._in_flight.append(_InFlight(self._num_steps, plan.slices, max_tokens - plan.budget))
         stopped, self._stopped_rows = self._stopped_rows, []
         if len(plan.slices) < len(self._running):
             self._rest(plan)
-        return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven)
+        restart, self._restart = self._restart, False
+        return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
 
     def _rest(self, plan: _Plan) -> None:
         """Live rows that are not in the plan run nothing."""
@@ -240,7 +257,7 @@ class Scheduler:
         request.num_published = num_full
 
     def _admit_waiting(self, plan: _Plan) -> None:
-        while self._waiting and self._free_rows and plan.budget > 0:
+        while self._waiting and self._free_rows and plan.budget > 0 and len(self._running) < self._caution.max_requests:
             request = self._waiting[0][-1]
             if not request.finished:
                 if request.awaits_tokens or not self._admit(request, plan):
@@ -298,11 +315,13 @@ class Scheduler:
 
     def update(self, output: StepOutput) -> list[News]:
         """Commit what the oldest step in flight sampled. Tokens of requests that have ended meanwhile are dropped."""
-        step, slices = self._in_flight.popleft()
-        assert step == output.step, f"step {output.step} returned while step {step} was due"
+        due = self._in_flight.popleft()
+        assert due.step == output.step, f"step {output.step} returned while step {due.step} was due"
+        if output.out_of_memory:
+            return self._begin_anew(due, output.out_of_memory)
         sampled = iter(array("i", output.token_ids))
         news: list[News] = []
-        for request, row, start, samples in slices:
+        for request, row, start, samples in due.slices:
             token_id = next(sampled) if samples else None
             if request.finished:
                 continue
@@ -331,3 +350,33 @@ class Scheduler:
         tokens.finish_reason = request.commit(token_id)
         if tokens.finish_reason:
             self._end(request, tokens)
+
+    # ---- a step ran out of memory
+
+    def _begin_anew(self, failed: _InFlight, cause: str) -> list[News]:
+        """The step did not run, nor will those behind it: all requests go back to their committed tokens and wait.
+
+        What runs next is smaller. A request whose single token does not fit by itself ends with an error.
+        """
+        for due in self._in_flight:
+            due.slices = []
+        while self._running:
+            self._preempt(self._running.pop())
+        for request in self._requests.values():
+            request.num_known_tokens = len(request.token_ids)
+        self.pool.forget_prefixes()  # some were to be written by the steps that did not run
+        self._stopped_rows.clear()
+        self._restart = True
+        request = failed.slices[0][0]
+        if failed.num_tokens == 1 and not request.finished:
+            return [(request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))]
+        self._caution.tighten(failed.num_tokens, len(failed.slices))
+        logger.warning(
+            "a step of %d requests and %d tokens is tried again with at most %d and %d: %s",
+            len(failed.slices),
+            failed.num_tokens,
+            self._caution.max_requests,
+            self._caution.max_tokens,
+            cause,
+        )
+        return []

@@ -10,13 +10,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from eagleray.models.weight_stream import WeightStream
 from eagleray.parallel.piece import Piece
 
 
 class Checkpoint:
     """Tensors by name. Use it as a context manager: files are opened once, when first needed, and closed at its end."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, stream: WeightStream | None = None) -> None:
+        """With a `stream`, pieces are filled by it, and are there once the context ends without an error."""
+        self._stream = stream
         self._files: dict[Path, Any] = {}
         self.where = _locate(Path(path))  # tensor name -> file
 
@@ -26,7 +29,12 @@ class Checkpoint:
             raise ValueError(f"tensor {name} is missing from {self._holder()}")
         file = self.where[name]
         try:
-            piece.load(self._open(file).get_slice(name))
+            source = self._open(file).get_slice(name)
+            if self._stream is None:
+                piece.load(source)
+            else:
+                piece.check_shape(source)
+                self._stream.fill(piece, file, name)
         except SafetensorError as error:
             raise ValueError(f"tensor {name} cannot be read from {file}: {error}") from error
         except ValueError as error:
@@ -47,6 +55,11 @@ class Checkpoint:
         for file in self._files.values():
             file.__exit__(kind, error, at)
         self._files.clear()
+        if self._stream is not None:
+            if error is None:
+                self._stream.finish()
+            else:
+                self._stream.abandon()
 
     def _open(self, file: Path) -> Any:
         if file not in self._files:

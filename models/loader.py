@@ -11,6 +11,7 @@ from eagleray.models.checkpoint import Checkpoint
 from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.decoder import CausalLM
 from eagleray.models.registry import model_class
+from eagleray.models.weight_stream import WeightStream
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.piece import HasPieces, Piece
 
@@ -26,10 +27,12 @@ def load_model(
     device: torch.device,
     load_format: str = "safetensors",
     seed: int = 0,
+    streamed: bool | None = None,
 ) -> CausalLM:
     """This rank's shard of the model in directory `path`, in eval mode and without gradients.
 
-    A rank reads only its own bytes of the safetensors files. "dummy" needs `config.json` only and makes random weights
+    A rank reads only its own bytes of the safetensors files; `streamed`, which is the default on CUDA, several threads
+    do. "dummy" needs `config.json` only and makes random weights
     that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. Raises `ValueError`
     for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short.
     """
@@ -41,7 +44,8 @@ def load_model(
         for name, piece in checkpoint_pieces(model):
             dummy.fill(name, piece, seed)
         return model
-    with Checkpoint(path) as checkpoint:
+    stream = WeightStream(device) if streamed or (streamed is None and device.type == "cuda") else None
+    with Checkpoint(path, stream) as checkpoint:
         loaded = set()
         for name, piece in checkpoint_pieces(model):
             checkpoint.load(name, piece)

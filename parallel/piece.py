@@ -39,9 +39,13 @@ class Piece:
 
     def load(self, source: TensorSlice) -> None:
         """Read this rank's region, and nothing else. Raises `ValueError` when the tensor has another shape."""
+        self.check_shape(source)
+        self.target.copy_(source[self.region])
+
+    def check_shape(self, source: TensorSlice) -> None:
+        """Raise `ValueError` when the tensor in the file is not of the shape that the model needs."""
         if tuple(source.get_shape()) != self.shape:
             raise ValueError(f"has shape {source.get_shape()}, but the model needs {list(self.shape)}")
-        self.target.copy_(source[self.region])
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """A rank as a Ray actor: a thin face over `Worker`."""
 
 import os
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
@@ -9,7 +10,11 @@ import ray
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.reporter import Reporter
+from eagleray.workers.started import Loaded, RankHost, Ready
 from eagleray.workers.wire import Step
+
+if TYPE_CHECKING:
+    from eagleray.workers.step_guard import StepGuard
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
 CUDA_ENVIRONMENT = {
@@ -18,16 +23,8 @@ CUDA_ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 REPORTER_CHECK_S = 0.5
+LOAD_PARTS = ("joining", "weights", "memory profile")
 GOODBYE = b""  # sent instead of a step, it ends `serve`
-
-
-class RankHost(msgspec.Struct, frozen=True):
-    """Where a rank runs."""
-
-    node_id: str
-    ip: str
-    pid: int
-    store_port: int | None  # of the store through which the ranks meet; rank 0 opens it
 
 
 class RankActor:
@@ -44,12 +41,24 @@ class RankActor:
         self._store: Any = None
         self._model: Any = None
         self._tp: Any = None
+        self._device: Any = None
 
     def prepare(self) -> RankHost:
-        """Import torch, and open the store on rank 0."""
+        """Import all that the rank will need, take its device, and open the store on rank 0."""
         self._set_environment()
+        import torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+        import eagleray.models.loader
+        import eagleray.workers.memory
+        import eagleray.workers.step_guard  # noqa: F401
+
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        self._device = torch.device("cpu")
+        if self._config.device == "cuda":
+            self._device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
+            torch.cuda.set_device(self._device)
         ip = ray.util.get_node_ip_address()
         if self._rank == 0 and self._size > 1:
             self._store = TCPStore(ip, 0, self._size, is_master=True, wait_for_workers=False)
@@ -62,42 +71,58 @@ class RankActor:
         if self._config.threads is not None:
             os.environ["OMP_NUM_THREADS"] = str(self._config.threads)
 
-    def load(self, ip: str, store_port: int | None) -> int:
-        """Join the ranks, load this one's share of the model, and return how many KV blocks fit."""
+    def load(self, ip: str, store_port: int | None) -> Loaded:
+        """Join the ranks, load this one's share of the model, and find out how many KV blocks fit."""
         import torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         from eagleray.models.loader import load_model
         from eagleray.parallel.group import init_tp_group
         from eagleray.workers.memory import num_blocks_that_fit
+        from eagleray.workers.out_of_memory import explained
 
-        if self._config.threads is not None:
-            torch.set_num_threads(self._config.threads)
-        device = torch.device("cpu")
-        if self._config.device == "cuda":
-            device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
-            torch.cuda.set_device(device)
+        times = [time.monotonic()]
         if store_port is not None and self._store is None:
             self._store = TCPStore(ip, store_port, self._size, is_master=False)
-        self._tp = init_tp_group(self._rank, self._size, self._store, device)
-        self._model = load_model(
-            self._config.model,
-            tp=self._tp,
-            dtype=getattr(torch, self._config.dtype),
-            device=device,
-            load_format=self._config.load_format,
-            seed=self._config.seed,
-        )
-        return num_blocks_that_fit(self._config, self._model, self._tp)
+        self._tp = init_tp_group(self._rank, self._size, self._store, self._device)
+        times.append(time.monotonic())
+        remedy = "raise tensor_parallel_size, or end what else runs there"
+        with explained("the weights", remedy, self._device):
+            self._model = load_model(
+                self._config.model,
+                tp=self._tp,
+                dtype=getattr(torch, self._config.dtype),
+                device=self._device,
+                load_format=self._config.load_format,
+                seed=self._config.seed,
+            )
+        times.append(time.monotonic())
+        num_blocks = num_blocks_that_fit(self._config, self._model, self._tp)
+        times.append(time.monotonic())
+        parts = zip(LOAD_PARTS, times, times[1:], strict=False)
+        seconds = {part: end - begin for part, begin, end in parts}
+        return Loaded(num_blocks, seconds, sum(weights.nbytes for weights in self._model.parameters()))
+
+    def _worker(self, num_blocks: int) -> "tuple[StepGuard, Ready]":
+        from eagleray.workers.out_of_memory import explained
+        from eagleray.workers.step_guard import StepGuard
+        from eagleray.workers.worker import Worker
+
+        begin = time.monotonic()
+        remedy = "lower gpu_memory_utilization, kv_cache_bytes or max_num_seqs, or raise tensor_parallel_size"
+        with explained("the KV cache and the decode graphs", remedy, self._device):
+            worker = Worker(self._config, self._model, self._tp, num_blocks)
+        graphs = worker.graph_bytes.values()
+        alone, max_rows = self._size == 1, self._config.max_num_seqs
+        guard = StepGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
+        return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
 
     def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
-        from eagleray.workers.worker import Worker
-
-        worker = Worker(self._config, self._model, self._tp, num_blocks)
+        worker, ready = self._worker(num_blocks)
         decode = msgspec.msgpack.Decoder(Step).decode
         hub = Peer(endpoint, b"rank %d" % self._rank)
-        hub.send(b"")  # the hub can only reach a peer that it has heard of
+        hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
         reporter = Reporter(endpoint) if self._rank == 0 else None
         while payload := self._next_step(hub, reporter):
             pending = worker.launch(decode(payload))

@@ -34,6 +34,11 @@ def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device
     return flash_attention if supports(spec, dtype, device) else reference_attention
 
 
+def backend_name(backend: AttentionBackend) -> str:
+    """What a person calls the implementation that `choose_backend` chose."""
+    return "FlashAttention-3" if backend is flash_attention else "plain PyTorch"
+
+
 def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
     """Put each token's key and value into its slot. Tokens beyond the slot mapping are padding."""
     if kv_cache.is_cuda:

@@ -3,7 +3,7 @@
 import bisect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,28 +34,32 @@ def batch_sizes(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Replays the smallest graph that holds a batch; the rest of it runs on the spare row."""
 
-    def __init__(self, forward: DecodeForward, rows: Rows, max_rows: int, device: torch.device) -> None:
+    def __init__(self, forward: DecodeForward, rows: Rows, sizes: Sequence[int], device: torch.device) -> None:
         """Capture every size, largest first, so that the smaller ones fit into its memory."""
         begin = time.monotonic()
         self._rows = rows
-        self._sizes = batch_sizes(max_rows)
-        self._static_rows = torch.full((max_rows,), rows.spare, dtype=torch.int64, device=device)
+        self._sizes = sorted(sizes)
+        self._static_rows = torch.full((self._sizes[-1],), rows.spare, dtype=torch.int64, device=device)
         self._last: IntArray = np.empty(0, np.int64)
         self._graphs: dict[int, _Captured] = {}
+        self.num_bytes: dict[int, int] = {}  # of device memory that each took, by size
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            self._graphs[size] = self._capture(forward, self._static_rows[:size], pool)
+            self._graphs[size], self.num_bytes[size] = self._capture(forward, self._static_rows[:size], pool)
         torch.cuda.synchronize()
         logger.info("captured %d decode graphs in %.1f s", len(self._sizes), time.monotonic() - begin)
 
     @staticmethod
-    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> _Captured:
+    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> tuple[_Captured, int]:
+        """The graph, and how much device memory it took."""
         forward(rows)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(rows.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             positions, logits = forward(rows)
-        return _Captured(graph, positions, logits)
+        return _Captured(graph, positions, logits), free - torch.cuda.mem_get_info(rows.device)[0]
 
     def run(self, rows: IntArray) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, positions and logits of a decode batch, all with a line per row of `rows`."""

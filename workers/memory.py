@@ -1,6 +1,8 @@
 """How many KV blocks this rank has room for."""
 
 from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -8,7 +10,9 @@ from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.config import WorkerConfig
+from eagleray.workers.decode_graphs import batch_sizes
 from eagleray.workers.kv_cache import block_bytes
+from eagleray.workers.out_of_memory import GIB, describe_use, explained, release_unused
 from eagleray.workers.wire import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
 
@@ -16,7 +20,10 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> int:
-    """Blocks in the configured bytes, else (CUDA) in what a run of the largest step leaves of the GPU's memory."""
+    """Blocks in the configured bytes, else (CUDA) in what weights, steps and decode graphs leave of this GPU's share.
+
+    Raises `MemoryError` when that is nothing.
+    """
     parameter = next(model.parameters())
     specs = [layer.spec for layer in attention_layers(model)]
     each = block_bytes(specs, config.block_size, parameter.dtype)
@@ -24,8 +31,10 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
         return config.kv_cache_bytes // each
     if parameter.device.type == "cpu":
         return CPU_KV_CACHE_BYTES // each
-    profiled = num_profile_blocks(config) * each
-    return max(0, _free_cuda_bytes(config, model, tp, parameter.device) + profiled) // each
+    need = _measure(config, model, tp, parameter.device, num_profile_blocks(config) * each)
+    if need.left < each:
+        raise MemoryError(_no_room(config, need, parameter.device))
+    return need.left // each
 
 
 def num_profile_blocks(config: WorkerConfig) -> int:
@@ -37,20 +46,69 @@ def _tokens_of_each(config: WorkerConfig) -> int:
     return max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len))
 
 
-def _free_cuda_bytes(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.device) -> int:
-    """What is left of this GPU's share after the weights and a run of the largest step, its KV blocks included."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run_largest_step(config, model, tp)
-    torch.cuda.synchronize(device)
-    activations = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
+@dataclass(frozen=True)
+class _Need:
+    """Bytes of one GPU."""
+
+    step: int  # the largest one, without its KV blocks
+    graphs: int
+    left: int  # for KV blocks
+
+
+def _measure(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.device, kv_bytes: int) -> _Need:
+    """Capture three decode graphs and run the largest step, on a KV cache of `kv_bytes` that is gone afterwards.
+
+    The graphs' results count in both figures, which leaves a margin.
+    """
+    sizes = batch_sizes(config.max_num_seqs)
+    remedy = "lower max_num_batched_tokens or max_num_seqs, use more ranks, or end what else runs on this GPU"
+    with explained(f"a step of {config.max_num_batched_tokens} tokens", remedy, device):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        graphs = graph_bytes(sizes, run_largest_step(config, model, tp, probe_sizes(sizes)))
+        torch.cuda.synchronize(device)
+        step = max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)
+        release_unused(device)
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - activations - (1 - config.gpu_memory_utilization) * total)
+    return _Need(step, graphs, int(free - step - graphs - (1 - config.gpu_memory_utilization) * total))
 
 
-def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None:
-    """One step with every row in use and the token budget spent, on a KV cache just large enough for it."""
+def probe_sizes(sizes: Sequence[int]) -> list[int]:
+    """The two largest and the smallest: enough to tell what the others take."""
+    return sorted({sizes[0], *sizes[-2:]})
+
+
+def graph_bytes(sizes: Sequence[int], probed: Mapping[int, int]) -> int:
+    """What graphs of all `sizes` take, given what those of `probe_sizes` took.
+
+    The largest is captured first and makes room for the work of all. What another adds, its results and its list of
+    launches, grows evenly from the smallest to the second largest.
+    """
+    first, *others = sorted(sizes, reverse=True)
+    if not others:
+        return probed[first]
+    high, low = others[0], others[-1]
+    slope = (probed[high] - probed[low]) / (high - low) if high > low else 0.0
+    return probed[first] + sum(round(probed[low] + slope * (size - low)) for size in others)
+
+
+def _no_room(config: WorkerConfig, need: _Need, device: torch.device) -> str:
+    return (
+        f"{device} has no memory left for the KV cache: a step of {config.max_num_batched_tokens} tokens needs "
+        f"{need.step / GIB:.1f} GiB and the decode graphs {need.graphs / GIB:.1f}; {describe_use(device)}, and "
+        f"gpu_memory_utilization {config.gpu_memory_utilization:g} leaves "
+        f"{1 - config.gpu_memory_utilization:.0%} unused; raise it, lower max_num_batched_tokens or max_num_seqs, use "
+        "more ranks, or end what else runs on this GPU"
+    )
+
+
+def run_largest_step(
+    config: WorkerConfig, model: CausalLM, tp: TPGroup, graph_sizes: Sequence[int] | None = None
+) -> dict[int, int]:
+    """One step with every row in use and the token budget spent, on a KV cache just large enough for it.
+
+    Returns what the decode graphs of `graph_sizes` took.
+    """
     rows = config.max_num_seqs
     length = _tokens_of_each(config)
     blocks_each = -(-length // config.block_size)
@@ -65,5 +123,6 @@ def run_largest_step(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> None
         )
         for row in range(rows)
     ]
-    worker = Worker(config, model, tp, num_profile_blocks(config), capture=False)
+    worker = Worker(config, model, tp, num_profile_blocks(config), graph_sizes=graph_sizes)
     worker.run(Step(1, start=starts, slices=dict.fromkeys(range(rows), length)))
+    return worker.graph_bytes

@@ -39,6 +39,7 @@ class RowStart(msgspec.Struct, omit_defaults=True):
 class Step(msgspec.Struct, omit_defaults=True):
     """One forward pass. A live row that is not in `slices` runs one token.
 
+    After a step that ran out of memory a rank skips all up to one that says `restart`; with that, every row stops.
     A rank applies `stop`, then `start`, then `blocks`, then runs the batch in ascending order of rows.
     """
 
@@ -47,6 +48,7 @@ class Step(msgspec.Struct, omit_defaults=True):
     start: list[RowStart] = []
     blocks: dict[int, list[int]] = {}  # row -> block ids to append to its block table
     slices: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
+    restart: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
@@ -66,3 +68,4 @@ class StepOutput(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: dict[
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
+    out_of_memory: str = ""  # why the step did not run; those after it do not either, up to a restart

@@ -1,6 +1,7 @@
 """One rank's share of a step: rows updated, model run, tokens sampled and kept in their rows."""
 
 from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,11 +9,11 @@ from torch import Tensor
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.attention import choose_backend
+from eagleray.workers.attention import backend_name, choose_backend
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
 from eagleray.workers.decode_backend import DecodeBackends
-from eagleray.workers.decode_graphs import DecodeGraphs
+from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
 from eagleray.workers.kv_cache import allocate_kv_cache
 from eagleray.workers.rows import Batch, Rows, Slices
 from eagleray.workers.sampler import SampleOutput, Sampler
@@ -53,9 +54,15 @@ class Worker:
     """A loaded model shard with `num_blocks` blocks of KV cache, run step by step. Knows nothing of Ray or sockets."""
 
     def __init__(
-        self, config: WorkerConfig, model: CausalLM, tp: TPGroup, num_blocks: int, *, capture: bool = True
+        self,
+        config: WorkerConfig,
+        model: CausalLM,
+        tp: TPGroup,
+        num_blocks: int,
+        *,
+        graph_sizes: Sequence[int] | None = None,
     ) -> None:
-        """On CUDA, `capture` makes graphs of decode batches; a worker that runs one step only is better off without."""
+        """On CUDA, graphs are captured of decode batches: of every size, or of `graph_sizes`."""
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
         self._model = model
@@ -74,23 +81,42 @@ class Worker:
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
-        if device.type == "cuda" and capture:
+        if device.type == "cuda":
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(self._decode_forward, self._rows, config.max_num_seqs, device)
+                self._graphs = DecodeGraphs(
+                    self._decode_forward, self._rows, graph_sizes or batch_sizes(config.max_num_seqs), device
+                )
+
+    @property
+    def graph_bytes(self) -> dict[int, int]:
+        """Device memory that each decode graph took, by size of batch."""
+        return {} if self._graphs is None else self._graphs.num_bytes
+
+    @property
+    def attention(self) -> str:
+        """How layers attend, in words."""
+        names = [backend_name(backend) for backend in self._backends]
+        if self._graphs is not None and self._decode_backends.of_layers != self._backends:
+            names.insert(0, "Triton decode")
+        return " + ".join(dict.fromkeys(names))
 
     def run(self, step: Step) -> StepOutput:
         """Run one step to its end. Every rank returns the same output."""
         return self.launch(step).wait()
 
-    @torch.inference_mode()
-    def launch(self, step: Step) -> PendingOutput:
-        """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
+    def skip(self, step: Step) -> None:
+        """Count a step without running it. Raises `RuntimeError` if a step before it never came."""
         if step.step != self._num_steps + 1:
             raise RuntimeError(f"step {step.step} came after step {self._num_steps}: a message was lost")
         self._num_steps = step.step
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> PendingOutput:
+        """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
+        self.skip(step)
         for row in step.stop:
             self._sampling.clear(row)
         for start in step.start:

@@ -144,6 +144,14 @@ def test_a_kv_cache_too_small_for_one_request_is_refused_with_the_remedy(model_d
     assert_nothing_is_left()
 
 
+def test_a_kv_cache_larger_than_memory_is_refused_with_the_remedy(model_dir: Path) -> None:
+    with pytest.raises(
+        EngineStartError, match=r"^rank [01]: cpu has no memory left for the KV cache .* lower .*kv_cache"
+    ):
+        start(model_dir, kv_cache_bytes=10**15)
+    assert_nothing_is_left()
+
+
 @pytest.fixture(scope="module")
 def llm(model_dir: Path) -> Iterator[LLM]:
     with start(model_dir, tensor_parallel_size=2) as llm:

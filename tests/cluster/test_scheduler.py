@@ -1,11 +1,13 @@
 """The scheduler, with a rank whose tokens can be foretold, with one and with several steps in flight."""
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
 
 from eagleray.cluster.scheduler import Scheduler
+from eagleray.workers.wire import Step, StepOutput
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 
@@ -227,3 +229,99 @@ def test_nothing_is_left_behind_by_two_thousand_requests_with_aborts(depth: int,
     engine.run()
     engine.scheduler.schedule()
     assert len(engine.rank.rows) <= 1
+
+
+class ForgetfulRank(ToyRank):
+    """Runs out of memory in some steps, after it has begun with them, and then skips all up to a restart."""
+
+    def __init__(self, num_blocks: int, block_size: int, fails: Callable[[int, int], bool]) -> None:
+        super().__init__(num_blocks, block_size)
+        self.failures: list[tuple[int, int]] = []  # tokens and requests of each
+        self._fails = fails
+        self._skipping = False
+
+    def run(self, step: Step) -> StepOutput:
+        self._skipping = self._skipping and not step.restart
+        if self._skipping:
+            return StepOutput(step.step)
+        before = self.num_tokens_run
+        output = super().run(step)
+        num_requests = sum(step.slices.get(row, 1) > 0 for row in self.rows)
+        if self._fails(self.num_tokens_run - before, num_requests):
+            self.failures.append((self.num_tokens_run - before, num_requests))
+            self._skipping = True
+            self._cache = [None] * len(self._cache)  # nothing of it may be read again
+            return StepOutput(step.step, out_of_memory="no memory")
+        return output
+
+
+def forgetful_engine(
+    depth: int, fails: Callable[[int, int], bool], **options: Any
+) -> tuple[InlineEngine, ForgetfulRank]:
+    settings = {"num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 32} | options
+    scheduler = Scheduler(block_size=4, **settings)
+    rank = ForgetfulRank(scheduler.pool.num_blocks, 4, fails)
+    return InlineEngine(scheduler, rank, depth), rank
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 20}, {"max_slice_tokens": 7}], ids=str)
+def test_steps_that_run_out_of_memory_change_no_token(depth: int, options: dict[str, Any]) -> None:
+    rng = Random(7)
+    engine, rank = forgetful_engine(depth, lambda num_tokens, _: num_tokens > 1 and rng.random() < 0.2, **options)
+    prompts = some_prompts(rng, 40)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt, max_tokens=1 + index % 9, prompt_logprobs=0 if index % 5 == 0 else None)
+    engine.run()
+    assert len(rank.failures) >= 5
+    for index, prompt in enumerate(prompts):
+        assert engine.token_ids(index) == generate(prompt, 1 + index % 9)
+        assert engine.finish_reason(index) == "length"
+        scored = [entry.token_ids[0] for tokens in engine.news[index] for entry in tokens.prompt_logprobs]
+        assert scored == (prompt[1:] if index % 5 == 0 else [])
+    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.num_free_rows == 8
+
+
+def test_steps_shrink_until_they_fit_and_grow_again(depth: int) -> None:
+    limit = 5
+    engine, rank = forgetful_engine(depth, lambda num_tokens, _: num_tokens > limit)
+    for index in range(8):
+        engine.add(index, [index] * 20, max_tokens=6)
+    engine.run()
+    assert [engine.token_ids(index) for index in range(8)] == [generate([index] * 20, 6) for index in range(8)]
+    assert [num_tokens for num_tokens, _ in rank.failures] == [32, 16, 8]
+    limit = 32
+    rank.largest_batch = 0
+    for index in range(8, 48):
+        engine.add(index, [index] * 20, max_tokens=6)
+    engine.run()
+    assert rank.largest_batch == 32
+
+
+def test_a_request_whose_single_token_does_not_fit_fails_alone(depth: int) -> None:
+    too_long = 30
+    engine, rank = forgetful_engine(
+        depth, lambda _num_tokens, _num_requests: any(row.num_computed_tokens > too_long for row in rank.rows.values())
+    )
+    for index in range(6):
+        engine.add(index, [index] * (28 if index == 2 else 4), max_tokens=6)
+    engine.run()
+    for index in (0, 1, 3, 4, 5):
+        assert engine.token_ids(index) == generate([index] * 4, 6)
+    assert engine.finish_reason(2) == "error"
+    assert engine.news[2][-1].error == "no memory"
+    assert engine.token_ids(2) == generate([2] * 28, 3)
+
+
+def test_requests_are_aborted_while_nothing_fits(depth: int) -> None:
+    engine, rank = forgetful_engine(depth, lambda _num_tokens, num_requests: num_requests > 2)
+    for index in range(8):
+        engine.add(index, [index] * 5, max_tokens=9)
+    engine.turn()
+    assert rank.failures
+    for index in range(0, 8, 2):
+        engine.abort(index)
+    engine.run()
+    assert [engine.finish_reason(index) for index in range(8)] == ["abort", "length"] * 4
+    assert engine.token_ids(7) == generate([7] * 5, 9)
+    assert engine.scheduler.pool.num_used == 0

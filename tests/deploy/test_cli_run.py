@@ -114,8 +114,9 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_pat
     assert text["outputs"][0]["finish_reason"] == "stop"
     assert messages["outputs"] == text["outputs"]
     assert "999999" in bad["error"]
-    ready, figures, complaint = run.stderr.splitlines()
+    ready, times, figures, complaint = run.stderr.splitlines()
     assert ready.startswith("eagleray: engine ready: 2 ranks on cpu in float32")
+    assert re.match(r"eagleray: ready in [\d.]+ s: Ray [\d.]+, processes and imports [\d.]+, joining", times)
     assert figures.startswith("2 requests · ")
     assert complaint.startswith("eagleray: prompt 2: ")
 

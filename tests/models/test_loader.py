@@ -30,8 +30,18 @@ CPU = torch.device("cpu")
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
+WAY: dict[str, Any] = {}  # how the running test loads
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["read", "streamed"])
+def way(request: pytest.FixtureRequest) -> None:
+    """Both ways must give the same weights and the same complaints."""
+    WAY["streamed"] = request.param
+
+
 def load(path: Path, tp: TPGroup | None = None, **options: Any) -> CausalLM:
-    return load_model(path, tp=tp or TPGroup(), dtype=torch.float32, device=CPU, **options)
+    settings: dict[str, Any] = {"dtype": torch.float32, "device": CPU} | WAY | options
+    return load_model(path, tp=tp or TPGroup(), **settings)
 
 
 def whole_tensors(models: list[CausalLM]) -> dict[str, Tensor]:
@@ -119,14 +129,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_rank_reads_its_own_bytes_and_no_others(path: Path, size: int, read: list[int]) -> None:
     for rank in range(size):
         read.clear()
-        model = load(path, TPGroup(rank, size))
+        model = load(path, TPGroup(rank, size), streamed=False)
         assert sum(read) == sum(parameter.nbytes for parameter in model.parameters())
     if size > 1:
         assert sum(read) < 0.6 * (path / "model.safetensors").stat().st_size
 
 
 def test_weights_take_the_dtype_that_is_asked_for(path: Path, tensors: dict[str, Tensor]) -> None:
-    model = load_model(path, tp=TPGroup(), dtype=torch.bfloat16, device=CPU)
+    model = load(path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(whole_tensors([model])[UP].bfloat16(), tensors[UP].bfloat16())
     assert torch.get_default_dtype() == torch.float32
@@ -135,7 +145,7 @@ def test_weights_take_the_dtype_that_is_asked_for(path: Path, tensors: dict[str,
 
 
 def test_on_the_meta_device_a_model_takes_no_memory(path: Path) -> None:
-    model = load_model(path, tp=TPGroup(), dtype=torch.float32, device=torch.device("meta"))
+    model = load(path, device=torch.device("meta"))
     assert all(parameter.is_meta for parameter in model.parameters())
 
 

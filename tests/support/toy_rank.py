@@ -47,6 +47,8 @@ class ToyRank:
         self._block_size = block_size
 
     def run(self, step: Step) -> StepOutput:
+        if step.restart:
+            self.rows.clear()
         for row in step.stop:
             del self.rows[row]
         for start in step.start:

@@ -1,0 +1,56 @@
+"""Memory that runs out, told to a person: what for, how much was asked, who holds the rest, what to change."""
+
+import gc
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+GIB = 1 << 30
+_SIGNS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA's, torch's on CPU, cuBLAS's
+_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory; only torch's own allocator on CUDA has a class for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+@contextmanager
+def explained(doing: str, remedy: str, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory while `doing` something into a `MemoryError` that ends with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(explain(error, doing, remedy, device)) from error
+
+
+def explain(error: BaseException, doing: str, remedy: str, device: torch.device) -> str:
+    asked = _ASKED.search(str(error))
+    wanted = f" ({asked[1]} more were asked for)" if asked else ""
+    return f"{device} has no memory left for {doing}{wanted}: {describe_use(device)}; {remedy}"
+
+
+def describe_use(device: torch.device) -> str:
+    """Who holds the device's memory."""
+    if device.type != "cuda":
+        return "the machine's memory is in use"
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    others = max(0, total - free - own)
+    return (
+        f"of {total / GIB:.1f} GiB, {free / GIB:.1f} are free, this rank's tensors take {own / GIB:.1f}, and "
+        f"{others / GIB:.1f} are held by libraries and other processes"
+    )
+
+
+def release_unused(device: torch.device) -> None:
+    """Give back what tensors no longer need. A caught error holds tensors, too: leave its `except` first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

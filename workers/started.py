@@ -1,0 +1,29 @@
+"""What a rank reports of its start. Importing this needs no torch."""
+
+import msgspec
+
+
+class RankHost(msgspec.Struct, frozen=True):
+    """Where a rank runs."""
+
+    node_id: str
+    ip: str
+    pid: int
+    store_port: int | None  # of the store through which the ranks meet; rank 0 opens it
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A rank has joined the others and holds its weights."""
+
+    num_blocks: int  # of KV cache that fit
+    seconds: dict[str, float]  # by part of the start
+    weight_bytes: int
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """A rank waits for its first step; it is the first message that the hub hears."""
+
+    seconds: float  # for the KV cache and the decode graphs
+    num_graphs: int
+    graph_bytes: int
+    attention: str  # how layers attend, in words
