@@ -9,7 +9,7 @@ import ray
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.reporter import Reporter
-from eagleray.workers.wire import Step
+from eagleray.workers.wire import Goodbye, Profile, RankMessage
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
 CUDA_ENVIRONMENT = {
@@ -18,7 +18,6 @@ CUDA_ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 REPORTER_CHECK_S = 0.5
-GOODBYE = b""  # sent instead of a step, it ends `serve`
 
 
 class RankHost(msgspec.Struct, frozen=True):
@@ -92,21 +91,28 @@ class RankActor:
 
     def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
+        from eagleray.workers.profiler import RankProfiler
         from eagleray.workers.worker import Worker
 
         worker = Worker(self._config, self._model, self._tp, num_blocks)
-        decode = msgspec.msgpack.Decoder(Step).decode
+        profiler = RankProfiler(self._rank, next(self._model.parameters()).device)
+        decode = msgspec.msgpack.Decoder(RankMessage).decode
         hub = Peer(endpoint, b"rank %d" % self._rank)
         hub.send(b"")  # the hub can only reach a peer that it has heard of
         reporter = Reporter(endpoint) if self._rank == 0 else None
-        while payload := self._next_step(hub, reporter):
-            pending = worker.launch(decode(payload))
+        while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
+            if isinstance(message, Profile):
+                if (answer := profiler.handle(message)) is not None:
+                    hub.send(msgspec.msgpack.encode(answer))
+                continue
+            pending = worker.launch(message)
+            profiler.count_step()
             if reporter is not None:
                 reporter.report(pending)
         hub.close()
 
     @staticmethod
-    def _next_step(hub: Peer, reporter: Reporter | None) -> bytes:
+    def _next_payload(hub: Peer, reporter: Reporter | None) -> bytes:
         """The next message; meanwhile a failure of the reporter is noticed, too."""
         while (payload := hub.receive(REPORTER_CHECK_S)) is None:
             if reporter is not None:

@@ -3,6 +3,8 @@
 Token ids travel as little-endian int32 bytes, which numpy and `array` read without a loop.
 """
 
+from typing import Literal
+
 import msgspec
 
 
@@ -36,7 +38,7 @@ class RowStart(msgspec.Struct, omit_defaults=True):
     num_computed_tokens: int = 0  # found in the prefix cache
 
 
-class Step(msgspec.Struct, omit_defaults=True):
+class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     """One forward pass. A live row that is not in `slices` runs one token.
 
     A rank applies `stop`, then `start`, then `blocks`, then runs the batch in ascending order of rows.
@@ -49,6 +51,20 @@ class Step(msgspec.Struct, omit_defaults=True):
     slices: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
 
 
+class Profile(msgspec.Struct, tag="profile"):
+    """Between the steps before and after it, every rank starts its profiler, or stops it and writes or drops the trace.
+
+    Each rank answers `start` and `stop` with `Profiled`.
+    """
+
+    action: Literal["start", "stop", "drop"]
+    directory: str = ""  # on each rank's own node; given with `start`
+
+
+class Goodbye(msgspec.Struct, tag="goodbye"):
+    """The rank is to end."""
+
+
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
     """Log-probabilities at one position: the token itself first, then the most likely ones in order."""
 
@@ -57,7 +73,7 @@ class TokenLogprobs(msgspec.Struct, omit_defaults=True):
     rank: int  # how many tokens of the vocabulary are more likely than the first, plus one
 
 
-class StepOutput(msgspec.Struct, omit_defaults=True):
+class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
     """What rank 0 returns. `token_ids` holds one int32 for each row whose slice reached its last known token."""
 
     step: int
@@ -66,3 +82,15 @@ class StepOutput(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: dict[
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
+
+
+class Profiled(msgspec.Struct, omit_defaults=True, tag="profiled"):
+    """One rank has started or stopped its profiler, or could not."""
+
+    rank: int
+    file: str = ""  # the trace, once it is written
+    error: str | None = None
+
+
+RankMessage = Step | Profile | Goodbye
+RankReport = StepOutput | Profiled
