@@ -26,7 +26,7 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[8],
         metavar="N",
-        help="requests at once; several are run in turn",
+        help="requests at once; several are run in turn (default: 8)",
     )
     batch.add_argument("--num-iters", type=count, default=30, metavar="N", help="batches to measure (default: 30)")
     batch.add_argument(
@@ -76,12 +76,43 @@ def add_throughput(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seed", dest="workload_seed", type=whole, default=0, metavar="N", help="of prompts and arrivals"
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray profile`."""
+    decodes = parser.add_argument_group("decodes")
+    decodes.add_argument(
+        "--batch-size",
+        type=count,
+        nargs="+",
+        default=[1, 64, 256],
+        metavar="N",
+        help="requests at once; several are profiled in turn (default: 1 64 256)",
     )
+    decodes.add_argument(
+        "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
+    )
+    decodes.add_argument(
+        "--num-steps", type=count, default=20, metavar="N", help="steps to profile, or a few more (default: 20)"
+    )
+    decodes.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="Chrome traces and figures go there"
+    )
+    _add_seed(parser)
+    _add_engine_and_sampling(parser, positional=True)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_seed(parser)
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write settings, versions and figures there")
-    add_engine(parser, BENCH_DEFAULTS)
+    _add_engine_and_sampling(parser)
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    text = "of prompts and arrivals (default: 0)"
+    parser.add_argument("--seed", dest="workload_seed", type=whole, default=0, metavar="N", help=text)
+
+
+def _add_engine_and_sampling(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    add_engine(parser, BENCH_DEFAULTS, positional)
     helps = {name: SAMPLING_HELP[name] for name in SAMPLED_BY}
     add_options(parser.add_argument_group("sampling"), SamplingParams, helps)
 

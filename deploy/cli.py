@@ -50,6 +50,11 @@ COMMANDS = {
         "eagleray.deploy.bench_arguments:add_throughput",
         "eagleray.deploy.bench_throughput:run",
     ),
+    "profile": Command(
+        "write torch profiles of decode steps and say what they spend their time on",
+        "eagleray.deploy.bench_arguments:add_profile",
+        "eagleray.deploy.profile_decodes:run",
+    ),
     "demo-model": Command(
         "make the demo model (SmolLM2-135M-Instruct) once and print its directory",
         "eagleray.deploy.arguments:add_demo_model",

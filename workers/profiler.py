@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from eagleray.workers.wire import Profile, Profiled
+from eagleray.workers.wire import TRACE_NUM_STEPS, Profile, Profiled
 
 logger = logging.getLogger(__name__)
-
-NUM_STEPS = "eagleray_num_steps"  # a trace's top-level key
 
 
 class RankProfiler:
@@ -81,7 +79,7 @@ class RankProfiler:
             raise RuntimeError("the profiler does not run")
         profile, self._profile = self._profile, None
         self._wait()
-        profile.add_metadata_json(NUM_STEPS, json.dumps(self._num_steps))
+        profile.add_metadata_json(TRACE_NUM_STEPS, json.dumps(self._num_steps))
         profile.stop()
         return profile
 

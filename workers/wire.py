@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+TRACE_NUM_STEPS = "eagleray_num_steps"  # top-level key of a profile's trace
+
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are drawn. Values are checked where users give them (`SamplingParams`)."""

@@ -26,6 +26,7 @@ from eagleray.cluster.submission import ModelLimits
 from eagleray.models.config import ModelConfig
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.wire import TRACE_NUM_STEPS
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 
@@ -204,7 +205,7 @@ def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path:
     for file in files:
         trace = json.loads(gzip.decompress(file.read_bytes()))
         num_attentions = sum(event["name"] == "eagleray::attention" for event in trace["traceEvents"])
-        assert num_attentions == 2 * trace["eagleray_num_steps"] >= 2 * 5
+        assert num_attentions == 2 * trace[TRACE_NUM_STEPS] >= 2 * 5
 
 
 async def test_requests_go_on_over_a_profile_and_get_their_tokens(model_dir: Path, tmp_path: Path) -> None:

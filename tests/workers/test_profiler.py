@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from eagleray.workers.profiler import NUM_STEPS, RankProfiler
-from eagleray.workers.wire import Profile, Profiled
+from eagleray.workers.profiler import RankProfiler
+from eagleray.workers.wire import TRACE_NUM_STEPS, Profile, Profiled
 
 
 def profiler() -> RankProfiler:
@@ -35,7 +35,7 @@ def test_a_trace_holds_the_steps_between_start_and_stop(tmp_path: Path) -> None:
         file = folder / "rank1.json.gz"
         assert rank.handle(Profile("stop")) == Profiled(1, str(file))
         trace = read(file)
-        assert trace[NUM_STEPS] == count
+        assert trace[TRACE_NUM_STEPS] == count
         assert sum(event["name"] == "aten::matmul" for event in trace["traceEvents"]) == count
         assert list(folder.iterdir()) == [file]
 
