@@ -122,7 +122,7 @@ def make_engine(model: CausalLM, *, depth: int = 1, capture: bool = False) -> In
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=False,
     )
-    return Ahead(scheduler, Worker(config, model, TPGroup(), NUM_BLOCKS, capture=capture), depth)
+    return Ahead(scheduler, Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=None if capture else []), depth)
 
 
 def some_prompts() -> list[list[int]]:
