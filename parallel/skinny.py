@@ -1,7 +1,7 @@
 """`y = x W^T` for the few rows of a decode, in Triton. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product. Here the launch overlaps with the kernel before
-(`overlap.py`), and meanwhile each program already draws the start of its share of W into the L2 cache. Measured on
+(`overlap.py`), and meanwhile each program already draws the start of its share of W into L2. Measured on
 H200, this beats cuBLAS up to `MAX_ROWS` rows; `tests/bench/skinny_linear.py` compares them.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,7 +18,7 @@ from eagleray.parallel.overlap import OVERLAP
 
 MAX_ROWS = 32
 AHEAD = 512  # columns of W that are asked for before `x` may be read
-_LINE = 64  # 16-bit columns in a line of the L2 cache
+_LINE = 64  # 16-bit columns in a line of L2
 
 
 class _Tile(NamedTuple):
