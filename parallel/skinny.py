@@ -1,8 +1,7 @@
 """`y = x W^T` for the few rows of a decode, in Triton. Such a product takes as long as reading W does.
 
-cuBLAS reads at full speed but starts anew for every product. Here the launch overlaps with the kernel before
-(`overlap.py`), and meanwhile each program already draws the start of its share of W into L2. Measured on
-H200, this beats cuBLAS up to `MAX_ROWS` rows; `tests/bench/skinny_linear.py` compares them.
+cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
+(`overlap.py`). On H200 this wins up to `MAX_ROWS` rows. Drawing the start of W into L2 meanwhile was tried: no gain.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -17,8 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from eagleray.parallel.overlap import OVERLAP
 
 MAX_ROWS = 32
-AHEAD = 512  # columns of W that are asked for before `x` may be read
-_LINE = 64  # 16-bit columns in a line of L2
 
 
 class _Tile(NamedTuple):
@@ -58,22 +55,15 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, tile: 
     rows, depth = x.shape
     out = x.new_empty(rows, columns)
     _linear_kernel[(columns // tile.columns,)](
-        x, weight, bias, out, rows, columns, depth, x.stride(0), AHEAD if OVERLAP else 0,
+        x, weight, bias, out, rows, columns, depth, x.stride(0),
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tile.columns, DEPTH=tile.depth,
-        HAS_BIAS=bias is not None, GATED=gated, LINE=_LINE, PDL=OVERLAP,
+        HAS_BIAS=bias is not None, GATED=gated, PDL=OVERLAP,
         num_warps=4, num_stages=tile.num_stages, launch_pdl=OVERLAP,
     )  # fmt: skip
     return out
 
 
-@triton.jit
-def _draw_into_l2(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit(do_not_specialize=["rows", "ahead"])
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x,  # [rows, depth]
     weight,  # [columns, depth], or [2 * columns, depth] if GATED
@@ -83,28 +73,20 @@ def _linear_kernel(
     columns,
     depth,
     x_stride,
-    ahead,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    LINE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for `COLUMNS` columns of `out`, which is computed transposed: the tensor cores want many rows."""
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     gate = weight + column.to(tl.int64)[:, None] * depth
     up = gate + columns.to(tl.int64) * depth
-    if PDL:
-        for start in range(0, ahead, 8 * LINE):
-            lines = start + tl.arange(0, 8)[None, :] * LINE
-            _draw_into_l2(gate + lines)
-            if GATED:
-                _draw_into_l2(up + lines)
-        gdc_wait()
     k, row = tl.arange(0, DEPTH), tl.arange(0, ROWS)
     inside = (row < rows)[None, :]
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)

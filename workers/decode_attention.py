@@ -29,6 +29,7 @@ from eagleray.workers.decode_attention_kernels import (
 )
 
 SECTION = 2048  # keys, at least
+COMBINING_PROGRAMS = 1024
 _LOG2_E = log2(2.718281828459045)
 
 
@@ -41,6 +42,7 @@ class LaunchConstants:
     num_stages: int = 3
     programs_per_sm: int = 3
     fine_below: int = 1024  # (section, KV head) pairs; with fewer, chunks are the pieces of work
+    worth_cutting: int = 512  # keys of a request on average; with fewer, cutting costs more than it brings
 
 
 def launch_constants(spec: AttentionSpec) -> LaunchConstants:
@@ -140,6 +142,7 @@ def plan_decode(
         workspace.work,
         n,
         triton.cdiv(workspace.constants.fine_below, spec.num_kv_heads),
+        workspace.constants.worth_cutting,
         HAS_ROWS=rows is not None,
         WINDOW=spec.sliding_window or 0,
         TILE=workspace.constants.tile,
@@ -208,13 +211,15 @@ def attend_planned(
         num_stages=constants.num_stages,
         launch_pdl=OVERLAP,
     )
-    combine_kernel[(n, heads)](
+    heads_each = triton.cdiv(n * heads, COMBINING_PROGRAMS)
+    combine_kernel[(n, triton.cdiv(heads, heads_each))](
         out,
         sinks,
         workspace.header,
         workspace.starts,
         workspace.partial,
         workspace.partial_ml,
+        heads_each,
         HEADS=heads,
         HEAD_SIZE=head_size,
         HEAD_PAD=head_pad,

@@ -15,7 +15,7 @@ CHUNKS = tl.constexpr(8)  # per section
 MAX_SECTIONS = tl.constexpr(16)  # per request
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def plan_kernel(
     seq_lens,  # [n] int32
     rows,  # [n] int64, only if HAS_ROWS
@@ -24,6 +24,7 @@ def plan_kernel(
     work,  # [pieces, FIELDS] int32: 2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk
     n,
     fine_below,
+    worth_cutting,
     HAS_ROWS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     TILE: tl.constexpr,
@@ -31,7 +32,7 @@ def plan_kernel(
     N_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. Sections are whole pieces, or cut in chunks where there are fewer than `fine_below` of them."""
+    """One program. Sections are whole pieces, or cut in chunks where few of them, and long ones, are to be shared."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -45,7 +46,8 @@ def plan_kernel(
     section = tl.full([N_PAD], SECTION, tl.int32)
     for _ in tl.static_range(12):  # 2048 * 16 keys doubled so often is more than any context
         section = tl.where(section * MAX_SECTIONS < span, section * 2, section)
-    ratio = tl.where(tl.sum((span + section - 1) // section, 0) < fine_below, CHUNKS, 1)
+    few = tl.sum((span + section - 1) // section, 0) < fine_below
+    ratio = tl.where(few & (tl.sum(span, 0) > n * worth_cutting), CHUNKS, 1)
     size = section // ratio
     count = (span + size - 1) // size
     start = tl.cumsum(count, 0) - count
@@ -220,7 +222,7 @@ def sum_sections(
     return tl.sum(acc * weight[:, None], 0) / l_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads_each"])
 def combine_kernel(
     out,  # [n, heads, HEAD_SIZE]
     sinks,
@@ -228,30 +230,33 @@ def combine_kernel(
     starts,
     partial,
     partial_ml,
+    heads_each,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program for each request and head; those with one section, the most, are done sooner."""
+    """One program for some heads of a request. Most requests are in one piece, which leaves nothing to do."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    request, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads_each
     start, ratio = tl.load(starts + request), tl.load(header + 1)
     count = tl.load(starts + request + 1) - start
     dim = tl.arange(0, HEAD_PAD)
-    place = out + (request * HEADS + head) * HEAD_SIZE + dim
-    if count == 0:
-        tl.store(place, tl.zeros([HEAD_PAD], out.dtype.element_ty), mask=dim < HEAD_SIZE)
-    elif count > ratio:
-        mean = sum_sections(
-            partial, partial_ml, sinks, start, ratio, count, head, HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS
-        )
-        tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
-    elif count > 1:
-        mean = sum_sections(
-            partial, partial_ml, sinks, start, ratio, count, head, HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1
-        )
-        tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    if count != 1:
+        for head in range(first, tl.minimum(first + heads_each, HEADS)):
+            mean = tl.zeros([HEAD_PAD], tl.float32)
+            if count > ratio:
+                mean = sum_sections(
+                    partial, partial_ml, sinks, start, ratio, count, head,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS,
+                )  # fmt: skip
+            elif count > 1:
+                mean = sum_sections(
+                    partial, partial_ml, sinks, start, ratio, count, head,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1,
+                )  # fmt: skip
+            place = out + (request * HEADS + head) * HEAD_SIZE + dim
+            tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)

@@ -20,13 +20,17 @@ HEAD_SIZES = range(8, 257, 8)
 
 
 def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FlashAttention-3 is installed and computes such a layer here: on Hopper, in 16 bits, heads up to 256."""
+    """Whether FlashAttention-3 is installed and computes such a layer here: on Hopper, in 16 bits, heads up to 256.
+
+    Wheels are built without soft caps.
+    """
     return (
         flash_attn_with_kvcache is not None
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
         and dtype in (torch.bfloat16, torch.float16)
         and spec.head_size in HEAD_SIZES
+        and spec.logits_soft_cap is None
     )
 
 
@@ -46,6 +50,5 @@ def flash_attention(
         softmax_scale=spec.scale,
         causal=True,
         window_size=(window, 0 if window >= 0 else -1),
-        softcap=spec.logits_soft_cap or 0.0,
     )
     return out  # type: ignore[no-any-return]

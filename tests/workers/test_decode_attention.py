@@ -44,7 +44,7 @@ else:
     @pytest.fixture(autouse=True)
     def short_sections(monkeypatch: pytest.MonkeyPatch) -> None:
         """So that contexts need not be long to have several."""
-        monkeypatch.setattr(ours, "SECTION", 1024)
+        monkeypatch.setattr(ours, "SECTION", 256)
 
     class Batch:
         """Requests with random queries and caches. A row of -1 is padding; what belongs to nobody is huge."""
@@ -78,7 +78,7 @@ else:
             self.table, self.lens = self.table.to(DEVICE), torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
 
         def run(self, fine_below: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
-            launch = LaunchConstants(**{"tile": 64, "fine_below": fine_below, **constants})
+            launch = LaunchConstants(**{"tile": 32, "fine_below": fine_below, "worth_cutting": 0, **constants})
             longest = int(self.lens.max())
             workspace = allocate_workspace(len(self.lens), longest, self.spec, DEVICE, launch)
             k, v = self.cache
@@ -114,11 +114,11 @@ else:
         "twenty query heads per KV head": spec(num_heads=20, num_kv_heads=1),
         "window": spec(sliding_window=100),
         "window of one token": spec(sliding_window=1),
-        "window of more than a section": spec(sliding_window=1030),
+        "window of more than a section": spec(sliding_window=260),
         "soft cap": spec(logits_soft_cap=1.5),
         "window and soft cap": spec(sliding_window=33, logits_soft_cap=1.5),
     }
-    LENGTHS = [1, 0, 15, 16, 17, 255, 256, 0, 257, 1090, 0]
+    LENGTHS = [1, 0, 15, 16, 17, 255, 256, 0, 257, 330, 0]
     TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # the weights are rounded to dtype
 
     def check(batch: Batch, out: Tensor) -> None:
@@ -129,10 +129,10 @@ else:
     @pytest.mark.parametrize("name", SPECS)
     def test_it_computes_attention(name: str) -> None:
         batch = Batch(LENGTHS, SPECS[name])
-        check(batch, batch.run(tile=32 if batch.spec.head_size > 128 else 64, num_stages=2))  # room for float32
+        check(batch, batch.run(num_stages=2))  # room for float32
 
     @pytest.mark.parametrize("block_size", [16, 32, 128, 256])
-    @pytest.mark.parametrize("tile", [32, 128])
+    @pytest.mark.parametrize("tile", [16, 32])
     def test_blocks_and_tiles_of_any_size(block_size: int, tile: int) -> None:
         batch = Batch([1, 127, 128, 129, 300], spec(sliding_window=140), block_size)
         check(batch, batch.run(tile=tile))
@@ -140,17 +140,17 @@ else:
     @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
     def test_short_floats(dtype: torch.dtype) -> None:
         """The interpreter multiplies no bfloat16: it takes the numbers for integers."""
-        batch = Batch([5, 300, 1100], spec(), dtype=dtype)
+        batch = Batch([5, 100, 300], spec(), dtype=dtype)
         check(batch, batch.run())
 
     @pytest.mark.parametrize("name", ["plain", "soft cap", "window of more than a section"])
     def test_how_the_work_is_shared_changes_no_bit(name: str) -> None:
-        batch = Batch([3000, 1500, 700, 1], SPECS[name])
+        batch = Batch([800, 400, 180, 1], SPECS[name])
         assert torch.equal(batch.run(FINE), batch.run(COARSE))
 
     def test_a_result_does_not_depend_on_the_other_requests() -> None:
-        batch = Batch([700, 1100, 40], spec())
-        alone = Batch([700, 1100, 40], spec())
+        batch = Batch([180, 300, 40], spec())
+        alone = Batch([180, 300, 40], spec())
         alone.lens[[0, 2]] = 0
         assert torch.equal(batch.run(COARSE)[1], alone.run(FINE)[1])
 
@@ -164,9 +164,9 @@ else:
     @pytest.mark.parametrize("fine_below", [FINE, COARSE])
     def test_sinks_join_the_denominator(fine_below: int) -> None:
         """A sink is a key whose score is given and whose value is 0."""
-        batch = Batch([3, 0, 100, 1100], spec())
+        batch = Batch([3, 0, 100, 300], spec())
         total = torch.full((4, 4), -torch.inf, device=DEVICE)  # log of the sum of exp(scores): [requests, heads]
-        for i, seq_len in enumerate([3, 0, 100, 1100]):
+        for i, seq_len in enumerate([3, 0, 100, 300]):
             keys = batch.cache[0][batch.table[i].long()].flatten(0, 1)[:seq_len].repeat_interleave(2, dim=1)
             scores = torch.einsum("hd,khd->kh", batch.q[i], keys) * batch.spec.scale
             total[i] = scores.logsumexp(0)
