@@ -1,11 +1,13 @@
 """Fixtures of the tests that need CUDA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from eagleray.deploy.demo_model import DemoModelError, demo_model
+from support.rank_pool import RunRanks, rank_pool
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,11 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
             print(f"\n    {text}", end="", flush=True)
 
     return print_now
+
+
+@pytest.fixture(scope="session")
+def run_gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
+    """Runs the tasks of `support/gpu_rank_process.py` on up to four GPUs."""
+    script = Path(__file__).parents[1] / "support" / "gpu_rank_process.py"
+    with rank_pool(script, min(4, torch.cuda.device_count()), tmp_path_factory.mktemp("ranks")) as run:
+        yield run
