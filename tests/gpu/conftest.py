@@ -1,10 +1,10 @@
 """Fixtures of the tests that need CUDA."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from eagleray.deploy.demo_model import DemoModelError, demo_model
 from support.rank_pool import RunRanks, rank_pool
@@ -31,8 +31,15 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def run_gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
-    """Runs the tasks of `support/gpu_rank_process.py` on up to four GPUs."""
+def run_gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+    """Runs the tasks of `support/gpu_rank_process.py`, one rank on each GPU.
+
+    In new processes each time: torch shares memory within a group under the group's name, and never forgets it.
+    """
     script = Path(__file__).parents[1] / "support" / "gpu_rank_process.py"
-    with rank_pool(script, min(4, torch.cuda.device_count()), tmp_path_factory.mktemp("ranks")) as run:
-        yield run
+
+    def run(task: str, size: int, **arguments: Any) -> list[Any]:
+        with rank_pool(script, size, tmp_path_factory.mktemp("ranks")) as run_in_pool:
+            return run_in_pool(task, size, **arguments)
+
+    return run

@@ -86,7 +86,7 @@ def test_how_the_work_is_shared_changes_no_bit(head_size: int) -> None:
 
 # Slices through the op, with each backend behind it.
 
-MIXED = [(1, 300), (64, 64), (1, 1), (129, 400), (1, 1100), (37, 1001)]  # tokens in this batch, and of the request
+MIXED = [(1, 300), (17, 17), (1, 1), (129, 400), (1, 1100), (20, 1001)]  # tokens in this batch, and of the request
 SINGLE = [(1, n) for n in (1, 2, 127, 128, 129, 300, 1025, 1500)]
 BACKENDS = [
     "plain",

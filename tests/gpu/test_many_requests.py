@@ -65,12 +65,9 @@ async def consume(llm: AsyncLLM, index: int, request: MixedRequest) -> str | Non
     return reason
 
 
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("size", sorted({1, LARGEST}))
-async def test_all_end_and_nothing_is_left(model_dir: Path, size: int) -> None:
-    options: dict[str, Any] = {"dtype": "bfloat16", "device": DEVICE, "load_format": "dummy", "block_size": BLOCK_SIZE}
-    options |= {"kv_cache_bytes": bytes_of(NUM_BLOCKS, size), **ROWS}
-    async with AsyncLLM(model_dir, size, skip_tokenizer_init=True, **options) as llm:
+async def serve_all(engine: AsyncLLM) -> list[str | None]:
+    """Submit all requests at once; how each ended."""
+    async with engine as llm:
         requests = mixed_requests(COUNT, CONFIG["vocab_size"])
         reasons = await asyncio.gather(*(consume(llm, index, request) for index, request in enumerate(requests)))
         async with asyncio.timeout(30):  # the engine may still have the last aborts before it
@@ -78,6 +75,15 @@ async def test_all_end_and_nothing_is_left(model_dir: Path, size: int) -> None:
                 await asyncio.sleep(0.01)
         assert llm.stats.num_blocks == NUM_BLOCKS
         assert llm.stats.num_preemptions > 0
+    return reasons
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("size", sorted({1, LARGEST}))
+def test_all_end_and_nothing_is_left(model_dir: Path, size: int) -> None:
+    options: dict[str, Any] = {"dtype": "bfloat16", "device": DEVICE, "load_format": "dummy", "block_size": BLOCK_SIZE}
+    options |= {"kv_cache_bytes": bytes_of(NUM_BLOCKS, size), **ROWS}
+    reasons = asyncio.run(serve_all(AsyncLLM(model_dir, size, skip_tokenizer_init=True, **options)))
     assert set(reasons) == {"length", "stop", "abort"}
     assert reasons.count("abort") > COUNT // 10
 

@@ -34,15 +34,24 @@ def device_of(rank: int) -> torch.device:
 # ---- sums over ranks
 
 
-def sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> list[tuple[str, float]]:
-    """Of each round: a digest of the sum, and its error as a share of what rounding explains."""
+Case = tuple[int, torch.dtype]  # how many numbers, of which type
+Sums = list[tuple[str, float]]  # of each round: a digest of the sum, and its error as a share of what rounding explains
+
+
+def sums(tp: TPGroup, cases: list[Case], in_graph: bool) -> list[Sums]:
+    """Sums over the ranks, launched one by one, or captured in a graph and replayed."""
+    add = graphed_sums if in_graph else eager_sums
+    return [add(tp, numel, dtype) for numel, dtype in cases]
+
+
+def eager_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
     rounds = [draw(tp, numel, dtype, seed) for seed in range(ROUNDS)]
     totals = [tp.all_reduce(inputs[tp.rank]) for inputs in rounds]
     return [judge(total, inputs) for total, inputs in zip(totals, rounds, strict=True)]
 
 
-def sums_in_a_graph(tp: TPGroup, numel: int, dtype: torch.dtype) -> list[tuple[str, float]]:
-    """The same, captured once and replayed with other numbers each time."""
+def graphed_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
+    """Captured once, and replayed with other numbers each time."""
     static = [torch.zeros(numel, dtype=dtype, device=device_of(tp.rank)) for _ in range(ROUNDS)]
     for x in static:
         tp.all_reduce(x)  # what is set up on first use must not be captured
@@ -157,7 +166,7 @@ def share_endpoint(tp: TPGroup, endpoint: Endpoint | None, device: torch.device)
     return msgspec.msgpack.decode(bytes(content[:length]), type=Endpoint)
 
 
-TASKS: Tasks = {task.__name__: task for task in (sums, sums_in_a_graph, gathers, many_requests)}
+TASKS: Tasks = {task.__name__: task for task in (sums, gathers, many_requests)}
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,38 @@ def rank_pool(script: Path, num_ranks: int, folder: Path) -> Iterator[RunRanks]:
             request = (task, size, next(stores), arguments)
             for rank in range(size):
                 ranks[rank].send(request)
-            answers = [pickle.loads(ranks[rank].recv_bytes()) for rank in range(size)]
-            for rank, (well, result) in enumerate(answers):
-                assert well, f"rank {rank} of {size}: {result}"
-            return [result for _, result in answers]
+            failures, results = list[str](), dict[int, Any]()
+            pending = {ranks[rank]: rank for rank in range(size)}
+            while pending:
+                for connection in wait(list(pending)):
+                    assert isinstance(connection, Connection)
+                    rank = pending.pop(connection)
+                    well, results[rank] = _answer(connection)
+                    if not well:
+                        failures.append(f"rank {rank} of {size}: {results[rank]}")
+            assert not failures, failures[0]  # the others may only have waited for this one
+            return [results[rank] for rank in range(size)]
 
-        yield run
-        for connection in ranks.values():
-            connection.send(None)
-    for process in processes:
+        try:
+            yield run
+        finally:
+            for connection in ranks.values():
+                with suppress(OSError):
+                    connection.send(None)
+            for process in processes:
+                _end(process)
+
+
+def _answer(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(connection.recv_bytes())  # type: ignore[no-any-return]
+    except EOFError:
+        return False, "the process has ended"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    try:
         process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
