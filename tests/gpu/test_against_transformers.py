@@ -69,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": shape(1024, 16, 8, 128),
     "gemma2": {  # tied, random weights would repeat the last token for ever
         **shape(512, 8, 4, 256),
-        "query_pre_attn_scalar": 224,
+        "query_pre_attn_scalar": 100,
         "sliding_window": WINDOW,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 20.0,

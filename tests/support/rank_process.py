@@ -26,6 +26,8 @@ from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
 from eagleray.workers.context import AttentionMetadata, LayerContext, forward_context
 
+Tasks = dict[str, Callable[..., Any]]
+
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 
@@ -271,37 +273,38 @@ ALTERATIONS: dict[str, Callable[[CausalLM], None]] = {
     "no rope scaling": _without_rope_scaling,
     "silu for gelu": _silu,
 }
-TASKS: dict[str, Callable[..., Any]] = {
-    task.__name__: task for task in (collectives, compiled_collectives, logits, greedy, compile_counts)
-}
+TASKS: Tasks = {task.__name__: task for task in (collectives, compiled_collectives, logits, greedy, compile_counts)}
 
 
 @contextmanager
-def joined(rank: int, size: int, store: str) -> Iterator[TPGroup]:
-    tp = init_tp_group(rank, size, FileStore(store, size), CPU, timeout_s=60.0)
+def joined(rank: int, size: int, store: str, device: torch.device) -> Iterator[TPGroup]:
+    tp = init_tp_group(rank, size, FileStore(store, size), device, timeout_s=60.0)
     try:
         yield tp
     finally:
         destroy_tp_group(tp)
 
 
-def answer(rank: int, request: tuple[str, int, str, dict[str, Any]]) -> tuple[bool, Any]:
+def answer(
+    rank: int, request: tuple[str, int, str, dict[str, Any]], tasks: Tasks, device: torch.device
+) -> tuple[bool, Any]:
     task, size, store, arguments = request
     try:
-        with joined(rank, size, store) as tp, torch.inference_mode():
-            return True, TASKS[task](tp, **arguments)
+        with joined(rank, size, store, device) as tp, torch.inference_mode():
+            return True, tasks[task](tp, **arguments)
     except Exception:  # every failure is reported to the test that caused it
         return False, traceback.format_exc()
 
 
-def main(address: str, rank: int) -> None:
+def serve(address: str, rank: int, tasks: Tasks, device: torch.device) -> None:
+    """Answer requests until there are no more."""
     torch.set_num_threads(1)
     with Client(address, authkey=os.environ["RANKS_KEY"].encode()) as tests:
         tests.send(rank)
         while (request := tests.recv()) is not None:
             # Pickled by hand: `send` would pass tensors as handles to shared memory.
-            tests.send_bytes(pickle.dumps(answer(rank, request)))
+            tests.send_bytes(pickle.dumps(answer(rank, request, tasks, device)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), TASKS, CPU)

@@ -1,84 +1,17 @@
 """The plain implementation of attention against one token at a time in numpy, and the context that it reads."""
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.workers import attention
 from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
+from support.attention_requests import Requests
 
-BLOCK_SIZE = 4
 MIXED = [(1, 9), (6, 6), (1, 1), (3, 17), (1, 30), (20, 23)]  # (tokens in this batch, tokens of the request)
-Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class Requests:
-    """A batch of requests with random queries, keys and values, and a paged cache that holds what came before."""
-
-    def __init__(self, lengths: Sequence[tuple[int, int]], spec: AttentionSpec, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.spec = spec
-        self.kv = [
-            torch.randn(2, seq_len, spec.num_kv_heads, spec.head_size, generator=generator) for _, seq_len in lengths
-        ]
-        self.queries = [torch.randn(n, spec.num_heads, spec.head_size, generator=generator) for n, _ in lengths]
-        num_blocks = [-(-seq_len // BLOCK_SIZE) for _, seq_len in lengths]
-        blocks = torch.randperm(sum(num_blocks) + 3, generator=generator)
-        table = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int32)
-        # What nobody wrote is huge, so that reading it spoils the result.
-        self.cache = torch.full((2, len(blocks), BLOCK_SIZE, spec.num_kv_heads, spec.head_size), 1e6)
-        slots = []
-        for i, (n, seq_len) in enumerate(lengths):
-            own = blocks[sum(num_blocks[:i]) : sum(num_blocks[: i + 1])]
-            table[i, : len(own)] = own
-            every_slot = (own[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:seq_len]
-            self.cache.flatten(1, 2)[:, every_slot[: seq_len - n]] = self.kv[i][:, : seq_len - n]
-            slots.append(every_slot[seq_len - n :])
-        self.metadata = AttentionMetadata(
-            query_start_loc=torch.tensor([0, *accumulate(n for n, _ in lengths)], dtype=torch.int32),
-            seq_lens=torch.tensor([seq_len for _, seq_len in lengths], dtype=torch.int32),
-            slot_mapping=torch.cat(slots),
-            block_table=table,
-            max_query_len=max(n for n, _ in lengths),
-            max_seq_len=max(seq_len for _, seq_len in lengths),
-        )
-
-    def run(self, padding: int = 0) -> Tensor:
-        """Through the op, as a model calls it."""
-        q = torch.cat([*self.queries, self.queries[0].new_ones(padding, *self.queries[0].shape[1:])])
-        new = [kv[:, -len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
-        k, v = (torch.cat([kv[side] for kv in new] + [new[0].new_ones(padding, *new[0].shape[2:])]) for side in (0, 1))
-        with forward_context([LayerContext(self.metadata, self.cache, self.spec)]):
-            out: Tensor = torch.ops.eagleray.attention(q, k, v, 0)
-        return out
-
-    def expected(self) -> Tensor:
-        out = [
-            attend(query.double().numpy(), kv[:, : kv.shape[1] - len(queries) + i + 1].double().numpy(), self.spec)
-            for queries, kv in zip(self.queries, self.kv, strict=True)
-            for i, query in enumerate(queries)
-        ]
-        return torch.from_numpy(np.stack(out)).float()
-
-
-def attend(query: Array, kv: Array, spec: AttentionSpec) -> Array:
-    """One query, `[heads, head_size]`, the last of the tokens in `kv`, in float64 by the definition."""
-    keys, values = kv if spec.sliding_window is None else kv[:, -spec.sliding_window :]
-    out = np.empty_like(query)
-    for head in range(spec.num_heads):
-        kv_head = head * spec.num_kv_heads // spec.num_heads
-        scores = keys[:, kv_head] @ query[head] * spec.scale
-        if spec.logits_soft_cap is not None:
-            scores = np.tanh(scores / spec.logits_soft_cap) * spec.logits_soft_cap
-        weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ values[:, kv_head]
-    return out
 
 
 def spec(**changes: Any) -> AttentionSpec:

@@ -7,17 +7,11 @@ their own, which the only test seen from outside starts.
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import reference_attention
-from eagleray.workers.context import AttentionMetadata
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -37,126 +31,50 @@ if not (INTERPRETED or ON_GPU):
 
 else:
     from eagleray.workers import decode_attention as ours
-    from eagleray.workers.decode_attention import LaunchConstants, allocate_workspace, decode_attention
-
-    FINE, COARSE = 1 << 20, 0  # for fine_below: always chunks, always sections
+    from eagleray.workers.decode_attention import allocate_workspace, decode_attention
+    from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 
     @pytest.fixture(autouse=True)
     def short_sections(monkeypatch: pytest.MonkeyPatch) -> None:
         """So that contexts need not be long to have several."""
         monkeypatch.setattr(ours, "SECTION", 256)
 
-    class Batch:
-        """Requests with random queries and caches. A row of -1 is padding; what belongs to nobody is huge."""
-
-        def __init__(
-            self,
-            seq_lens: Sequence[int],
-            spec: AttentionSpec,
-            block_size: int = 16,
-            dtype: torch.dtype = torch.float32,
-            seed: int = 0,
-        ) -> None:
-            generator = torch.Generator().manual_seed(seed)
-            n, self.spec = len(seq_lens), spec
-            num_blocks = [-(-seq_len // block_size) for seq_len in seq_lens]
-            free = torch.randperm(sum(num_blocks) + 5, generator=generator)
-            shape = (2, len(free), block_size, spec.num_kv_heads, spec.head_size)
-            cache = torch.full(shape, 1e4)
-            self.table = torch.zeros(n, max(*num_blocks, 1) + 2, dtype=torch.int32)
-            for i, seq_len in enumerate(seq_lens):
-                blocks = free[sum(num_blocks[:i]) : sum(num_blocks[: i + 1])]
-                self.table[i, : len(blocks)] = blocks
-                slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()[:seq_len]
-                new = torch.randn(2, seq_len, spec.num_kv_heads, spec.head_size, generator=generator)
-                cache.flatten(1, 2)[:, slots] = new
-            # as a split of a merged projection: not contiguous
-            wide = torch.randn(n, 2 * spec.num_heads * spec.head_size, generator=generator)
-            q = wide[:, : spec.num_heads * spec.head_size].view(n, spec.num_heads, spec.head_size)
-            self.sinks = torch.randn(spec.num_heads, generator=generator).to(DEVICE)
-            self.q, self.cache = q.to(DEVICE, dtype), cache.to(DEVICE, dtype)
-            self.table, self.lens = self.table.to(DEVICE), torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
-
-        def run(self, fine_below: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
-            launch = LaunchConstants(**{"tile": 32, "fine_below": fine_below, "worth_cutting": 0, **constants})
-            longest = int(self.lens.max())
-            workspace = allocate_workspace(len(self.lens), longest, self.spec, DEVICE, launch)
-            k, v = self.cache
-            return decode_attention(self.q, k, v, self.table, self.lens, self.spec, longest, workspace, sinks=sinks)
-
-        def expected(self) -> Tensor:
-            """By the plain implementation, in float32, of the requests that are no padding."""
-            live = self.lens > 0
-            lens = self.lens[live]
-            metadata = AttentionMetadata(
-                query_start_loc=torch.arange(len(lens) + 1, dtype=torch.int32, device=DEVICE),
-                seq_lens=lens,
-                slot_mapping=torch.empty(0, dtype=torch.int64, device=DEVICE),
-                block_table=self.table[live],
-                max_query_len=1,
-                max_seq_len=int(lens.max()),
-            )
-            out = torch.zeros_like(self.q, dtype=torch.float32)
-            k, v = self.cache.float()
-            out[live] = reference_attention(self.q[live].float(), k, v, metadata, self.spec)
-            return out
-
-    def spec(**changes: Any) -> AttentionSpec:
-        return AttentionSpec(**{"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "scale": 0.125, **changes})
-
-    SPECS = {
-        "plain": spec(),
-        "heads of 96": spec(head_size=96),
-        "heads of 128": spec(head_size=128),
-        "heads of 256": spec(head_size=256),
-        "one query head per KV head": spec(num_heads=3, num_kv_heads=3),
-        "seven query heads per KV head": spec(num_heads=7, num_kv_heads=1),
-        "twenty query heads per KV head": spec(num_heads=20, num_kv_heads=1),
-        "window": spec(sliding_window=100),
-        "window of one token": spec(sliding_window=1),
-        "window of more than a section": spec(sliding_window=260),
-        "soft cap": spec(logits_soft_cap=1.5),
-        "window and soft cap": spec(sliding_window=33, logits_soft_cap=1.5),
-    }
-    LENGTHS = [1, 0, 15, 16, 17, 255, 256, 0, 257, 330, 0]
-    TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # the weights are rounded to dtype
-
-    def check(batch: Batch, out: Tensor) -> None:
-        limit = TOLERANCE[out.dtype]
-        torch.testing.assert_close(out.float(), batch.expected(), atol=limit, rtol=limit)
-        assert not out[batch.lens == 0].any()
+    def decodes(*args: Any, **options: Any) -> DecodeBatch:
+        return DecodeBatch(*args, device=DEVICE, **options)
 
     @pytest.mark.parametrize("name", SPECS)
     def test_it_computes_attention(name: str) -> None:
-        batch = Batch(LENGTHS, SPECS[name])
-        check(batch, batch.run(num_stages=2))  # room for float32
+        batch = decodes(LENGTHS, SPECS[name])
+        check(batch, batch.run())
 
     @pytest.mark.parametrize("block_size", [16, 32, 128, 256])
     @pytest.mark.parametrize("tile", [16, 32])
     def test_blocks_and_tiles_of_any_size(block_size: int, tile: int) -> None:
-        batch = Batch([1, 127, 128, 129, 300], spec(sliding_window=140), block_size)
+        batch = decodes([1, 127, 128, 129, 300], spec(sliding_window=140), block_size)
         check(batch, batch.run(tile=tile))
 
     @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
     def test_short_floats(dtype: torch.dtype) -> None:
         """The interpreter multiplies no bfloat16: it takes the numbers for integers."""
-        batch = Batch([5, 100, 300], spec(), dtype=dtype)
+        batch = decodes([5, 100, 300], spec(), dtype=dtype)
         check(batch, batch.run())
 
     @pytest.mark.parametrize("name", ["plain", "soft cap", "window of more than a section"])
     def test_how_the_work_is_shared_changes_no_bit(name: str) -> None:
-        batch = Batch([800, 400, 180, 1], SPECS[name])
+        batch = decodes([800, 400, 180, 1], SPECS[name])
         assert torch.equal(batch.run(FINE), batch.run(COARSE))
 
     def test_a_result_does_not_depend_on_the_other_requests() -> None:
-        batch = Batch([180, 300, 40], spec())
-        alone = Batch([180, 300, 40], spec())
+        batch = decodes([180, 300, 40], spec())
+        alone = decodes([180, 300, 40], spec())
         alone.lens[[0, 2]] = 0
         assert torch.equal(batch.run(COARSE)[1], alone.run(FINE)[1])
 
     def test_a_context_of_more_than_sixteen_sections(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ours, "SECTION", 128)
-        batch = Batch([3000, 2048, 2049, 128, 129], spec(num_heads=2, num_kv_heads=1))  # 12 sections of 256, 16 of 128
+        batch = decodes(
+            [3000, 2048, 2049, 128, 129], spec(num_heads=2, num_kv_heads=1)
+        )  # 12 sections of 256, 16 of 128
         fine = batch.run(FINE, tile=16)
         check(batch, fine)
         assert torch.equal(fine, batch.run(COARSE, tile=16))
@@ -164,7 +82,7 @@ else:
     @pytest.mark.parametrize("fine_below", [FINE, COARSE])
     def test_sinks_join_the_denominator(fine_below: int) -> None:
         """A sink is a key whose score is given and whose value is 0."""
-        batch = Batch([3, 0, 100, 300], spec())
+        batch = decodes([3, 0, 100, 300], spec())
         total = torch.full((4, 4), -torch.inf, device=DEVICE)  # log of the sum of exp(scores): [requests, heads]
         for i, seq_len in enumerate([3, 0, 100, 300]):
             keys = batch.cache[0][batch.table[i].long()].flatten(0, 1)[:seq_len].repeat_interleave(2, dim=1)
@@ -176,7 +94,7 @@ else:
         )
 
     def test_rows_choose_from_a_table_of_all_rows() -> None:
-        batch = Batch([40, 300, 0, 17], spec())
+        batch = decodes([40, 300, 0, 17], spec())
         order = torch.tensor([5, 2, 2, 0], device=DEVICE)
         everyone = torch.full((7, batch.table.shape[1]), -1, dtype=torch.int32, device=DEVICE)
         everyone[order[[0, 1, 3]]] = batch.table[[0, 1, 3]]
@@ -189,7 +107,7 @@ else:
         small = spec()
         workspace = allocate_workspace(8, 2048, small, DEVICE)
         for lens in ([2000, 1, 3, 500], [0, 0, 0, 0], [5], [1, 2, 1500]):
-            batch = Batch(lens, small)
+            batch = decodes(lens, small)
             k, v = batch.cache
             out = decode_attention(batch.q, k, v, batch.table, batch.lens, small, 2048, workspace)
             if any(lens):
