@@ -91,7 +91,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
     )
     decodes.add_argument(
-        "--num-steps", type=count, default=20, metavar="N", help="steps to profile, or a few more (default: 20)"
+        "--num-steps", type=count, default=20, metavar="N", help="steps to profile, give or take two (default: 20)"
     )
     decodes.add_argument(
         "--output-dir", type=Path, required=True, metavar="DIR", help="Chrome traces and figures go there"

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -63,6 +63,9 @@ COMMANDS = {
 }
 
 
+SUMMARIES = {"bench": "Benchmarks."}  # of groups of commands
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, `FAILED`, `MISUSED` or `INTERRUPTED`, and raises `SystemExit` after --help."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -84,31 +87,28 @@ def print_demo_model(_arguments: argparse.Namespace) -> int:
 
 def _pick(words: list[str]) -> tuple[str, list[str]]:
     """The command that the first word names, or the first two, and the words after it."""
-    name: str = _top_parser().parse_args(words[:1]).command
+    top = _chooser("eagleray", "A tensor-parallel LLM inference engine on Ray.", COMMANDS)
+    top.add_argument("--version", action="version", version=f"eagleray {version('eagleray')}")
+    name: str = top.parse_args(words[:1]).command
     if name in COMMANDS:
         return name, words[1:]
-    group = Parser(prog=f"eagleray {name}", description=f"See `eagleray {name} COMMAND --help`.")
-    seconds = {full.split()[1]: command.summary for full, command in COMMANDS.items() if full.startswith(f"{name} ")}
-    about = "; ".join(f"{second}: {summary}" for second, summary in seconds.items())
-    group.add_argument("command", metavar="COMMAND", choices=seconds, help=about)
-    return f"{name} {group.parse_args(words[1:2]).command}", words[2:]
+    group = {full.split()[1]: command for full, command in COMMANDS.items() if full.split()[0] == name}
+    chooser = _chooser(f"eagleray {name}", SUMMARIES[name], group)
+    return f"{name} {chooser.parse_args(words[1:2]).command}", words[2:]
 
 
-def _top_parser() -> Parser:
-    commands = "\n".join(f"  {name:<18}{command.summary}" for name, command in COMMANDS.items())
+def _chooser(prog: str, description: str, commands: Mapping[str, Command]) -> Parser:
+    """A parser of one word, which begins the name of one of `commands`."""
+    lines = "\n".join(f"  {name:<18}{command.summary}" for name, command in commands.items())
     parser = Parser(
-        prog="eagleray",
-        description="A tensor-parallel LLM inference engine on Ray.",
-        epilog=f"commands:\n{commands}\n\n`eagleray COMMAND --help` shows what a command takes.",
+        prog=prog,
+        description=description,
+        epilog=f"commands:\n{lines}\n\n`{prog} COMMAND --help` shows what a command takes.",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--version", action="version", version=f"eagleray {version('eagleray')}")
-    parser.add_argument("command", metavar="COMMAND", choices=_first_words(), help="one of those below")
+    words = list(dict.fromkeys(name.split()[0] for name in commands))
+    parser.add_argument("command", metavar="COMMAND", choices=words, help="one of those below")
     return parser
-
-
-def _first_words() -> list[str]:
-    return list(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
 def _named(path: str) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WARM_UP = 10  # decodes of all requests before the first one counts
 NUM_TOP = 15  # kernels to show
+NUMBERS_WIDTH = 40  # of their columns, with the lines between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         for batch_size in arguments.batch_size:
             with err.status(f"profiling batch size {batch_size}"):
                 case = _profile(engine, front_end, arguments, batch_size)
-            out.print(*report(case, arguments.context_len), sep="\n")
+            out.print(*report(case, arguments.context_len, out.width), sep="\n")
             cases.append(case)
         write(summary, record("profile", arguments, config, engine.info, [asdict(case) for case in cases]))
     err.print(f"traces and figures are in {arguments.output_dir}", style="dim", highlight=False, soft_wrap=True)
@@ -97,7 +98,7 @@ def _profile(
     last = min(requests, key=lambda request: len(request.tokens))  # from its first token on, all requests decode
     step_s = (last.tokens[WARM_UP + num_steps - 1] - last.tokens[WARM_UP - 1]) / num_steps
     llm.start_profile(arguments.output_dir / f"batch-{batch_size}")
-    _decode(load, requests, len(last.tokens) + num_steps)
+    _decode(load, requests, min(len(each.completions[0].token_ids) for each in generations) + num_steps)
     files = llm.stop_profile()
     load.abort()
     return ProfileCase(
@@ -116,22 +117,22 @@ def _decode(load: Load, requests: Sequence[RequestTimes], num_tokens: int) -> No
             raise RuntimeError(f"a request ended before its profile: {', '.join(errors) or 'the model is full'}")
 
 
-def report(case: ProfileCase, context_len: int) -> list[Table | str]:
-    """What is printed for one batch size."""
+def report(case: ProfileCase, context_len: int, width: int) -> list[Table | str]:
+    """What is printed for one batch size, on a terminal of this width."""
     profiled = case.profiled
     title = (
         f"batch size {case.batch_size}, {context_len} tokens of context: {case.step_us:.0f} us a step, "
         f"{profiled.step_us:.0f} us under the profiler, as below ({profiled.num_steps} steps)"
     )
     what = "kernel" if profiled.on_device else "CPU op"
-    groups = _table("part of a step", profiled.groups, calls=False)
+    groups = _table("part of a step", profiled.groups, width, calls=False)
     groups.add_row("whole step", f"{profiled.step_us:.1f}", "100.0")
-    return [title, groups, _table(what, profiled.kernels[:NUM_TOP], calls=True), ""]
+    return [title, groups, _table(what, profiled.kernels[:NUM_TOP], width, calls=True), ""]
 
 
-def _table(what: str, shares: Sequence[Share], calls: bool) -> Table:
+def _table(what: str, shares: Sequence[Share], width: int, calls: bool) -> Table:
     table = Table()
-    table.add_column(what, no_wrap=True, overflow="ellipsis", max_width=60)
+    table.add_column(what, no_wrap=True, overflow="ellipsis", max_width=max(width - NUMBERS_WIDTH, 10))
     for name, width in ([("calls/step", 10)] if calls else []) + [("us/step", 10), ("%", 5)]:
         table.add_column(name, justify="right", min_width=width)
     for share in shares:

@@ -135,6 +135,7 @@ class RankActor:
             profiler.count_step()
             if reporter is not None:
                 reporter.report(pending)
+        profiler.drop()
         hub.close()
 
     @staticmethod

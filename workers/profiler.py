@@ -38,10 +38,18 @@ class RankProfiler:
                 case "stop":
                     return Profiled(self._rank, str(self._stop()))
                 case "drop":
-                    self._drop()
+                    self.drop()
                     return None
         except (OSError, RuntimeError) as error:
             return Profiled(self._rank, error=str(error))
+
+    def drop(self) -> None:
+        """End the profile, if one runs, and forget it. A process that ends with its profiler running may crash."""
+        if self._profile is not None:
+            try:
+                self._end()
+            except RuntimeError as error:  # nobody waits for this
+                logger.warning("rank %d could not end a profile: %s", self._rank, error)
 
     def _start(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,13 +74,6 @@ class RankProfiler:
         finally:
             unfinished.unlink(missing_ok=True)
         return file
-
-    def _drop(self) -> None:
-        if self._profile is not None:
-            try:
-                self._end()
-            except RuntimeError as error:  # nobody waits for this
-                logger.warning("rank %d could not end a profile: %s", self._rank, error)
 
     def _end(self) -> torch.profiler.profile:
         if self._profile is None:

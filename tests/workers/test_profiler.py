@@ -21,6 +21,10 @@ def steps(profiler: RankProfiler, count: int) -> None:
         profiler.count_step()
 
 
+def is_running() -> bool:
+    return torch._C._autograd._profiler_enabled()
+
+
 def read(file: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(gzip.decompress(file.read_bytes()))
     return content
@@ -52,6 +56,12 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None
 
 def test_what_goes_wrong_at_the_end_is_an_answer_too(tmp_path: Path) -> None:
     rank = profiler()
+    (tmp_path / "rank1.json.gz").mkdir()
+    rank.handle(Profile("start", str(tmp_path)))
+    answer = rank.handle(Profile("stop"))
+    assert answer is not None
+    assert "Is a directory" in (answer.error or "")
+    assert list(tmp_path.iterdir()) == [tmp_path / "rank1.json.gz"]
     rank.handle(Profile("start", str(tmp_path / "folder")))
     (tmp_path / "folder").rmdir()
     (tmp_path / "folder").touch()
@@ -65,7 +75,10 @@ def test_a_dropped_profile_leaves_nothing_and_another_can_start(tmp_path: Path) 
     rank = profiler()
     assert rank.handle(Profile("drop")) is None
     rank.handle(Profile("start", str(tmp_path)))
+    assert is_running()
     assert rank.handle(Profile("drop")) is None
+    assert not is_running()
     assert list(tmp_path.iterdir()) == []
     assert rank.handle(Profile("start", str(tmp_path))) == Profiled(1)
-    assert rank.handle(Profile("drop")) is None
+    rank.drop()
+    assert not is_running()
