@@ -1,5 +1,6 @@
 # make demo    install, then generate with a real model on two ranks
 # make test    every test            TESTS="tests/cluster -k scheduler" runs some
+# make test-gpu    those that need CUDA, which `make test` skips where there is none
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
 #
@@ -18,13 +19,16 @@ DEMO_PROMPTS := \
 	"Name three things a compiler does."
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TESTS)
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu -v $(TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import Abort, EngineStats, Submit
+from eagleray.cluster.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.prompts import Message, Prompt
 from eagleray.cluster.sampling_params import SamplingParams
@@ -53,6 +53,7 @@ class AsyncLLM:
         self._engine = engine
         self._front_end = front_end
         self._news: dict[Generation, asyncio.Event] = {}  # of each request that somebody iterates
+        self._profiled: dict[int, asyncio.Event] = {}  # of each start or stop of a profile that somebody awaits
         self._reader: asyncio.Task[None] | None = None  # runs from the first request on
         self._failure: str | None = None
 
@@ -114,6 +115,14 @@ class AsyncLLM:
         if generation is not None:
             self._abort(generation)
 
+    async def start_profile(self, directory: str | Path) -> None:
+        """As `LLM.start_profile`; requests that run go on."""
+        await self._profile(self._front_end.start_profile(directory))
+
+    async def stop_profile(self) -> list[Path]:
+        """As `LLM.stop_profile`; requests that run go on once the traces are written."""
+        return await self._profile(self._front_end.stop_profile())
+
     def close(self) -> None:
         """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests."""
         self._fail("the front end was closed")
@@ -139,17 +148,37 @@ class AsyncLLM:
         except BaseException:
             self._front_end.abort(generation)
             raise
+        self._start_reader()
+        return self._news.setdefault(generation, asyncio.Event())
+
+    def _start_reader(self) -> None:
         if self._reader is None or self._reader.done():  # done with the event loop it ran on
             self._reader = asyncio.create_task(self._read(), name="eagleray news")
-        return self._news.setdefault(generation, asyncio.Event())
+
+    async def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
+        self._check_alive()
+        news = self._profiled[message.id] = asyncio.Event()
+        try:
+            self._engine.send(message)
+            self._start_reader()
+            while (files := self._front_end.profiled(message)) is None:
+                self._check_alive()
+                await news.wait()
+                news.clear()
+            return files
+        finally:
+            del self._profiled[message.id]
 
     async def _read(self) -> None:
         """Take the engine's news until it is gone; whatever ends this reaches every waiter."""
         try:
             while True:
-                changed, aborts = self._front_end.process(await self._engine.areceive())
+                changed, aborts = self._front_end.process(news := await self._engine.areceive())
                 if aborts:
                     self._engine.send(Abort(aborts))
+                for answer in news.profiles:
+                    if answer.id in self._profiled:
+                        self._profiled[answer.id].set()
                 for generation in changed:
                     self._wake(generation)
         except EngineDeadError as error:
@@ -175,7 +204,7 @@ class AsyncLLM:
     def _fail(self, cause: str) -> None:
         self._failure = self._failure or cause
         self._front_end.forget()
-        for news in self._news.values():
+        for news in (*self._news.values(), *self._profiled.values()):
             news.set()
 
     def _check_alive(self) -> None:

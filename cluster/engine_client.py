@@ -17,7 +17,7 @@ from eagleray.cluster.calls import Calls, describe, is_death
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core_actor import CoreActor
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
-from eagleray.cluster.messages import Abort, EngineInfo, EngineOutputs, Shutdown, Submit
+from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
 from eagleray.cluster.placement import choose_device, connect, place
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
@@ -88,7 +88,7 @@ class EngineClient:
         logger.info("%s", info.start.line())
         return cls(info, core, group)
 
-    def send(self, message: Submit | Abort) -> None:
+    def send(self, message: RequestMessage) -> None:
         """Hand a message to the core without waiting. Raises `EngineDeadError` if the core is known to have ended."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)

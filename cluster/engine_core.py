@@ -10,10 +10,22 @@ import zmq
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.executor import Executor, RankFailedError
-from eagleray.cluster.messages import Abort, EngineOutputs, FrontEndMessage, Shutdown, Submit, Tokens
+from eagleray.cluster.messages import (
+    Abort,
+    EngineOutputs,
+    FrontEndMessage,
+    ProfileAnswer,
+    Shutdown,
+    StartProfile,
+    StopProfile,
+    Submit,
+    Tokens,
+)
+from eagleray.cluster.profiling import Profiling
 from eagleray.cluster.request import FrontEndId
 from eagleray.cluster.scheduler import News, Scheduler
 from eagleray.workers.channel import Hub, PeerGoneError, milliseconds
+from eagleray.workers.wire import StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +44,8 @@ class EngineCore:
         self._step_due = 0.0  # when the oldest step in flight is late
         self._num_news: dict[FrontEndId, int] = defaultdict(int)
         self._news: dict[FrontEndId, list[Tokens]] = defaultdict(list)
+        self._profiling = Profiling(executor.send)
+        self._profile_answers: dict[FrontEndId, list[ProfileAnswer]] = defaultdict(list)
         self._stopping = False
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FrontEndMessage).decode
@@ -85,17 +99,24 @@ class EngineCore:
             case Abort(ids):
                 ended = (self._scheduler.abort(front_end, request_id) for request_id in ids)
                 self._tell((front_end, tokens) for tokens in ended if tokens is not None)
+            case StartProfile() | StopProfile():
+                if (answer := self._profiling.ask(front_end, message)) is not None:
+                    self._profile_answers[front_end].append(answer)
             case Shutdown():
                 self._stopping = True
 
     def _take_output(self) -> None:
-        while output := self._executor.receive():
-            self._tell(self._scheduler.update(output))
+        while (report := self._executor.receive()) is not None:
+            if isinstance(report, StepOutput):
+                self._tell(self._scheduler.update(report))
+            else:
+                front_end, answer = self._profiling.take(report)
+                self._profile_answers[front_end].append(answer)
             self._step_due = time.monotonic() + self._step_timeout_s
 
     def _send_step(self) -> bool:
         in_flight = self._scheduler.num_in_flight
-        if in_flight >= self._steps_in_flight:
+        if in_flight >= self._steps_in_flight or self._profiling.waits:
             return False
         step = self._scheduler.schedule()
         if step is None:
@@ -106,8 +127,11 @@ class EngineCore:
         return True
 
     def _wait(self) -> None:
-        """Sleep until something arrives; if a step is in flight, no longer than it may take."""
-        if not self._scheduler.num_in_flight:
+        """Sleep until something arrives; if a step is in flight, no longer than it may take.
+
+        Writing a profile takes as long as it takes.
+        """
+        if not self._scheduler.num_in_flight or self._profiling.waits:
             self._poller.poll()
             return
         left = self._step_due - time.monotonic()
@@ -123,13 +147,14 @@ class EngineCore:
             self._news[front_end].append(tokens)
 
     def _send_news(self) -> None:
-        if not self._news:
+        if not self._news and not self._profile_answers:
             return
         news, self._news = self._news, defaultdict(list)
+        answers, self._profile_answers = self._profile_answers, defaultdict(list)
         stats = self._scheduler.stats()
-        for front_end, tokens in news.items():
+        for front_end in news.keys() | answers.keys():
             self._num_news[front_end] += 1
-            message = EngineOutputs(tokens, stats, self._num_news[front_end])
+            message = EngineOutputs(news[front_end], stats, self._num_news[front_end], answers[front_end])
             try:
                 self._front_ends.send(front_end, self._encode(message))
             except PeerGoneError:

@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-from eagleray.cluster.messages import Abort, EngineOutputs, Submit
+from eagleray.cluster.messages import EngineOutputs, RequestMessage
 
 
 class EngineLink(Protocol):
     """One front end's connection to an engine core. Once the core is gone, all but `close` raise `EngineDeadError`."""
 
-    def send(self, message: Submit | Abort) -> None:
+    def send(self, message: RequestMessage) -> None:
         """Hand over a message, without waiting."""
 
     def receive(self, timeout_s: float | None) -> EngineOutputs | None:

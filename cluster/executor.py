@@ -15,11 +15,11 @@ from eagleray.cluster.calls import DEATH_NOTICE_S, Calls
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.resolve import check_capacity
 from eagleray.cluster.start_report import StartReport
-from eagleray.workers.actor import GOODBYE, RankActor
+from eagleray.workers.actor import RankActor
 from eagleray.workers.channel import Hub, PeerGoneError
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.started import Loaded, RankHost, Ready
-from eagleray.workers.wire import Step, StepOutput
+from eagleray.workers.wire import Goodbye, Profile, Profiled, RankMessage, RankReport, Step, StepOutput
 
 GOODBYE_S = 2.0  # how long ranks may take to end by themselves
 
@@ -34,11 +34,11 @@ class Executor(Protocol):
     num_blocks: int
     pollable: Sequence[Any]  # sockets and file descriptors that become readable when `receive` has something to say
 
-    def send(self, step: Step) -> None:
-        """Hand a step to every rank, without waiting. Raises `RankFailedError`."""
+    def send(self, message: Step | Profile) -> None:
+        """Hand a message to every rank, without waiting; they take it in order. Raises `RankFailedError`."""
 
-    def receive(self) -> StepOutput | None:
-        """The next output, or None if there is none yet. Raises `RankFailedError`."""
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        """The next output, or all ranks' answers to a `Profile`; None if nothing is there. Raises `RankFailedError`."""
 
     def close(self) -> None:
         """End the ranks."""
@@ -53,7 +53,8 @@ class RayExecutor:
     def __init__(self, config: WorkerConfig, group: PlacementGroup, *, timeout_s: float) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(StepOutput).decode
+        self._decode = msgspec.msgpack.Decoder(RankReport).decode
+        self._profiled: list[Profiled] = []  # of ranks that have answered before the others
         self._names = [b"rank %d" % rank for rank in range(group.bundle_count)]
         self._ranks = _create_actors(config, group)
         try:
@@ -105,19 +106,29 @@ class RayExecutor:
                 raise EngineStartError(f"{missing.pop().decode()} did not connect to the engine core in time")
         return ready
 
-    def send(self, step: Step) -> None:
-        payload = self._encode(step)
+    def send(self, message: Step | Profile) -> None:
         try:
-            for name in self._names:
-                self._hub.send(name, payload)
+            self._broadcast(message)
         except PeerGoneError as error:
             self._raise_failure(timeout_s=DEATH_NOTICE_S)
             raise RankFailedError(str(error)) from error
 
-    def receive(self) -> StepOutput | None:
+    def _broadcast(self, message: RankMessage) -> None:
+        payload = self._encode(message)
+        for name in self._names:
+            self._hub.send(name, payload)
+
+    def receive(self) -> StepOutput | list[Profiled] | None:
         self._raise_failure(timeout_s=0)
-        message = self._hub.receive()
-        return None if message is None else self._decode(message[1])
+        while (message := self._hub.receive()) is not None:
+            report = self._decode(message[1])
+            if isinstance(report, StepOutput):
+                return report
+            self._profiled.append(report)
+            if len(self._profiled) == len(self._names):
+                profiled, self._profiled = self._profiled, []
+                return sorted(profiled, key=lambda each: each.rank)
+        return None
 
     def _raise_failure(self, timeout_s: float) -> None:
         if ended := self._serving.next(timeout_s):
@@ -126,8 +137,7 @@ class RayExecutor:
     def close(self) -> None:
         """Let the ranks end by themselves; those that do not are killed."""
         with suppress(PeerGoneError):
-            for name in self._names:
-                self._hub.send(name, GOODBYE)
+            self._broadcast(Goodbye())
         deadline = time.monotonic() + GOODBYE_S
         for _ in self._names:
             if self._serving.next(deadline - time.monotonic()) is None:

@@ -3,11 +3,19 @@
 import time
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.detokenizer import Detokenizer, TextStream
 from eagleray.cluster.generation import Completion, Generation
-from eagleray.cluster.messages import EngineOutputs, EngineRequest, EngineStats
+from eagleray.cluster.messages import (
+    EngineOutputs,
+    EngineRequest,
+    EngineStats,
+    ProfileAnswer,
+    StartProfile,
+    StopProfile,
+)
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_requests
@@ -29,6 +37,8 @@ class FrontEnd:
         self._next_id = 0  # of sequences, as the engine knows them
         self._generations: dict[str, Generation] = {}
         self._live: dict[int, tuple[Generation, Completion]] = {}
+        self._profile_ids = count()
+        self._profile_answers: dict[int, ProfileAnswer] = {}
 
     def prepare(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
@@ -74,6 +84,7 @@ class FrontEnd:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
         now = time.monotonic()
         self.stats = news.stats
+        self._profile_answers |= {answer.id: answer for answer in news.profiles}
         changed: dict[str, Generation] = {}
         aborts = []
         for tokens in news.outputs:
@@ -89,6 +100,21 @@ class FrontEnd:
                 if generation.finished:
                     del self._generations[generation.request_id]
         return list(changed.values()), aborts
+
+    def start_profile(self, directory: str | Path) -> StartProfile:
+        """What to send the engine so that its ranks profile. A relative directory is this process's own."""
+        return StartProfile(next(self._profile_ids), str(Path(directory).expanduser().absolute()))
+
+    def stop_profile(self) -> StopProfile:
+        """What to send the engine so that its ranks stop that and write their traces."""
+        return StopProfile(next(self._profile_ids))
+
+    def profiled(self, message: StartProfile | StopProfile) -> list[Path] | None:
+        """The traces, none after a start; None before the engine's answer. Raises `ValueError` if that is a refusal."""
+        answer = self._profile_answers.pop(message.id, None)
+        if answer is not None and answer.error is not None:
+            raise ValueError(answer.error)
+        return None if answer is None else [Path(file) for file in answer.files]
 
     def running(self, request_id: str) -> Generation | None:
         """The running request of this id."""

@@ -12,7 +12,7 @@ from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import Abort, EngineStats, Submit
+from eagleray.cluster.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.progress import BatchProgress
 from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
@@ -103,6 +103,20 @@ class LLM:
         prompts = [chat_prompt(self.tokenizer, chat, template_options) for chat in conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
+    def start_profile(self, directory: str | Path) -> None:
+        """From the next step on, every rank runs torch's profiler; waits until all have started.
+
+        Raises `ValueError` if a profile runs already or a rank cannot write into `directory`, which is made if need be.
+        """
+        self._profile(self._front_end.start_profile(directory))
+
+    def stop_profile(self) -> list[Path]:
+        """Every rank writes a Chrome trace of the steps since `start_profile`: `rank0.json.gz`, … on its own node.
+
+        Waits for that and returns the files. Raises `ValueError` if no profile runs or one cannot be written.
+        """
+        return self._profile(self._front_end.stop_profile())
+
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
@@ -114,6 +128,12 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
+        self._engine.send(message)
+        while (files := self._front_end.profiled(message)) is None:
+            self._receive()
+        return files
 
     def _run(self, generations: list[Generation], progress: BatchProgress) -> None:
         """Run requests to their end; whatever interrupts this ends them in the engine, too."""

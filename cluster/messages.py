@@ -25,6 +25,17 @@ class Abort(msgspec.Struct, tag="abort"):
     ids: list[int]
 
 
+class StartProfile(msgspec.Struct, tag="start_profile"):
+    """Every rank is to profile from the next step on. `id` is unique within the front end, and in the answer."""
+
+    id: int
+    directory: str  # absolute, on each rank's node
+
+
+class StopProfile(msgspec.Struct, tag="stop_profile"):
+    id: int
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """The owner closes the engine; whatever still runs ends with an error."""
 
@@ -39,6 +50,14 @@ class Tokens(msgspec.Struct, omit_defaults=True):
     logprobs: list[TokenLogprobs] = []  # one for each of token_ids, when asked for
     prompt_logprobs: list[TokenLogprobs] = []  # for prompt tokens 1, 2, … as their slices run, when asked for
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once, with the first news
+
+
+class ProfileAnswer(msgspec.Struct, omit_defaults=True):
+    """Every rank has started, or has stopped and written its trace; or `error` says why not, and none profiles."""
+
+    id: int
+    files: list[str] = []  # of rank 0, 1, …, once written
+    error: str | None = None
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):
@@ -58,6 +77,7 @@ class EngineOutputs(msgspec.Struct, omit_defaults=True):
     outputs: list[Tokens]
     stats: EngineStats
     number: int = 0  # 1, 2, … for each front end, so that a lost message is noticed
+    profiles: list[ProfileAnswer] = []
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -75,4 +95,5 @@ class EngineInfo(msgspec.Struct, frozen=True):
     seconds_prepared: float  # from when all processes had their imports until the ranks were ready
 
 
-FrontEndMessage = Submit | Abort | Shutdown
+RequestMessage = Submit | Abort | StartProfile | StopProfile
+FrontEndMessage = RequestMessage | Shutdown

@@ -1,8 +1,10 @@
 """What the commands accept. Light to import, so that `--help` and a mistyped option answer at once."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
@@ -113,7 +115,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
     )
-    _add_engine(parser)
+    add_engine(parser)
     add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP, defaults=GENERATE_DEFAULTS)
 
 
@@ -121,7 +123,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray chat`."""
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
-    _add_engine(parser)
+    add_engine(parser)
     helps = {name: text for name, text in SAMPLING_HELP.items() if name not in NOT_IN_CHAT}
     add_options(parser.add_argument_group("sampling"), SamplingParams, helps, defaults=CHAT_DEFAULTS)
 
@@ -130,11 +132,25 @@ def add_demo_model(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray demo-model`: none of its own."""
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("engine")
-    model.add_argument("--model", "-m", required=True, metavar="DIR", help="a checkpoint's directory, or demo")
-    aliases = {"tensor_parallel_size": "--tp"}
-    add_options(model, EngineConfig, ENGINE_HELP, renamed=ENGINE_RENAMED, aliases=aliases, choices=ENGINE_CHOICES)
+def add_engine(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = MappingProxyType({}), positional: bool = False
+) -> None:
+    """The model, as an option or as a word of its own, and every option of the engine; `defaults` as `add_options`'."""
+    engine = parser.add_argument_group("engine")
+    name: tuple[str, ...] = ("--model", "-m")
+    required: dict[str, Any] = {"required": True, "metavar": "DIR"}
+    if positional:
+        name, required = ("model",), {"metavar": "MODEL"}
+    engine.add_argument(*name, help="a checkpoint's directory, or demo", **required)
+    add_options(
+        engine,
+        EngineConfig,
+        ENGINE_HELP,
+        renamed=ENGINE_RENAMED,
+        aliases={"tensor_parallel_size": "--tp"},
+        choices=ENGINE_CHOICES,
+        defaults=defaults,
+    )
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:

@@ -40,6 +40,21 @@ COMMANDS = {
         "eagleray.deploy.arguments:add_chat",
         "eagleray.deploy.chat:run",
     ),
+    "bench latency": Command(
+        "measure how long batches of one size take",
+        "eagleray.deploy.bench_arguments:add_latency",
+        "eagleray.deploy.bench_latency:run",
+    ),
+    "bench throughput": Command(
+        "measure what many requests get, all at once or as they arrive",
+        "eagleray.deploy.bench_arguments:add_throughput",
+        "eagleray.deploy.bench_throughput:run",
+    ),
+    "profile": Command(
+        "write torch profiles of decode steps and say what they spend their time on",
+        "eagleray.deploy.bench_arguments:add_profile",
+        "eagleray.deploy.profile_decodes:run",
+    ),
     "demo-model": Command(
         "make the demo model (SmolLM2-135M-Instruct) once and print its directory",
         "eagleray.deploy.arguments:add_demo_model",
@@ -51,12 +66,12 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, `FAILED`, `MISUSED` or `INTERRUPTED`, and raises `SystemExit` after --help."""
     words = list(sys.argv[1:] if argv is None else argv)
-    name = _top_parser().parse_args(words[:1]).command
+    name, words = _pick(words)
     command = COMMANDS[name]
     parser = Parser(prog=f"eagleray {name}", description=command.summary[0].upper() + command.summary[1:] + ".")
     _named(command.add_arguments)(parser)
     parser.add_argument("--debug", action="store_true", help="log more, and show where an error comes from")
-    arguments = parser.parse_intermixed_args(words[1:])
+    arguments = parser.parse_intermixed_args(words)
     _log_to_stderr(arguments.debug)
     return guarded(_named(command.run), arguments)
 
@@ -67,8 +82,20 @@ def print_demo_model(_arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pick(words: list[str]) -> tuple[str, list[str]]:
+    """The command that the first word names, or the first two, and the words after it."""
+    name: str = _top_parser().parse_args(words[:1]).command
+    if name in COMMANDS:
+        return name, words[1:]
+    group = Parser(prog=f"eagleray {name}", description=f"See `eagleray {name} COMMAND --help`.")
+    seconds = {full.split()[1]: command.summary for full, command in COMMANDS.items() if full.startswith(f"{name} ")}
+    about = "; ".join(f"{second}: {summary}" for second, summary in seconds.items())
+    group.add_argument("command", metavar="COMMAND", choices=seconds, help=about)
+    return f"{name} {group.parse_args(words[1:2]).command}", words[2:]
+
+
 def _top_parser() -> Parser:
-    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{command.summary}" for name, command in COMMANDS.items())
     parser = Parser(
         prog="eagleray",
         description="A tensor-parallel LLM inference engine on Ray.",
@@ -76,8 +103,12 @@ def _top_parser() -> Parser:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"eagleray {version('eagleray')}")
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", choices=_first_words(), help="one of those below")
     return parser
+
+
+def _first_words() -> list[str]:
+    return list(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
 def _named(path: str) -> Callable[..., Any]:

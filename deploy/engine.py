@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,14 +13,14 @@ from eagleray.cluster.config import EngineConfig
 
 if TYPE_CHECKING:
     from eagleray.cluster.async_llm import AsyncLLM
+    from eagleray.cluster.engine_client import EngineClient
+    from eagleray.cluster.front_end import FrontEnd
 
 
 @contextmanager
 def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
     """Start an engine, with a word on the terminal while that takes; close it whatever happens."""
-    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
-    ranks = f"{config.tensor_parallel_size} rank{'s' * (config.tensor_parallel_size > 1)}"
-    with err.status(f"starting {ranks} with {config.model}"):
+    with _starting(config, err):
         from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the word that says so
 
         engine = AsyncLLM(**asdict(config))
@@ -27,6 +28,33 @@ def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[EngineClient, FrontEnd]]":
+    """As `running_engine`, but the engine and the bookkeeping that its front ends share, for those who take the time.
+
+    A directory without a tokenizer will do: prompts are token ids then.
+    """
+    with _starting(config, err):
+        from eagleray.cluster.launch import launch
+
+        options = asdict(config)
+        model, size = options.pop("model"), options.pop("tensor_parallel_size")
+        no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
+        engine, front_end = launch(model, size, None, no_tokenizer, options)
+    try:
+        yield engine, front_end
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _starting(config: EngineConfig, err: Console) -> Iterator[None]:
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
+    ranks = f"{config.tensor_parallel_size} rank{'s' * (config.tensor_parallel_size > 1)}"
+    with err.status(f"starting {ranks} with {config.model}"):
+        yield
 
 
 def chat_templates(model: str, wanted: bool | None) -> bool:

@@ -12,7 +12,12 @@ from eagleray.parallel.group import TPGroup
 
 
 class DecoderLayer(nn.Module):
-    """One layer: `(hidden, residual, rotation)` to `(hidden, residual)`, where their sum is the residual stream."""
+    """One layer: `(hidden, residual, rotation)` to `(hidden, residual)`, where their sum is the residual stream.
+
+    `hidden` comes and goes as each rank's part of a sum, unless a family ends its layers with a norm and says so.
+    """
+
+    hidden_is_part: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
         super().__init__()
@@ -26,13 +31,16 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_scale = scale
+        self.hidden_tp = tp if layer.hidden_is_part else TPGroup()  # who adds up what goes from layer to layer
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(layer(config, index, tp) for index in range(config.num_layers))
-        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config.hidden_size, config.rms_norm_eps, self.hidden_tp)
         self.rotary = Rotary(config.head_size, config.max_position_embeddings, config.rope)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden, residual = self.embed_tokens(input_ids), None
+        if self.hidden_tp.size == 1:
+            hidden = self.embed_tokens.tp.all_reduce(hidden)
         if self.embedding_scale is not None:
             hidden = hidden * self.embedding_scale
         rotation = self.rotary(positions)

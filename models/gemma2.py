@@ -26,25 +26,28 @@ class GemmaRMSNorm(RMSNorm):
 
 
 class Gemma2DecoderLayer(DecoderLayer):
-    """Attention, then MLP, each between two norms."""
+    """Attention, then MLP, each between two norms, of which the second adds up the ranks' parts."""
+
+    hidden_is_part = False
 
     def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
         super().__init__(config, layer_index, tp)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = GemmaRMSNorm(size, eps)
         self.self_attn = LlamaAttention(config, layer_index, tp)
-        self.post_attention_layernorm = GemmaRMSNorm(size, eps)
+        self.post_attention_layernorm = GemmaRMSNorm(size, eps, tp)
         self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps)
         self.mlp = GatedMLP(config, tp, activation="gelu_tanh")
-        self.post_feedforward_layernorm = GemmaRMSNorm(size, eps)
+        self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, tp)
 
     def forward(
         self, hidden: Tensor, residual: Tensor | None, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.post_attention_layernorm.normalize(self.self_attn(hidden, rotation))
+        hidden, _ = self.post_attention_layernorm(self.self_attn(hidden, rotation))
         hidden, residual = self.pre_feedforward_layernorm(hidden, residual)
-        return self.post_feedforward_layernorm.normalize(self.mlp(hidden)), residual
+        hidden, _ = self.post_feedforward_layernorm(self.mlp(hidden))
+        return hidden, residual
 
 
 class Gemma2ForCausalLM(CausalLM):

@@ -5,16 +5,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from eagleray.parallel.overlap import OVERLAP
 
 HEADS_AT_ONCE = 8
 COLUMNS_AT_ONCE = 1024
 
 
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, normed, total, eps, size, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x, residual, weight, normed, total, eps, size,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
+    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
     values = tl.load(x + row + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         values = values.to(tl.float32) + tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -22,7 +33,6 @@ def _rms_norm_kernel(x, residual, weight, normed, total, eps, size, HAS_RESIDUAL
         tl.store(total + row + columns, values, mask=inside)
     values = values.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(values * values) / size + eps)
-    weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row + columns, (values * scale * weights).to(normed.dtype.element_ty), mask=inside)
 
 
@@ -42,13 +52,18 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         size,
         residual is not None,
         block,
+        OVERLAP,
         num_warps=max(1, min(16, block // 512)),
+        launch_pdl=OVERLAP,
     )
     return normed, total
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < size
@@ -62,15 +77,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[n, 2 * size]`, gate first: `[n, size]`."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
-    _silu_mul_kernel[(rows, triton.cdiv(size, COLUMNS_AT_ONCE))](gate_up, out, size, COLUMNS_AT_ONCE, num_warps=4)
+    _silu_mul_kernel[(rows, triton.cdiv(size, COLUMNS_AT_ONCE))](
+        gate_up, out, size, COLUMNS_AT_ONCE, OVERLAP, num_warps=4, launch_pdl=OVERLAP
+    )
     return out
 
 
 @triton.jit
 def _rotate_kernel(
     q, k, cos, sin, q_stride, k_stride, num_q, num_k,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * HEADS
     q_programs = tl.cdiv(num_q, HEADS)
@@ -115,5 +135,7 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         half,
         triton.next_power_of_2(half),
         HEADS_AT_ONCE,
+        OVERLAP,
         num_warps=4,
+        launch_pdl=OVERLAP,
     )

@@ -15,25 +15,35 @@ from eagleray.parallel.shares import share_columns
 
 if torch.cuda.is_available():
     from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
+    from eagleray.parallel import skinny
+
+MAX_FUSED_ROWS = 64  # beyond, sum and norm are launches of their own
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
+    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv:1910.07467).
+
+    With a group, what comes in is each rank's part of a sum, as the layers before a norm leave it.
+    """
 
     fused: ClassVar[bool] = True  # whether the kernel computes this norm
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, tp: TPGroup | None = None) -> None:
         super().__init__()
         self.size, self.eps = size, eps
+        self.tp = tp or TPGroup()
         self.weight = parameter(size)
 
     def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Add `x` to the residual stream; return the norm of the sum, and the sum."""
+        """Add all ranks' parts `x` to the residual stream; return the norm of the sum, and the sum."""
         if x.is_cuda and self.fused:
-            return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+            if self.tp.size > 1 and x.shape[0] <= MAX_FUSED_ROWS:
+                return self.tp.sum_norm(x, residual, self.weight, self.eps)
+            return kernels.add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
+        x = self.tp.all_reduce(x)
         residual = x if residual is None else x + residual
         return self.normalize(residual), residual
 
@@ -111,9 +121,12 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)
-        if gate_up.is_cuda and self.activation == "silu":
-            return self.down_proj(kernels.silu_mul(gate_up))  # type: ignore[no-any-return]
-        gate, up = gate_up.chunk(2, dim=-1)
+        """`[tokens, hidden]` to this rank's part of the same."""
+        merged = self.gate_up_proj
+        if x.is_cuda and self.activation == "silu":
+            if merged.bias is None and skinny.takes(x, merged.weight):
+                return self.down_proj(skinny.silu_gated(x, merged.weight))  # type: ignore[no-any-return]
+            return self.down_proj(kernels.silu_mul(merged(x)))  # type: ignore[no-any-return]
+        gate, up = merged(x).chunk(2, dim=-1)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * up)  # type: ignore[no-any-return]

@@ -47,9 +47,9 @@ class LlamaDecoderLayer(DecoderLayer):
 
     def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
         super().__init__(config, layer_index, tp)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.self_attn = self.attention_class(config, layer_index, tp)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, tp)
         self.mlp = GatedMLP(config, tp)
 
     def forward(

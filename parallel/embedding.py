@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.linear import linear
 from eagleray.parallel.piece import Piece, parameter, region
 from eagleray.parallel.shares import share_columns
 
@@ -19,7 +20,7 @@ class VocabParallelHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden_size]` to `[n, len(own)]`."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
     def pieces(self) -> list[Piece]:
         shape = (self.vocab_size, self.hidden_size)
@@ -31,11 +32,7 @@ class VocabParallelEmbedding(VocabParallelHead):
     """Token ids to vectors. Tied weights: the embedding is a head, too, so a model may use it as both."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """`[tokens]` to `[tokens, hidden_size]`, equal on all ranks."""
-        return self.tp.all_reduce(self.local_rows(input_ids))
-
-    def local_rows(self, input_ids: Tensor) -> Tensor:
-        """The vectors of the tokens that this rank owns, and 0 for all others."""
+        """`[tokens]` to this rank's part of `[tokens, hidden_size]`: 0 but for the tokens that it owns."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         local = input_ids - self.own.start

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
+from torch.nn import functional as F
 
 from eagleray.parallel.mesh import MAX_BYTES, Mesh
 from eagleray.parallel.symmetric import SymmetricMemory
@@ -43,6 +44,14 @@ class TPGroup:
         if self.size == 1:
             return x
         return torch.ops.eagleray.all_reduce(x, op, self.size, self.name)  # type: ignore[no-any-return]
+
+    def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`, on CUDA.
+
+        One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. Bitwise equal on all
+        ranks.
+        """
+        return torch.ops.eagleray.sum_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's `x`, which has the same shape on all of them: `[size, *x.shape]`, in order of rank."""
@@ -116,6 +125,10 @@ def destroy_tp_group(group: TPGroup) -> None:
 
 
 torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
+torch.library.define(
+    "eagleray::sum_norm",
+    "(Tensor x, Tensor? residual, Tensor weight, float eps, int size, str group) -> (Tensor, Tensor)",
+)
 torch.library.define("eagleray::all_gather", "(Tensor x, int size, str group) -> Tensor")
 
 
@@ -158,14 +171,37 @@ def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
 
 @torch.library.impl("eagleray::all_reduce", "cuda")
 def _all_reduce_cuda(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
-    """NCCL reduces each element once and hands the same result to every rank, and so do the kernels for small sums."""
+    return _reduce_on_gpus(x, op, group)
+
+
+def _reduce_on_gpus(x: Tensor, op: ReduceOp, group: str) -> Tensor:
+    """NCCL reduces each element once and hands the same result to every rank, and so do the kernels for small ones."""
     links = _links_of(group)
-    if op == "sum" and links.symmetric is not None and links.symmetric.takes(x):
-        return links.symmetric.all_reduce(x.contiguous())
+    if links.symmetric is not None and links.symmetric.takes(x, op):
+        return links.symmetric.all_reduce(x.contiguous(), op)
     total = x.clone(memory_format=torch.contiguous_format)
     reduce = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
     dist.all_reduce(total, reduce, group=links.process_group)
     return total
+
+
+@torch.library.impl("eagleray::sum_norm", "cuda")
+def _sum_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
+) -> tuple[Tensor, Tensor]:
+    symmetric = _links_of(group).symmetric
+    if symmetric is not None and symmetric.takes_norm(x):
+        return symmetric.sum_norm(x.contiguous(), residual, weight, eps)
+    total = _reduce_on_gpus(x, "sum", group)
+    total = total if residual is None else total + residual
+    return F.rms_norm(total, list(weight.shape), weight, eps), total
+
+
+@torch.library.register_fake("eagleray::sum_norm")  # type: ignore[untyped-decorator]
+def _sum_norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
 
 
 @torch.library.register_fake("eagleray::all_reduce")  # type: ignore[untyped-decorator]

@@ -11,6 +11,16 @@ from eagleray.parallel.group import TPGroup
 from eagleray.parallel.piece import Piece, parameter, region
 from eagleray.parallel.shares import HeadShare, share_columns
 
+if torch.cuda.is_available():
+    from eagleray.parallel import skinny  # Triton comes with torch for CUDA, and with no other
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b`, whichever way is the fastest."""
+    if x.is_cuda and skinny.takes(x, weight):
+        return skinny.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
 
 class Part(NamedTuple):
     """One of the layers that are merged into one: how many outputs it has, and which of them are this rank's."""
@@ -32,7 +42,7 @@ class _MergedColumns(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., sum(out_sizes)]`."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -70,21 +80,22 @@ class QKVParallelLinear(_MergedColumns):
 
 
 class RowParallelLinear(nn.Module):
-    """`y = x W^T + b` where each rank holds the columns `own` of the input; the ranks' products are added up.
+    """`y = x W^T + b` where each rank holds the columns `own` of the input.
 
-    Every rank adds the whole bias, after the sum, so that it counts once.
+    What comes out is this rank's part of `y`: the norm that follows adds up the parts of all ranks (`RMSNorm`), in one
+    launch where it can. Every rank holds the bias, and the first one's part has it.
     """
 
     def __init__(self, in_features: int, out_features: int, own: range, tp: TPGroup, *, bias: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.own, self.tp = in_features, out_features, own, tp
+        self.in_features, self.out_features, self.own = in_features, out_features, own
         self.weight = parameter(out_features, len(own))
         self.bias = parameter(out_features) if bias else None
+        self.adds_bias = tp.rank == 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., len(own)]` to `[..., out_features]`, equal on all ranks."""
-        y = self.tp.all_reduce(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        """`[..., len(own)]` to this rank's part of `[..., out_features]`."""
+        return linear(x, self.weight, self.bias if self.adds_bias else None)
 
     def pieces(self) -> list[Piece]:
         every_output = range(self.out_features)

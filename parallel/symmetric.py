@@ -1,7 +1,8 @@
-"""All-reduce of small messages between GPUs of one node, over memory that every rank can read (torch symmetric memory).
+"""Collectives of small messages between GPUs of one node, over memory that all ranks reach (torch symmetric memory).
 
-One-shot: each rank reads everybody's message and adds it up. Two-shot: each rank adds up its part and reads the other
-parts. Both are torch's kernels, and use neither NVLink multicast nor threads of their own.
+Few numbers go through inboxes (`exchange.py`). More are added up by torch's kernels. One-shot: each rank reads
+everybody's message and adds it up. Two-shot: each rank adds up its part and reads the other parts. None of them uses
+NVLink multicast or threads of its own.
 """
 
 import torch
@@ -9,29 +10,55 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that the kernels add up
+if torch.cuda.is_available():
+    from eagleray.parallel import exchange  # Triton comes with torch for CUDA, and with no other
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that torch's kernels add up
 ONE_SHOT_BYTES = 256 * 1024  # measured on four H200: beyond it two shots are faster
 MAX_BYTES = 8 * 1024 * 1024  # and beyond this one, with its copies, NCCL is
+MAX_PAIRS = 8192
 
 
 class SymmetricMemory:
-    """One buffer per rank, used by one all-reduce after the other."""
+    """Buffers of one rank, each used by one collective after the other. Every rank makes the same calls in order."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """A collective call. Raises `RuntimeError` where the GPUs cannot reach each other's memory."""
-        self._name = group.group_name
+        self._group = group
+        self._device = device
         self._buffer = symm_mem.empty(MAX_BYTES, dtype=torch.uint8, device=device)
-        symm_mem.rendezvous(self._buffer, self._name)
+        symm_mem.rendezvous(self._buffer, group.group_name)
+        self._pairs = self._inboxes(*exchange.pair_rows(MAX_PAIRS))
+        self._rows: dict[int, exchange.Inboxes] = {}  # by the words of a row; made on first use, before any graph
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels add up such a message: small, and cut into 16-byte words for each rank."""
+    def _inboxes(self, max_rows: int, words: int) -> "exchange.Inboxes":
+        return exchange.Inboxes(self._group, max_rows, words, self._device)
+
+    def takes(self, x: Tensor, op: str) -> bool:
+        """Whether the kernels reduce such a message: pairs, or a small sum cut into 16-byte words for each rank."""
+        if op == "max":
+            return x.dtype == torch.int64 and x.dim() == 1 and x.numel() <= MAX_PAIRS
         return x.dtype in DTYPES and x.nbytes <= MAX_BYTES and x.nbytes % 256 == 0
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, bitwise equal on all of them."""
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        """The sum or maximum over all ranks, bitwise equal on all of them."""
+        if op == "max":
+            return exchange.highest(self._pairs, x)
+        name = self._group.group_name
         buffer = self._buffer.view(x.dtype)[: x.numel()].view_as(x)
         if x.nbytes <= ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", self._name)  # type: ignore[no-any-return]
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)  # type: ignore[no-any-return]
         buffer.copy_(x)
-        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self._name)
+        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
         return buffer.clone()
+
+    def takes_norm(self, x: Tensor) -> bool:
+        """Whether `sum_norm` works on such rows."""
+        return x.shape[0] <= exchange.MAX_ROWS and x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
+
+    def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """As `TPGroup.sum_norm`."""
+        words = x.shape[1] // 2
+        if words not in self._rows:
+            self._rows[words] = self._inboxes(exchange.MAX_ROWS, words)
+        return exchange.sum_norm(self._rows[words], x, residual, weight, eps)

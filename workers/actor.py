@@ -11,7 +11,7 @@ from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.reporter import Reporter
 from eagleray.workers.started import Loaded, RankHost, Ready
-from eagleray.workers.wire import Step
+from eagleray.workers.wire import Goodbye, Profile, RankMessage
 
 if TYPE_CHECKING:
     from eagleray.workers.step_guard import StepGuard
@@ -26,7 +26,6 @@ CUDA_ENVIRONMENT = {
 # a folder that outlives the rank makes the next start some seconds shorter.
 REPORTER_CHECK_S = 0.5
 LOAD_PARTS = ("joining", "weights", "memory profile")
-GOODBYE = b""  # sent instead of a step, it ends `serve`
 
 
 class RankActor:
@@ -123,19 +122,27 @@ class RankActor:
 
     def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
+        from eagleray.workers.profiler import RankProfiler
+
         worker, ready = self._worker(num_blocks)
-        decode = msgspec.msgpack.Decoder(Step).decode
+        profiler = RankProfiler(self._rank, next(self._model.parameters()).device)
+        decode = msgspec.msgpack.Decoder(RankMessage).decode
         hub = Peer(endpoint, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
         reporter = Reporter(endpoint) if self._rank == 0 else None
-        while payload := self._next_step(hub, reporter):
-            pending = worker.launch(decode(payload))
+        while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
+            if isinstance(message, Profile):
+                if (answer := profiler.handle(message)) is not None:
+                    hub.send(msgspec.msgpack.encode(answer))
+                continue
+            pending = worker.launch(message)
+            profiler.count_step()
             if reporter is not None:
                 reporter.report(pending)
         hub.close()
 
     @staticmethod
-    def _next_step(hub: Peer, reporter: Reporter | None) -> bytes:
+    def _next_payload(hub: Peer, reporter: Reporter | None) -> bytes:
         """The next message; meanwhile a failure of the reporter is noticed, too."""
         while (payload := hub.receive(REPORTER_CHECK_S)) is None:
             if reporter is not None:

@@ -1,6 +1,6 @@
 """Paged attention for one query token per request, split over the keys, in Triton: for CUDA, or Triton's interpreter.
 
-A request's keys are cut in sections of 1,024 keys or more, at most 16 of them, and each section in four chunks, at
+A request's keys are cut in sections of 2,048 keys or more, at most 16 of them, and each section in eight chunks, at
 places that its own length decides. Softmax runs over a chunk; chunks are merged to sections one after the other, and
 sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much work
 the batch has, but both go through the same operations in the same order: a request's result is the same to the bit in
@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.parallel.overlap import OVERLAP
 from eagleray.workers.decode_attention_kernels import (
     CHUNKS,
     FIELDS,
@@ -27,7 +28,7 @@ from eagleray.workers.decode_attention_kernels import (
     plan_kernel,
 )
 
-SECTION = 1024  # keys, at least
+SECTION = 2048  # keys, at least
 _LOG2_E = log2(2.718281828459045)
 
 
@@ -40,11 +41,10 @@ class LaunchConstants:
     num_stages: int = 3
     programs_per_sm: int = 3
     fine_below: int = 1024  # (section, KV head) pairs; with fewer, chunks are the pieces of work
-    overlap: bool = False  # launch the sum of the parts while the attention still runs (programmatic dependent launch)
 
 
 def launch_constants(spec: AttentionSpec) -> LaunchConstants:
-    """A tile of keys and values stays at 32 KiB of shared memory."""
+    """A tile of keys and values stays at 32 KiB of shared memory, in 16 bits."""
     return LaunchConstants(tile=32 if spec.head_size > 128 else 64)
 
 
@@ -145,7 +145,9 @@ def plan_decode(
         TILE=workspace.constants.tile,
         SECTION=SECTION,
         N_PAD=max(16, triton.next_power_of_2(n)),
+        PDL=OVERLAP,
         num_warps=4 if n <= 128 else 8,
+        launch_pdl=OVERLAP,
     )
 
 
@@ -201,9 +203,10 @@ def attend_planned(
         TILE=constants.tile,
         HAS_CAP=spec.logits_soft_cap is not None,
         HAS_SINKS=sinks is not None,
-        PDL=constants.overlap,
+        PDL=OVERLAP,
         num_warps=constants.num_warps,
         num_stages=constants.num_stages,
+        launch_pdl=OVERLAP,
     )
     combine_kernel[(n, heads)](
         out,
@@ -216,8 +219,8 @@ def attend_planned(
         HEAD_SIZE=head_size,
         HEAD_PAD=head_pad,
         HAS_SINKS=sinks is not None,
-        PDL=constants.overlap,
-        num_warps=4,
-        launch_pdl=constants.overlap,
+        PDL=OVERLAP,
+        num_warps=1,
+        launch_pdl=OVERLAP,
     )
     return out

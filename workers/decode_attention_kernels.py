@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FIELDS = tl.constexpr(8)  # int32 per piece of work, of which 5 are used: one sector of memory
-CHUNKS = tl.constexpr(4)  # per section
+CHUNKS = tl.constexpr(8)  # per section
 MAX_SECTIONS = tl.constexpr(16)  # per request
 
 
@@ -29,8 +29,12 @@ def plan_kernel(
     TILE: tl.constexpr,
     SECTION: tl.constexpr,
     N_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. Sections are whole pieces, or cut in chunks where there are fewer than `fine_below` of them."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     request = tl.arange(0, N_PAD)
     seq_len = tl.load(seq_lens + request, mask=request < n, other=0)
     lowest = tl.zeros_like(seq_len)
@@ -39,7 +43,7 @@ def plan_kernel(
     origin = lowest // TILE * TILE
     span = seq_len - origin
     section = tl.full([N_PAD], SECTION, tl.int32)
-    for _ in tl.static_range(12):  # 1024 * 16 keys doubled so often is more than any context
+    for _ in tl.static_range(12):  # 2048 * 16 keys doubled so often is more than any context
         section = tl.where(section * MAX_SECTIONS < span, section * 2, section)
     ratio = tl.where(tl.sum((span + section - 1) // section, 0) < fine_below, CHUNKS, 1)
     size = section // ratio
@@ -126,6 +130,7 @@ def attend_kernel(
     """Programs take turns at (piece, KV head), heads of one piece side by side, since they share memory pages."""
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     head_row, dim, lane = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, TILE)
     own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     items = tl.load(header) * KV_HEADS
@@ -188,6 +193,34 @@ def attend_kernel(
 
 
 @triton.jit
+def sum_sections(
+    partial, partial_ml, sinks, start, ratio, count, head,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
+    SECTIONS: tl.constexpr,
+):  # fmt: skip
+    """One head's mean `[HEAD_PAD]` over up to `SECTIONS` sections: chunks to sections in order, then all at once."""
+    section, dim = tl.arange(0, SECTIONS), tl.arange(0, HEAD_PAD)
+    m = tl.full([SECTIONS], float("-inf"), tl.float32)
+    l = tl.zeros([SECTIONS], tl.float32)  # noqa: E741
+    acc = tl.zeros([SECTIONS, HEAD_PAD], tl.float32)
+    for j in range(ratio):
+        index = section * ratio + j
+        valid = index < count
+        part = (start + index).to(tl.int64) * HEADS + head
+        m_next = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
+        l_next = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)
+        mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
+        acc_next = tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
+        m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+    m_all = tl.max(m, 0)
+    weight = tl.exp2(m - m_all)
+    l_all = tl.sum(l * weight, 0)
+    if HAS_SINKS:
+        l_all += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 - m_all)
+    return tl.sum(acc * weight[:, None], 0) / l_all
+
+
+@triton.jit
 def combine_kernel(
     out,  # [n, heads, HEAD_SIZE]
     sinks,
@@ -201,8 +234,9 @@ def combine_kernel(
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program for each request and head: chunks to sections in their order, then all sections at once."""
-    if PDL:  # all programs wait, or the launch after this one could overtake the attention
+    """One program for each request and head; those with one section, the most, are done sooner."""
+    if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     request, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, ratio = tl.load(starts + request), tl.load(header + 1)
@@ -211,24 +245,13 @@ def combine_kernel(
     place = out + (request * HEADS + head) * HEAD_SIZE + dim
     if count == 0:
         tl.store(place, tl.zeros([HEAD_PAD], out.dtype.element_ty), mask=dim < HEAD_SIZE)
-    if count > 1:
-        section = tl.arange(0, MAX_SECTIONS)
-        m = tl.full([MAX_SECTIONS], float("-inf"), tl.float32)
-        l = tl.zeros([MAX_SECTIONS], tl.float32)  # noqa: E741
-        acc = tl.zeros([MAX_SECTIONS, HEAD_PAD], tl.float32)
-        for j in tl.static_range(CHUNKS):
-            index = section * ratio + j
-            valid = index < tl.where(j < ratio, count, 0)
-            part = (start + index).to(tl.int64) * HEADS + head
-            m_next = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
-            l_next = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)
-            mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
-            acc_next = tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
-            m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
-        m_all = tl.max(m, 0)
-        weight = tl.exp2(m - m_all)
-        l_all = tl.sum(l * weight, 0)
-        if HAS_SINKS:
-            l_all += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 - m_all)
-        mean = tl.sum(acc * weight[:, None], 0) / l_all
+    elif count > ratio:
+        mean = sum_sections(
+            partial, partial_ml, sinks, start, ratio, count, head, HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS
+        )
+        tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
+    elif count > 1:
+        mean = sum_sections(
+            partial, partial_ml, sinks, start, ratio, count, head, HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1
+        )
         tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)

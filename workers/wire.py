@@ -3,7 +3,11 @@
 Token ids travel as little-endian int32 bytes, which numpy and `array` read without a loop.
 """
 
+from typing import Literal
+
 import msgspec
+
+TRACE_NUM_STEPS = "eagleray_num_steps"  # top-level key of a profile's trace
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -36,7 +40,7 @@ class RowStart(msgspec.Struct, omit_defaults=True):
     num_computed_tokens: int = 0  # found in the prefix cache
 
 
-class Step(msgspec.Struct, omit_defaults=True):
+class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     """One forward pass. A live row that is not in `slices` runs one token.
 
     After a step that ran out of memory a rank skips all up to one that says `restart`; with that, every row stops.
@@ -51,6 +55,20 @@ class Step(msgspec.Struct, omit_defaults=True):
     restart: bool = False
 
 
+class Profile(msgspec.Struct, tag="profile"):
+    """Between the steps before and after it, every rank starts its profiler, or stops it and writes or drops the trace.
+
+    Each rank answers `start` and `stop` with `Profiled`.
+    """
+
+    action: Literal["start", "stop", "drop"]
+    directory: str = ""  # on each rank's own node; given with `start`
+
+
+class Goodbye(msgspec.Struct, tag="goodbye"):
+    """The rank is to end."""
+
+
 class TokenLogprobs(msgspec.Struct, omit_defaults=True):
     """Log-probabilities at one position: the token itself first, then the most likely ones in order."""
 
@@ -59,7 +77,7 @@ class TokenLogprobs(msgspec.Struct, omit_defaults=True):
     rank: int  # how many tokens of the vocabulary are more likely than the first, plus one
 
 
-class StepOutput(msgspec.Struct, omit_defaults=True):
+class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
     """What rank 0 returns. `token_ids` holds one int32 for each row whose slice reached its last known token."""
 
     step: int
@@ -69,3 +87,15 @@ class StepOutput(msgspec.Struct, omit_defaults=True):
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
     out_of_memory: str = ""  # why the step did not run; those after it do not either, up to a restart
+
+
+class Profiled(msgspec.Struct, omit_defaults=True, tag="profiled"):
+    """One rank has started or stopped its profiler, or could not."""
+
+    rank: int
+    file: str = ""  # the trace, once it is written
+    error: str | None = None
+
+
+RankMessage = Step | Profile | Goodbye
+RankReport = StepOutput | Profiled

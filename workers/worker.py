@@ -62,7 +62,7 @@ class Worker:
         *,
         graph_sizes: Sequence[int] | None = None,
     ) -> None:
-        """On CUDA, graphs are captured of decode batches: of every size, or of `graph_sizes`."""
+        """On CUDA, graphs are captured of decode batches: of every size, or of `graph_sizes`, which may be none."""
         parameter = next(model.parameters())
         device, dtype = parameter.device, parameter.dtype
         self._model = model
@@ -81,14 +81,13 @@ class Worker:
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
-        if device.type == "cuda":
+        sizes = batch_sizes(config.max_num_seqs) if graph_sizes is None else graph_sizes
+        if device.type == "cuda" and sizes:
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(
-                    self._decode_forward, self._rows, graph_sizes or batch_sizes(config.max_num_seqs), device
-                )
+                self._graphs = DecodeGraphs(self._decode_forward, self._rows, sizes, device)
 
     @property
     def graph_bytes(self) -> dict[int, int]:

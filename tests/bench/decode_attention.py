@@ -169,7 +169,7 @@ def compare(shape: Shape) -> dict[str, Any]:
     plan, attend = problem.ours(LaunchConstants())
     result: dict[str, Any] = asdict(shape) | {"floor_us": round(shape.kv_bytes / BYTES_PER_SECOND * 1e6, 1)}
     result["ours_us"] = microseconds(attend, problem.caches)
-    _, overlapped = problem.ours(LaunchConstants(overlap=True))
+    _, overlapped = problem.ours(LaunchConstants())
     result["ours_overlap_us"] = microseconds(overlapped, problem.caches)
     result["plan_us"] = microseconds(lambda _: plan(), problem.caches)
     if theirs := problem.flash_attention_3():
@@ -181,9 +181,7 @@ def settings() -> list[LaunchConstants]:
     """The usual ones first."""
     compiled = ((64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (32, 4, 4), (64, 2, 3), (128, 4, 2), (32, 2, 5))
     return [
-        LaunchConstants(
-            tile=tile, num_warps=warps, num_stages=stages, programs_per_sm=programs, fine_below=fine, overlap=True
-        )
+        LaunchConstants(tile=tile, num_warps=warps, num_stages=stages, programs_per_sm=programs, fine_below=fine)
         for tile, warps, stages in compiled
         for programs in (3, 2, 4, 8, 1)
         for fine in (SECTIONS, ALL_CHUNKS)

@@ -12,10 +12,21 @@ import pytest
 
 from eagleray.cluster.engine_core import EngineCore
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import Abort, EngineOutputs, EngineRequest, FrontEndMessage, Shutdown, Submit, Tokens
+from eagleray.cluster.messages import (
+    Abort,
+    EngineOutputs,
+    EngineRequest,
+    FrontEndMessage,
+    ProfileAnswer,
+    Shutdown,
+    StartProfile,
+    StopProfile,
+    Submit,
+    Tokens,
+)
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.workers.channel import Hub, Peer
-from eagleray.workers.wire import Sampling, Step, StepOutput
+from eagleray.workers.wire import Profile, Profiled, Sampling, Step, StepOutput
 from support.toy_rank import ToyRank, generate
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
@@ -32,19 +43,27 @@ class ToyExecutor:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.pollable: Sequence[Any] = (self._fd,)
         self._rank = ToyRank(NUM_BLOCKS, BLOCK_SIZE)
-        self._steps: deque[Step] = deque()
+        self._messages: deque[Step | Profile] = deque()
+        self.sent: list[str] = []  # step, or what a profile is to do
+        self.fault: str | None = None  # why the second of two ranks cannot profile
 
-    def send(self, step: Step) -> None:
-        self._steps.append(step)
+    def send(self, message: Step | Profile) -> None:
+        self.sent.append("step" if isinstance(message, Step) else message.action)
+        if self.sent[-1] == "drop":  # unanswered
+            return
+        self._messages.append(message)
         os.eventfd_write(self._fd, 1)
 
-    def receive(self) -> StepOutput | None:
-        if not self._steps or not self.gate.is_set():
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        if not self._messages or not self.gate.is_set():
             return None
-        output = self._rank.run(self._steps.popleft())
-        if not self._steps:
+        message = self._messages.popleft()
+        if not self._messages:
             os.eventfd_read(self._fd)
-        return output
+        if isinstance(message, Step):
+            return self._rank.run(message)
+        file = "trace" if message.action == "stop" else ""
+        return [Profiled(0, file), Profiled(1, file, self.fault)]
 
     def open(self) -> None:
         self.gate.set()
@@ -60,6 +79,7 @@ class FrontEnd:
         self.peer = Peer(hub.endpoint, name)
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Tokens] = {}
+        self.profiles: list[ProfileAnswer] = []
         self.num_messages = 0
 
     def send(self, message: FrontEndMessage) -> None:
@@ -69,6 +89,13 @@ class FrontEnd:
         token_ids = array("i", prompt).tobytes()
         self.send(Submit([EngineRequest(request_id, token_ids, Sampling(), max_tokens)]))
         self.tokens[request_id] = []
+
+    def ask(self, message: StartProfile | StopProfile) -> ProfileAnswer:
+        before = len(self.profiles)
+        self.send(message)
+        self.wait(lambda: len(self.profiles) > before)
+        assert self.profiles[-1].id == message.id
+        return self.profiles[-1]
 
     def has_ended(self) -> bool:
         return bool(self.ends)
@@ -80,6 +107,7 @@ class FrontEnd:
             news = msgspec.msgpack.decode(payload, type=EngineOutputs)
             self.num_messages += 1
             assert news.number == self.num_messages
+            self.profiles += news.profiles
             for tokens in news.outputs:
                 self.tokens[tokens.id] += tokens.token_ids
                 if tokens.finish_reason:
@@ -214,3 +242,53 @@ def test_shutdown_ends_what_runs(core: Core) -> None:
     front_end.wait(front_end.has_ended)
     assert front_end.ends[0].finish_reason == "error"
     assert front_end.ends[0].error == "the engine was shut down"
+
+
+def test_a_profile_begins_and_ends_between_steps_and_harms_no_request(core: Core) -> None:
+    runs, asks = core.front_end(b"runs"), core.front_end(b"asks")
+    runs.submit(0, [1], max_tokens=150)
+    runs.wait(lambda: len(runs.tokens[0]) > 3)
+    assert asks.ask(StartProfile(7, "/traces")) == ProfileAnswer(7)
+    assert asks.ask(StopProfile(8)) == ProfileAnswer(8, ["trace", "trace"])
+    runs.wait(runs.has_ended)
+    assert runs.tokens[0] == generate([1], 150)
+    assert runs.profiles == []
+    assert [what for what in core.executor.sent if what != "step"] == ["start", "stop"]
+
+
+def test_no_step_is_sent_until_every_rank_profiles(core: Core) -> None:
+    front_end = core.front_end(b"one")
+    core.executor.gate.clear()
+    front_end.send(StartProfile(0, "/traces"))
+    front_end.submit(0, [1], max_tokens=3)
+    front_end.send(StopProfile(1))  # refused, and so a sign that the request has been taken in
+    front_end.wait(lambda: bool(front_end.profiles))
+    assert front_end.profiles[0].error == "a profile is being started or stopped; wait for that to end"
+    assert core.executor.sent == ["start"]
+    core.executor.open()
+    front_end.send(Abort([]))
+    front_end.wait(front_end.has_ended)
+    assert front_end.profiles[1:] == [ProfileAnswer(0)]
+    assert front_end.tokens[0] == generate([1], 3)
+
+
+def test_only_one_profile_runs_over_all_front_ends(core: Core) -> None:
+    one, two = core.front_end(b"one"), core.front_end(b"two")
+    assert one.ask(StopProfile(0)).error == "no profile runs; start one first"
+    assert one.ask(StartProfile(1, "/traces")).error is None
+    assert two.ask(StartProfile(1, "/others")).error == "a profile into /traces runs already; stop it first"
+    assert two.ask(StopProfile(2)).error is None
+    assert one.ask(StopProfile(3)).error == "no profile runs; start one first"
+
+
+def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
+    front_end = core.front_end(b"one")
+    core.executor.fault = "disk full"
+    error = "the profile cannot be written to /traces: rank 1: disk full"
+    assert front_end.ask(StartProfile(0, "/traces")).error == error
+    core.executor.fault = None
+    assert front_end.ask(StartProfile(1, "/traces")).error is None
+    core.executor.fault = "disk full"
+    assert front_end.ask(StopProfile(2)).error == error
+    assert front_end.ask(StopProfile(3)).error == "no profile runs; start one first"
+    assert core.executor.sent == ["start", "drop", "start", "stop"]

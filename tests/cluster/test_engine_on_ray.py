@@ -1,6 +1,7 @@
 """The whole engine on a local Ray cluster with a small random model: what goes wrong, and who hears of it."""
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from eagleray.cluster.submission import ModelLimits
 from eagleray.models.config import ModelConfig
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.wire import TRACE_NUM_STEPS
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 
@@ -193,6 +195,52 @@ def test_tokens_are_those_of_one_process_without_ray(llm: LLM, model_dir: Path) 
     with start(model_dir, tensor_parallel_size=1, steps_in_flight=1) as single:
         outputs = single.generate(prompts, params, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    with pytest.raises(ValueError, match="no profile runs; start one first"):
+        llm.stop_profile()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written to .*/file/x: rank 0: .*Not a directory.*; rank 1: "):
+        llm.start_profile(tmp_path / "file" / "x")
+    llm.start_profile(tmp_path)
+    with pytest.raises(ValueError, match="runs already"):
+        llm.start_profile(tmp_path)
+    llm.generate([PROMPT, PROMPT], params, use_tqdm=False)
+    files = llm.stop_profile()
+    assert files == [tmp_path / "rank0.json.gz", tmp_path / "rank1.json.gz"]
+    for file in files:
+        trace = json.loads(gzip.decompress(file.read_bytes()))
+        num_attentions = sum(event["name"] == "eagleray::attention" for event in trace["traceEvents"])
+        assert num_attentions == 2 * trace[TRACE_NUM_STEPS] >= 2 * 5
+
+
+async def test_requests_go_on_over_a_profile_and_get_their_tokens(model_dir: Path, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
+
+    async def token_ids() -> list[int]:
+        return [output.outputs[0].token_ids async for output in llm.generate(PROMPT, params)][-1]
+
+    try:
+        expected = await token_ids()
+        running = asyncio.create_task(token_ids())
+        await llm.start_profile(tmp_path)
+        await asyncio.sleep(0.01)
+        assert await llm.stop_profile() == [tmp_path / "rank0.json.gz"]
+        with pytest.raises(ValueError, match="no profile runs"):
+            await llm.stop_profile()
+        assert await running == expected
+        await llm.start_profile(tmp_path)
+        os.kill(llm._engine.info.rank_pids[0], signal.SIGSTOP)  # type: ignore[attr-defined]
+        stopping = asyncio.create_task(llm.stop_profile())
+        await asyncio.sleep(0.01)
+        os.kill(llm._engine.info.rank_pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(EngineDeadError, match="rank 0: its process is gone"):
+            await asyncio.wait_for(stopping, 20)
+    finally:
+        llm.close()
 
 
 def inline_engine(model_dir: Path) -> InlineEngine:

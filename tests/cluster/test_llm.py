@@ -12,7 +12,7 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.llm import LLM
-from eagleray.cluster.messages import Abort, EngineOutputs, Submit, Tokens
+from eagleray.cluster.messages import Abort, EngineOutputs, RequestMessage, Submit, Tokens
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.scheduler import Scheduler
@@ -39,13 +39,14 @@ class LocalEngine:
         self._in_flight: deque[StepOutput] = deque()
         self._news: list[Tokens] = []
 
-    def send(self, message: Submit | Abort) -> None:
+    def send(self, message: RequestMessage) -> None:
         if self._dead:
             raise EngineDeadError(self._dead)
         if isinstance(message, Submit):
             for request in message.requests:
                 self.scheduler.add(ME, request)
         else:
+            assert isinstance(message, Abort), "profiles are tested with ranks that have a profiler"
             self._news += filter(None, (self.scheduler.abort(ME, id) for id in message.ids))
 
     def receive(self, timeout_s: float | None) -> EngineOutputs | None:

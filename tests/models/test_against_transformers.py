@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+
+from support.random_checkpoint import make_model
 
 RunRanks = Callable[..., list[Any]]
 
@@ -95,10 +96,7 @@ class Expected:
 
     def __init__(self, family: str, path: Path) -> None:
         self.path = str(path)
-        options = {"model_type": family, **COMMON, **FAMILIES[family]}
-        config = AutoConfig.for_model(**{k: v for k, v in options.items() if v is not None})
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        randomize(self.model)
+        self.model = make_model({"model_type": family, **COMMON, **FAMILIES[family]})
         self.model.save_pretrained(path)
         self.prompts = make_prompts()
         self.logits = [self.logits_of(prompt) for prompt in self.prompts]
@@ -114,20 +112,6 @@ class Expected:
         for _ in range(max_tokens):
             tokens.append(int(self.logits_of(tokens)[-1].argmax()))
         return tokens[len(prompt) :]
-
-
-@torch.no_grad()
-def randomize(model: torch.nn.Module) -> None:
-    """Random biases and norms, too, which transformers starts at 0 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    for name, weights in model.named_parameters():
-        noise = torch.randn(weights.shape, generator=generator)
-        if weights.dim() == 2:
-            weights.copy_(noise * 1.5 / weights.shape[1] ** 0.5)
-        elif name.endswith("bias"):
-            weights.copy_(noise * 0.3)
-        else:
-            weights.add_(noise * 0.3)
 
 
 def make_prompts() -> list[list[int]]:

@@ -39,12 +39,6 @@ def groups(size: int) -> list[TPGroup]:
     return [TPGroup(rank, size) for rank in range(size)]
 
 
-def without_sum(layer: RowParallelLinear) -> RowParallelLinear:
-    """The same shard in a group of one, so that its own product comes out."""
-    layer.tp = TPGroup()
-    return layer
-
-
 def test_the_shard_of_one_rank_among_four() -> None:
     layer = ColumnParallelLinear(6, {"gate": 8, "up": 8}, TPGroup(rank=1, size=4))
     gate, up = torch.randn(8, 6), torch.randn(8, 6)
@@ -100,19 +94,21 @@ def test_products_of_all_ranks_add_up_to_the_whole_layer(size: int) -> None:
         own = share_columns(20, tp.rank, tp.size)
         layer = RowParallelLinear(20, 7, own, tp)
         load(layer, {"parent.layer.weight": whole.weight.detach()})
-        total += without_sum(layer)(x[:, own.start : own.stop])
+        total += layer(x[:, own.start : own.stop])
     torch.testing.assert_close(total, whole(x))
 
 
-def test_a_bias_after_the_sum_counts_once() -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_a_bias_counts_once(size: int) -> None:
     whole = nn.Linear(20, 7)
-    layer = RowParallelLinear(20, 7, range(20), TPGroup(), bias=True)
-    load(layer, {"parent.layer.weight": whole.weight.detach(), "parent.layer.bias": whole.bias.detach()})
     x = torch.randn(5, 20)
-    torch.testing.assert_close(layer(x), whole(x))
-    shard = RowParallelLinear(20, 7, range(10), TPGroup(0, 2), bias=True)
-    assert shard.bias is not None
-    assert shard.bias.shape == (7,), "every rank adds the whole bias, after the sum"
+    total = torch.zeros(5, 7)
+    for tp in groups(size):
+        own = share_columns(20, tp.rank, tp.size)
+        layer = RowParallelLinear(20, 7, own, tp, bias=True)
+        load(layer, {"parent.layer.weight": whole.weight.detach(), "parent.layer.bias": whole.bias.detach()})
+        total += layer(x[:, own.start : own.stop])
+    torch.testing.assert_close(total, whole(x))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -125,7 +121,7 @@ def test_the_vocabulary_is_shared_by_rows(size: int) -> None:
     for tp in groups(size):
         layer = VocabParallelEmbedding(vocab, hidden, tp)
         load(layer, {"parent.layer.weight": weight})
-        rows, mine = layer.local_rows(ids), torch.tensor([int(token) in layer.own for token in ids])
+        rows, mine = layer(ids), torch.tensor([int(token) in layer.own for token in ids])
         assert torch.equal(rows[~mine], torch.zeros(int((~mine).sum()), hidden))
         embedded += rows
         head = VocabParallelHead(vocab, hidden, tp)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from eagleray.cluster.messages import EngineRequest, Tokens
@@ -24,7 +24,7 @@ class InlineEngine:
         self.news: dict[int, list[Tokens]] = {}
         self._rank = rank
         self._depth = depth
-        self._in_flight: deque[StepOutput] = deque()
+        self._in_flight: deque[Callable[[], StepOutput]] = deque()
 
     def add(
         self, request_id: int, prompt: Sequence[int], max_tokens: int = 8, priority: int = 0, **sampling: Any
@@ -40,12 +40,17 @@ class InlineEngine:
     def turn(self) -> bool:
         """Fill the pipeline, then take one step's output; False when there is nothing left to do."""
         while self.scheduler.num_in_flight < self._depth and (step := self.scheduler.schedule()):
-            self._in_flight.append(self._rank.run(step))
+            self._in_flight.append(self._launch(step))
         if not self._in_flight:
             return False
-        for _, tokens in self.scheduler.update(self._in_flight.popleft()):
+        for _, tokens in self.scheduler.update(self._in_flight.popleft()()):
             self.news[tokens.id].append(tokens)
         return True
+
+    def _launch(self, step: Step) -> Callable[[], StepOutput]:
+        """Start a step; what is returned waits for its output."""
+        output = self._rank.run(step)
+        return lambda: output
 
     def run(self) -> None:
         while self.turn():

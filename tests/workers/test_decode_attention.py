@@ -41,6 +41,11 @@ else:
 
     FINE, COARSE = 1 << 20, 0  # for fine_below: always chunks, always sections
 
+    @pytest.fixture(autouse=True)
+    def short_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+        """So that contexts need not be long to have several."""
+        monkeypatch.setattr(ours, "SECTION", 1024)
+
     class Batch:
         """Requests with random queries and caches. A row of -1 is padding; what belongs to nobody is huge."""
 
@@ -124,7 +129,7 @@ else:
     @pytest.mark.parametrize("name", SPECS)
     def test_it_computes_attention(name: str) -> None:
         batch = Batch(LENGTHS, SPECS[name])
-        check(batch, batch.run())
+        check(batch, batch.run(tile=32 if batch.spec.head_size > 128 else 64, num_stages=2))  # room for float32
 
     @pytest.mark.parametrize("block_size", [16, 32, 128, 256])
     @pytest.mark.parametrize("tile", [32, 128])
@@ -150,8 +155,8 @@ else:
         assert torch.equal(batch.run(COARSE)[1], alone.run(FINE)[1])
 
     def test_a_context_of_more_than_sixteen_sections(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ours, "SECTION", 64)
-        batch = Batch([1500, 1024, 1025, 64, 65], spec(num_heads=2, num_kv_heads=1))  # 12 sections of 128, 16 of 64
+        monkeypatch.setattr(ours, "SECTION", 128)
+        batch = Batch([3000, 2048, 2049, 128, 129], spec(num_heads=2, num_kv_heads=1))  # 12 sections of 256, 16 of 128
         fine = batch.run(FINE, tile=16)
         check(batch, fine)
         assert torch.equal(fine, batch.run(COARSE, tile=16))

@@ -1,0 +1,155 @@
+"""What the benchmarks and the profiler accept."""
+
+import argparse
+import math
+from pathlib import Path
+
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.arguments import SAMPLING_HELP, add_engine
+from eagleray.deploy.metrics import LIMITABLE
+from eagleray.deploy.options import add_options
+
+SAMPLED_BY = ("temperature", "top_p", "top_k")  # sampling options that change how long a step takes
+BENCH_DEFAULTS = {"enable_prefix_caching": False}  # a prompt that is met again must cost what it cost at first
+
+
+def add_latency(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray bench latency`."""
+    batch = parser.add_argument_group("batches")
+    batch.add_argument("--input-len", type=count, default=32, metavar="N", help="tokens of each prompt (default: 32)")
+    batch.add_argument(
+        "--output-len", type=count, default=128, metavar="N", help="tokens of each answer (default: 128)"
+    )
+    batch.add_argument(
+        "--batch-size",
+        type=count,
+        nargs="+",
+        default=[8],
+        metavar="N",
+        help="requests at once; several are run in turn (default: 8)",
+    )
+    batch.add_argument("--num-iters", type=count, default=30, metavar="N", help="batches to measure (default: 30)")
+    batch.add_argument(
+        "--num-iters-warmup", type=whole, default=10, metavar="N", help="batches before those (default: 10)"
+    )
+    _add_common(parser)
+
+
+def add_throughput(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray bench throughput`."""
+    load = parser.add_argument_group("requests")
+    load.add_argument("--num-prompts", type=count, metavar="N", help="requests (default: 1000, or all of --dataset)")
+    load.add_argument("--input-len", type=count, metavar="N", help="mean tokens of a prompt (default: 1024)")
+    load.add_argument(
+        "--output-len", type=count, default=128, metavar="N", help="mean tokens of an answer (default: 128)"
+    )
+    load.add_argument(
+        "--range-ratio", type=float, default=0.0, metavar="X", help="lengths vary evenly by this share up and down"
+    )
+    for side in ("input", "output"):
+        load.add_argument(
+            f"--{side}-len-sigma",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help=f"{side} lengths are log-normal: the standard deviation of their logarithm; cut at the model's limit",
+        )
+    load.add_argument(
+        "--dataset", type=Path, metavar="FILE", help="prompts from a file, as `eagleray generate --file` reads them"
+    )
+    load.add_argument(
+        "--request-rate",
+        type=float,
+        default=math.inf,
+        metavar="X",
+        help="requests per second, arriving as a Poisson process (default: inf, all at once)",
+    )
+    load.add_argument("--num-warmups", type=whole, default=1, metavar="N", help="requests before those (default: 1)")
+    load.add_argument(
+        "--goodput",
+        type=limit,
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help=f"count requests that keep every limit, in milliseconds; names are {', '.join(LIMITABLE)}",
+    )
+    _add_common(parser)
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray profile`."""
+    decodes = parser.add_argument_group("decodes")
+    decodes.add_argument(
+        "--batch-size",
+        type=count,
+        nargs="+",
+        default=[1, 64, 256],
+        metavar="N",
+        help="requests at once; several are profiled in turn (default: 1 64 256)",
+    )
+    decodes.add_argument(
+        "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
+    )
+    decodes.add_argument(
+        "--num-steps", type=count, default=20, metavar="N", help="steps to profile, or a few more (default: 20)"
+    )
+    decodes.add_argument(
+        "--output-dir", type=Path, required=True, metavar="DIR", help="Chrome traces and figures go there"
+    )
+    _add_seed(parser)
+    _add_engine_and_sampling(parser, positional=True)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    _add_seed(parser)
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write settings, versions and figures there")
+    _add_engine_and_sampling(parser)
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    text = "of prompts and arrivals (default: 0)"
+    parser.add_argument("--seed", dest="workload_seed", type=whole, default=0, metavar="N", help=text)
+
+
+def _add_engine_and_sampling(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    add_engine(parser, BENCH_DEFAULTS, positional)
+    helps = {name: SAMPLING_HELP[name] for name in SAMPLED_BY}
+    add_options(parser.add_argument_group("sampling"), SamplingParams, helps)
+
+
+def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingParams:
+    """So many tokens exactly, drawn as asked. Raises `ValueError` for values out of range."""
+    drawn = {name: getattr(arguments, name) for name in SAMPLED_BY if hasattr(arguments, name)}
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **drawn)
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    return _at_least(text, 1)
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return value
+
+
+def limit(text: str) -> tuple[str, float]:
+    """`ttft:200`"""
+    name, _, milliseconds = text.partition(":")
+    try:
+        value = float(milliseconds)
+    except ValueError:
+        value = -1.0
+    if name not in LIMITABLE or not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit such as ttft:200; the names are {', '.join(LIMITABLE)}")
+    return name, value

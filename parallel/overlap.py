@@ -1,0 +1,10 @@
+"""Programmatic dependent launch (CUDA Programming Guide): a kernel starts while the one before it still runs.
+
+A kernel that is launched so does two things first. It lets the next one start, which then waits in turn; and it waits
+until the one before has ended and its results can be read. Only what no kernel writes, weights, may be touched earlier.
+Every kernel waits, even if it reads nothing of the one before: else the next could overtake both.
+"""
+
+import torch
+
+OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9

@@ -1,0 +1,89 @@
+"""torch's profiler on one rank, started and stopped between two steps."""
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from eagleray.workers.wire import TRACE_NUM_STEPS, Profile, Profiled
+
+logger = logging.getLogger(__name__)
+
+
+class RankProfiler:
+    """Carries out `Profile` messages. The engine core sees to it that they come in an order that makes sense."""
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._rank = rank
+        self._device = device
+        self._folder = Path()
+        self._profile: torch.profiler.profile | None = None
+        self._num_steps = 0
+
+    def count_step(self) -> None:
+        """A step was launched."""
+        self._num_steps += 1
+
+    def handle(self, message: Profile) -> Profiled | None:
+        """The answer, if one is due. What fails is the answer's error: a rank must not end for the sake of a trace."""
+        try:
+            match message.action:
+                case "start":
+                    self._start(Path(message.directory))
+                    return Profiled(self._rank)
+                case "stop":
+                    return Profiled(self._rank, str(self._stop()))
+                case "drop":
+                    self._drop()
+                    return None
+        except (OSError, RuntimeError) as error:
+            return Profiled(self._rank, error=str(error))
+
+    def _start(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # or the steps would run first and the trace be lost
+        activities = [ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._wait()
+        self._folder, self._num_steps = folder, 0
+        profile = torch.profiler.profile(activities=activities)
+        profile.start()
+        self._profile = profile
+
+    def _stop(self) -> Path:
+        """Write a Chrome trace, which appears under its name once it is whole."""
+        file = self._folder / f"rank{self._rank}.json.gz"
+        unfinished = self._folder / f".rank{self._rank}-{os.getpid()}.json.gz"
+        profile = self._end()
+        try:
+            profile.export_chrome_trace(str(unfinished))
+            unfinished.rename(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return file
+
+    def _drop(self) -> None:
+        if self._profile is not None:
+            try:
+                self._end()
+            except RuntimeError as error:  # nobody waits for this
+                logger.warning("rank %d could not end a profile: %s", self._rank, error)
+
+    def _end(self) -> torch.profiler.profile:
+        if self._profile is None:
+            raise RuntimeError("the profiler does not run")
+        profile, self._profile = self._profile, None
+        self._wait()
+        profile.add_metadata_json(TRACE_NUM_STEPS, json.dumps(self._num_steps))
+        profile.stop()
+        return profile
+
+    def _wait(self) -> None:
+        """Whole steps only: none that was launched before may end later."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
