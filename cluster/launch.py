@@ -1,6 +1,7 @@
 """An engine with a front end, out of the options that `LLM` and `AsyncLLM` share."""
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from eagleray.cluster.config import EngineConfig
@@ -35,6 +36,8 @@ def launch(
     config = EngineConfig(model=str(folder.resolve()), tensor_parallel_size=tensor_parallel_size, **options)
     text = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or folder)
     eos = eos_token_ids(folder, text)
+    if text is not None:
+        Thread(target=text.prepare, name="tokenizer").start()
     engine = EngineClient.start(config)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
     return engine, FrontEnd(text, limits, config.seed)

@@ -1,7 +1,8 @@
 """Text to token ids and back, and chat templates.
 
 transformers' own tokenizer classes import torch where it is installed, which takes seconds and a driver has no use for.
-So the two parts they are made of are used directly: the `tokenizers` library and transformers' template renderer.
+So the two parts they are made of are used directly: the `tokenizers` library and transformers' template renderer. Even
+that takes two seconds to import, so it is left to the first conversation, or to a thread while the engine starts.
 """
 
 import json
@@ -11,7 +12,6 @@ from typing import Any, Self
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from eagleray.cluster.prompts import Message, check_text
 
@@ -55,6 +55,11 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return bool(self._chat_templates)
 
+    def prepare(self) -> None:
+        """Import what chat templates need; a thread can do so while others wait for something else."""
+        if self.has_chat_template:
+            import transformers.utils.chat_template_utils  # noqa: F401
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token."""
         check_text(text)
@@ -84,6 +89,8 @@ class Tokenizer:
             raise ValueError("this model has no chat template; give plain prompts, or name a tokenizer that has one")
         if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
             raise ValueError(f'messages are {messages!r}; give a list of {{"role": …, "content": …}}')
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             rendered: Any = render_jinja_template(  # texts and token masks, whatever its annotation says
                 [list(messages)],

@@ -64,7 +64,7 @@ def chat_templates(model: str, wanted: bool | None) -> bool:
     """
     if wanted is False:
         return False
-    from eagleray.cluster.tokenizer import Tokenizer  # late, since transformers takes a second to import
+    from eagleray.cluster.tokenizer import Tokenizer  # late, since only some commands need it
 
     has_template = Tokenizer.from_dir(model).has_chat_template
     if wanted and not has_template:

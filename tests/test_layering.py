@@ -182,11 +182,11 @@ def modules_left_behind(statements: str) -> set[str]:
     return set(run.stdout.split())
 
 
-def test_importing_all_of_cluster_leaves_torch_out() -> None:
+def test_importing_all_of_cluster_leaves_out_what_is_slow() -> None:
     modules = [path.removesuffix(".py").replace("/", ".") for path in SOURCES if room_of(path) == "cluster"]
     loaded = modules_left_behind("\n".join(f"import eagleray.{module}" for module in modules))
     assert "eagleray.cluster.config" in loaded
-    assert "torch" not in loaded
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_torch_would_be_seen() -> None:

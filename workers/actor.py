@@ -22,6 +22,8 @@ CUDA_ENVIRONMENT = {
     "NVSHMEM_DISABLE_NVLS": "1",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+# Triton keeps what it has compiled in TRITON_CACHE_DIR, or else in ~/.triton/cache. Nothing here changes or clears it:
+# a folder that outlives the rank makes the next start some seconds shorter.
 REPORTER_CHECK_S = 0.5
 LOAD_PARTS = ("joining", "weights", "memory profile")
 
@@ -95,6 +97,8 @@ class RankActor:
                 load_format=self._config.load_format,
                 seed=self._config.seed,
             )
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()  # dummy weights are still being made
         times.append(time.monotonic())
         num_blocks = num_blocks_that_fit(self._config, self._model, self._tp)
         times.append(time.monotonic())
