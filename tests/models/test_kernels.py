@@ -43,9 +43,6 @@ else:
         CASES.silu_and_multiply(3, size)
 
     @pytest.mark.parametrize(("num_q", "num_k", "head_size"), [(9, 3, 64), (1, 1, 96), (16, 8, 128), (3, 1, 256)])
-    def test_rotation(num_q: int, num_k: int, head_size: int) -> None:
-        CASES.rotation(4, num_q, num_k, head_size)
-
-    @pytest.mark.parametrize(("num_heads", "head_size"), [(1, 64), (3, 96), (8, 128)])
-    def test_keys_and_values_go_into_their_slots(num_heads: int, head_size: int) -> None:
-        CASES.keys_and_values_into_slots(num_heads, head_size)
+    @pytest.mark.parametrize("rotates", [True, False])
+    def test_rotation_and_slots(num_q: int, num_k: int, head_size: int, rotates: bool) -> None:
+        CASES.rotation_and_slots(num_q, num_k, head_size, rotates)
