@@ -16,7 +16,6 @@ LARGEST_TILE, SMALLEST_TILE = 1024, 128  # columns that a program reads at once
 FEW_PROGRAMS = 100  # fewer leave most of the GPU idle
 ENOUGH_PROGRAMS = 2048  # of four warps, that is about as many as the GPU runs at once
 
-_PAD = tl.constexpr(PAD)
 _LOW = tl.constexpr(0xFFFFFFFF)
 _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 _LOWEST = tl.constexpr(-(1 << 31))
@@ -92,8 +91,9 @@ def _draw_kernel(
         is_better = inside & (ordered > best)
         best = tl.where(is_better, ordered, best)
         best_column = tl.where(is_better, columns, best_column)
+    # A lane beyond the share has the lowest value and a higher id than lane 0, so it does not win.
     pairs = (best.to(tl.int64) << 32) + (_LOW - (first_id + best_column).to(tl.int64))
-    tl.atomic_max(best_pairs + line, tl.max(tl.where(first < share, pairs, _PAD), axis=0), sem="relaxed")
+    tl.atomic_max(best_pairs + line, tl.max(pairs, axis=0), sem="relaxed")
 
 
 def best_plain_pairs(

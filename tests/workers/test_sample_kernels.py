@@ -109,24 +109,32 @@ else:
     def some_logits(num_lines: int, share: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
         return (3 * torch.randn(num_lines, share, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    @pytest.mark.parametrize("share", [1, 127, 1000, 4099])
+    @pytest.mark.parametrize(
+        ("dtype", "share"),
+        [
+            (torch.bfloat16, 1),
+            (torch.bfloat16, 127),
+            (torch.float16, 1000),
+            (torch.float32, 1000),
+            (torch.bfloat16, 4099),
+        ],
+    )
     def test_tokens_are_those_of_the_sampler(dtype: torch.dtype, share: int) -> None:
-        temperatures = [0.0, 1.0, 1e-3, 0.3, 10.0, 0.0, 1.7, 1.0]
+        temperatures = [0.0, 1.0, 1e-3, 0.3, 10.0, 1.7, 1.0, 9e-6]
         samplings = [Sampling(temperature=t, seed=seed * 2**61) for seed, t in enumerate(temperatures)]
         logits = some_logits(len(samplings), share, dtype)  # with many ties in 16 bits
-        logits[-2:] = 0.5
+        logits[-2:] = 0.5  # one draws any token, the other is as good as greedy
         for offset in (1, 70_000):
             ids = unpack_ids(draw(logits, samplings, offset=offset)).tolist()
             assert ids == expected_ids(logits, samplings, offset)
 
-    @pytest.mark.parametrize("num_lines", [1, 3, 200])
+    @pytest.mark.parametrize("num_lines", [1, 3, 40])
     def test_however_the_work_is_cut(num_lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """One tile a program, or several."""
         samplings = [Sampling(temperature=float(line % 2), seed=line) for line in range(num_lines)]
-        logits = some_logits(num_lines, 2500, torch.float32)
+        logits = some_logits(num_lines, 2500, torch.float32).clamp(max=2.0)  # greedy rows have many ties
         expected = expected_ids(logits, samplings)
-        for enough in (1, 2048 if num_lines < 9 else 300):
+        for enough in (1, 2048):
             monkeypatch.setattr(sample_kernels, "ENOUGH_PROGRAMS", enough)
             assert unpack_ids(draw(logits, samplings)).tolist() == expected
 
