@@ -9,7 +9,11 @@ from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.staging import Staging
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import RowStart, Step
+
+if CAN_IMPORT:
+    from eagleray.workers import row_kernels
 
 IntArray = npt.NDArray[np.int64]
 
@@ -161,14 +165,12 @@ class Rows:
             ),
         )
 
-    def advance(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """The tokens at `positions` of `rows` [n] int64 are computed, and `token_ids` [n] follow them.
+    def advance(self, rows: Tensor, positions: Tensor, pairs: Tensor) -> Tensor:
+        """The tokens at `positions` of `rows` [n] int64 are computed, and those of `pairs` [n] follow: their ids [n].
 
         The spare row stays where it is: it runs in many steps and must never reach the end of its tokens.
         """
-        ahead = (positions + 1) * (rows != self.spare)
-        self.tokens[rows, ahead] = token_ids.int()
-        self._device_num_computed[rows] = ahead
+        return row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
 
     def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
         return blocks.long() * self._block_size + positions % self._block_size

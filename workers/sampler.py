@@ -20,7 +20,6 @@ Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (
 maxima. The last exchange is a maximum over integers, so all ranks end with the same tokens whatever their rounding.
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,18 +37,12 @@ from eagleray.workers.pairs import best_pairs, unpack_ids
 from eagleray.workers.penalties import penalise
 from eagleray.workers.sampling_table import NO_TOP_K, PLAIN, Feature, SamplingTable
 from eagleray.workers.staging import to_device
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import TokenLogprobs
 
 IntArray = npt.NDArray[np.int64]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-if torch.cuda.is_available() or INTERPRETED:
+if CAN_IMPORT:
     from eagleray.workers.sample_kernels import best_plain_pairs
-
-
-def draws_in_kernels(device: torch.device) -> bool:
-    """Whether `Sampler.draw_plain` works here: on CUDA, or in Triton's interpreter."""
-    return device.type == "cuda" or INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -123,18 +116,18 @@ class Sampler:
         logprobs = token_logprobs(raw, asking_ids, most, self._share, self._tp)
         return SampleOutput(token_ids, logprobs, num_logprobs)
 
-    def draw_plain(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor, soft_cap: float | None) -> Tensor:
-        """The next token [n] int64 of each of `rows` [n], as if it asked for nothing but a temperature.
+    def plain_pairs(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor, soft_cap: float | None) -> Tensor:
+        """The pair [n] of the next token of each of `rows` [n], as if it asked for nothing but a temperature.
 
         `raw_logits` [n, share] are this rank's in the model's dtype, before the model's `soft_cap`, and `num_tokens`
         [n] as above. Rows, lengths and parameters are read on the device: a CUDA graph may capture this.
         """
         table, first_id = self._table, self._share.start
         pairs = best_plain_pairs(raw_logits, rows, num_tokens, table.temperatures, table.seeds, first_id, soft_cap)
-        return unpack_ids(self._tp.all_reduce(pairs, "max"))
+        return self._tp.all_reduce(pairs, "max")
 
     def lines_not_plain(self, rows: IntArray) -> IntArray:
-        """The places of those `rows` that ask for more than `draw_plain` gives."""
+        """The places of those `rows` that ask for more than `plain_pairs` gives."""
         return np.flatnonzero(self._table.features[rows] & ~PLAIN)
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:

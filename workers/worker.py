@@ -15,9 +15,11 @@ from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerC
 from eagleray.workers.decode_backend import DecodeBackends
 from eagleray.workers.decode_graphs import DecodeGraphs
 from eagleray.workers.kv_cache import allocate_kv_cache
+from eagleray.workers.pairs import unpack_ids
 from eagleray.workers.rows import Batch, IntArray, Rows, Slices
-from eagleray.workers.sampler import SampleOutput, Sampler, draws_in_kernels
+from eagleray.workers.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling_table import SamplingTable
+from eagleray.workers.triton_here import runs_triton
 from eagleray.workers.wire import Step, StepOutput, TokenLogprobs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
@@ -76,7 +78,7 @@ class Worker:
         self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
         self._num_steps = 0
-        self._draws_in_kernels = draws_in_kernels(device)
+        self._draws_in_kernels = runs_triton(device)
         self._graphs: DecodeGraphs | None = None
         if self._draws_in_kernels and capture:
             self._decode_backends = DecodeBackends(
@@ -132,9 +134,8 @@ class Worker:
         self._decode_backends.plan(seq_lens)
         hidden = self._run_model(batch, self._decode_backends.of_layers)
         logits = self._model.raw_logits(hidden, out=self._decode_logits[: len(rows)])
-        token_ids = self._sampler.draw_plain(logits, rows, seq_lens, self._model.config.final_soft_cap)
-        self._rows.advance(rows, batch.positions, token_ids)
-        return token_ids
+        pairs = self._sampler.plain_pairs(logits, rows, seq_lens, self._model.config.final_soft_cap)
+        return self._rows.advance(rows, batch.positions, pairs)
 
     def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
         token_ids = graphs.run(slices.rows)
@@ -169,7 +170,7 @@ class Worker:
     def _draw_in_kernels(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor) -> SampleOutput:
         device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
         soft_cap = self._model.config.final_soft_cap
-        token_ids = self._sampler.draw_plain(raw_logits, device_rows, device_num_tokens, soft_cap)
+        token_ids = unpack_ids(self._sampler.plain_pairs(raw_logits, device_rows, device_num_tokens, soft_cap))
         self._rows.append(rows, num_tokens, token_ids)
         return self._draw_others(rows, num_tokens, raw_logits, token_ids)
 

@@ -111,7 +111,7 @@ else:
         model: CausalLM, samplings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         in_kernels, logprobs = run(model, samplings, 2)
-        monkeypatch.setattr(worker, "draws_in_kernels", lambda device: False)
+        monkeypatch.setattr(worker, "runs_triton", lambda device: False)
         expected, expected_logprobs = run(model, samplings, 1)
         assert in_kernels == expected
         assert logprobs == expected_logprobs
