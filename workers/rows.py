@@ -9,7 +9,11 @@ from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.staging import Staging
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import RowStart, Step
+
+if CAN_IMPORT:
+    from eagleray.workers import row_kernels
 
 IntArray = npt.NDArray[np.int64]
 
@@ -132,16 +136,16 @@ class Rows:
             ),
         )
 
-    def append(self, slices: Slices, token_ids: Tensor) -> None:
-        """Write the tokens [sampled rows] that follow the sampled slices."""
-        rows, positions = self._staging.send([slices.rows[slices.samples], slices.ends[slices.samples]])
-        self.tokens[rows.long(), positions.long()] = token_ids.int()
+    def append(self, rows: IntArray, positions: IntArray, token_ids: Tensor) -> None:
+        """Write `token_ids` [n] at `positions` [n] of `rows` [n]."""
+        device_rows, device_positions = self.to_device(rows, positions)
+        self.tokens[device_rows.long(), device_positions.long()] = token_ids.int()
+
+    def to_device(self, *arrays: IntArray) -> list[Tensor]:
+        """Numbers as int32 tensors on the device."""
+        return self._staging.send(arrays)
 
     # ---- a batch of decodes, put together on the device
-
-    def to_device(self, rows: IntArray) -> Tensor:
-        """Row numbers [n] int32 on the device."""
-        return self._staging.send([rows])[0]
 
     def gather_decodes(self, rows: Tensor) -> Batch:
         """One token of each of `rows` [n] int64 on the device, padded with the spare row. Asks nothing of the host."""
@@ -161,10 +165,12 @@ class Rows:
             ),
         )
 
-    def advance(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """The tokens at `positions` of `rows` [n] int64 are computed, and `token_ids` [n] follow them."""
-        self.tokens[rows, positions + 1] = token_ids.int()
-        self._device_num_computed[rows] = positions + 1
+    def advance(self, rows: Tensor, positions: Tensor, pairs: Tensor) -> Tensor:
+        """The tokens at `positions` of `rows` [n] int64 are computed, and those of `pairs` [n] follow: their ids [n].
+
+        The spare row stays where it is: it runs in many steps and must never reach the end of its tokens.
+        """
+        return row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
 
     def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
         return blocks.long() * self._block_size + positions % self._block_size
