@@ -86,7 +86,7 @@ class CausalLM(nn.Module):
 
     def raw_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """`[n, hidden_size]` to `[n, len(vocab_share)]` in the model's dtype, in `out` if given, for `finish`."""
-        return torch.mm(hidden, self.lm_head.weight.t(), out=out)
+        return self.lm_head.logits(hidden, out)
 
     def finish(self, raw: Tensor) -> Tensor:
         """The logits, float32, that `raw` ones stand for."""

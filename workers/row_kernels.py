@@ -5,14 +5,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from eagleray.parallel.overlap import OVERLAP
 
 LINES_AT_ONCE = 32
 
 
 @triton.jit
 def _advance_kernel(
-    pairs, rows, positions, token_ids, tokens, tokens_stride, num_computed, num_lines, spare, BLOCK: tl.constexpr
-):
+    pairs, rows, positions, token_ids, tokens, tokens_stride, num_computed, num_lines, spare,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     lines = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lines < num_lines
     row = tl.load(rows + lines, mask=inside, other=0)
@@ -32,6 +39,6 @@ def advance(pairs: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor, num_
     token_ids, num_lines = torch.empty_like(pairs), len(pairs)
     _advance_kernel[(triton.cdiv(num_lines, LINES_AT_ONCE),)](
         pairs, rows, positions, token_ids, tokens, tokens.stride(0), num_computed, num_lines, spare, LINES_AT_ONCE,
-        num_warps=1,
+        OVERLAP, num_warps=1, launch_pdl=OVERLAP,
     )  # fmt: skip
     return token_ids

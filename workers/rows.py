@@ -1,6 +1,6 @@
 """The tables of running requests, indexed by row, and the batch that a step makes of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 class Slices:
     """Which rows a step runs, and how much of each; all on the host."""
 
-    rows: IntArray  # ascending
+    rows: IntArray  # those that run one token first, each kind in ascending order
     starts: IntArray  # first position of each
     ends: IntArray
     samples: npt.NDArray[np.bool_]  # whether the row reaches its last known token
@@ -96,6 +96,7 @@ class Rows:
         lengths = np.ones(len(self._live), np.int64)
         lengths[list(step.slices)] = list(step.slices.values())
         rows = rows[lengths[rows] > 0]
+        rows = rows[np.argsort(lengths[rows] > 1, kind="stable")]
         starts = self._num_computed_tokens[rows]
         ends = starts + lengths[rows]
         self._num_computed_tokens[rows] = ends
@@ -116,24 +117,28 @@ class Rows:
         query_start_loc = np.concatenate(([0], np.cumsum(lengths)))
         row_of_token = np.repeat(rows, lengths)
         positions = np.arange(query_start_loc[-1]) + np.repeat(starts - query_start_loc[:-1], lengths)
-        token_rows, token_positions, query_starts, seq_lens, device_rows = self._staging.send(
-            [row_of_token, positions, query_start_loc, ends, rows]
+        num_single = int((lengths == 1).sum())
+        rest_starts = query_start_loc[num_single:] - num_single
+        token_rows, token_positions, query_starts, rest_query_starts, seq_lens, device_rows = self._staging.send(
+            [row_of_token, positions, query_start_loc, rest_starts, ends, rows]
         )
         self._device_num_computed[device_rows.long()] = seq_lens.long()
         block_table = self._block_table[device_rows.long(), : -(-int(ends.max()) // self._block_size)]
         token_rows, token_positions = token_rows.long(), token_positions.long()
         token_blocks = self._block_table[token_rows, token_positions // self._block_size]
+        whole = AttentionMetadata(
+            query_start_loc=query_starts,
+            seq_lens=seq_lens,
+            slot_mapping=self._slots(token_blocks, token_positions),
+            block_table=block_table,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(ends.max()),
+            num_single=num_single,
+        )
         return Batch(
             input_ids=self.tokens[token_rows, token_positions].long(),
             positions=token_positions,
-            metadata=AttentionMetadata(
-                query_start_loc=query_starts,
-                seq_lens=seq_lens,
-                slot_mapping=self._slots(token_blocks, token_positions),
-                block_table=block_table,
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(ends.max()),
-            ),
+            metadata=_with_rest(whole, rest_query_starts) if 0 < num_single < len(rows) else whole,
         )
 
     def append(self, rows: IntArray, positions: IntArray, token_ids: Tensor) -> None:
@@ -174,3 +179,17 @@ class Rows:
 
     def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
         return blocks.long() * self._block_size + positions % self._block_size
+
+
+def _with_rest(whole: AttentionMetadata, query_start_loc: Tensor) -> AttentionMetadata:
+    """`whole`, and in it the batch of the requests with several tokens, which start at `query_start_loc` there."""
+    n = whole.num_single
+    rest = replace(
+        whole,
+        query_start_loc=query_start_loc,
+        seq_lens=whole.seq_lens[n:],
+        slot_mapping=whole.slot_mapping[n:],
+        block_table=whole.block_table[n:],
+        num_single=0,
+    )
+    return replace(whole, rest=rest)

@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from eagleray.parallel.overlap import OVERLAP
 from eagleray.workers.pairs import PAD
 
 LARGEST_TILE, SMALLEST_TILE = 1024, 128  # columns that a program reads at once
@@ -66,9 +68,12 @@ def tanh(x):
 @triton.jit
 def _draw_kernel(
     logits, stride, rows, num_tokens, temperatures, seeds, best_pairs, first_id, share, tiles, cap,
-    HAS_CAP: tl.constexpr, TILE: tl.constexpr,
+    HAS_CAP: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (line, chunk) raises the line's pair to the best of `tiles` tiles of columns."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     line = tl.program_id(0)
     row = tl.load(rows + line)
     temperature = tl.load(temperatures + row)
@@ -128,7 +133,9 @@ def best_plain_pairs(
         1.0 if soft_cap is None else soft_cap,
         soft_cap is not None,
         tile,
+        OVERLAP,
         num_warps=max(1, tile // 256),
+        launch_pdl=OVERLAP,
     )
     return pairs
 

@@ -95,7 +95,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, rows: list[int], tokens: Tensor, num_prompt_tokens: list[int], num_tokens: list[int]
     ) -> SampleOutput:
-        """The next token of each of `rows`, which are in ascending order.
+        """The next token of each of `rows`.
 
         `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
         `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.

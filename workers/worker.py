@@ -1,9 +1,9 @@
 """One rank's share of a step: rows updated, model run, tokens sampled and kept in their rows."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +30,15 @@ class PendingOutput:
     """A step that has been launched: its output, once the device has got there."""
 
     def __init__(
-        self, step: int, sampled: SampleOutput | None, prompt_logprobs: dict[int, list[TokenLogprobs]]
+        self,
+        step: int,
+        rows: IntArray,
+        sampled: SampleOutput | None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
+        """`rows` are those of the sampled tokens, in their order."""
         self._output = StepOutput(step, prompt_logprobs=prompt_logprobs)
+        self._rows = rows
         self._sampled = sampled
         self._copied: torch.cuda.Event | None = None
         if sampled is not None:
@@ -50,7 +56,8 @@ class PendingOutput:
         if self._copied is not None:
             self._copied.synchronize()
         if self._sampled is not None:
-            self._output.token_ids = array("i", self._token_ids.tolist()).tobytes()
+            in_order = self._token_ids.numpy()[np.argsort(self._rows)]
+            self._output.token_ids = in_order.astype(np.int32).tobytes()
             self._output.logprobs = self._sampled.logprobs
         return self._output
 
@@ -130,12 +137,19 @@ class Worker:
             self._sampling.set(start.row, start.sampling)
         slices = self._rows.apply(step)
         if self._graphs is not None and slices.is_decode:
-            return PendingOutput(step.step, self._decode(self._graphs, slices), {})
+            return PendingOutput(step.step, slices.rows, self._decode(self._graphs, slices), {})
         batch = self._rows.gather(slices)
-        hidden = self._run_model(batch, self._backends)
+        hidden = self._run_mixed(batch)
         prompt_logprobs = self._prompt_logprobs(slices, batch, hidden)
         sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
-        return PendingOutput(step.step, sampled, prompt_logprobs)
+        return PendingOutput(step.step, slices.rows[slices.samples], sampled, prompt_logprobs)
+
+    def _run_mixed(self, batch: Batch) -> Tensor:
+        if self._graphs is None:
+            return self._run_model(batch, self._backends)
+        if num_single := batch.metadata.num_single:
+            self._decode_backends.plan(batch.metadata.seq_lens[:num_single])
+        return self._run_model(batch, self._decode_backends.of_mixed_layers)
 
     def _run_model(self, batch: Batch, backends: list[AttentionBackend]) -> Tensor:
         with forward_context(self._context(batch.metadata, backends)):
