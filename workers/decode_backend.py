@@ -7,16 +7,18 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.workers.context import AttentionBackend, AttentionMetadata
+from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
 
-if torch.cuda.is_available():
+if CAN_IMPORT:
     from eagleray.workers.decode_attention import allocate_workspace, attend_planned, plan_decode
 
 HEAD_SIZES = (64, 96, 128, 256)
 
 
 def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel computes decodes of such a layer here."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
+    """Whether the kernel computes decodes of such a layer here: in 16 bits, or, in the interpreter, in float32."""
+    dtypes = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
+    return runs_triton(device) and dtype in dtypes and spec.head_size in HEAD_SIZES
 
 
 class DecodeBackend:

@@ -1,0 +1,91 @@
+"""Mixed steps as graphs see them, padded and with the decode kernel for slices of one token, against plain PyTorch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.models.decoder import CausalLM
+from eagleray.models.loader import load_model
+from eagleray.parallel.group import TPGroup
+from eagleray.workers import worker
+from eagleray.workers.config import WorkerConfig
+from support.inline_engine import InlineEngine
+from support.interpreter import INTERPRETED, run_in_interpreter
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+PROMPT_LENGTHS = [1, 40, 3, 17, 1, 25, 9]
+NUM_BLOCKS, MAX_ROWS, MAX_LEN = 60, 5, 64
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+
+else:
+
+    @pytest.fixture(scope="module")
+    def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+        directory: Path = tmp_path_factory.mktemp("model")
+        (directory / "config.json").write_text(json.dumps(CONFIG))
+        cpu = torch.device("cpu")
+        model = load_model(directory, tp=TPGroup(), dtype=torch.float32, device=cpu, load_format="dummy", seed=3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(8)  # so that logits differ enough for tokens to depend on the whole context
+        return model
+
+    def make_worker(model: CausalLM) -> worker.Worker:
+        config = WorkerConfig(
+            model="",
+            device="cpu",
+            dtype="float32",
+            load_format="dummy",
+            seed=0,
+            max_model_len=MAX_LEN,
+            block_size=16,
+            max_num_seqs=MAX_ROWS,
+            max_num_batched_tokens=64,
+            gpu_memory_utilization=0.9,
+            kv_cache_bytes=None,
+            compile=False,
+            threads=None,
+        )
+        return worker.Worker(config, model, TPGroup(), NUM_BLOCKS)
+
+    def run(model: CausalLM) -> list[list[int]]:
+        """Prompts in slices of seven tokens beside requests that are decoding, one step ahead."""
+        scheduler = Scheduler(
+            num_blocks=NUM_BLOCKS, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_slice_tokens=7
+        )
+        engine = InlineEngine(scheduler, make_worker(model), 2)
+        for index, length in enumerate(PROMPT_LENGTHS):
+            engine.add(index, [(7 * index + 3 * i) % 300 for i in range(length)], 4 + index % 3, temperature=0.0)
+        engine.run()
+        return [engine.token_ids(index) for index in range(len(PROMPT_LENGTHS))]
+
+    def test_tokens_are_those_of_plain_attention(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert make_worker(model)._mixed_graphs is not None
+        in_kernels = run(model)
+        monkeypatch.setattr(worker, "runs_triton", lambda device: False)
+        expected = run(model)
+        assert in_kernels == expected
+        assert len({token for tokens in expected for token in tokens}) > 10
