@@ -82,6 +82,11 @@ else:
         of = spec(num_heads=1, num_kv_heads=1)
         check(requests_of([(int(i % 37 == 0), 1 + i % 3) for i in range(260)] + [(5, 9), (0, 4), (3, 3)], of))
 
+    def test_what_nobody_wrote_is_not_read() -> None:
+        requests = requests_of([(20, 20), (1, 33), (3, 70)], spec(sliding_window=40), 64)
+        requests.cache[requests.cache > 1e4] = torch.nan
+        check(requests)
+
     def test_padding_gives_zero_and_changes_nothing() -> None:
         requests = requests_of(MIXED, spec())
         attend = partial(slice_attention, constants=SMALL)
