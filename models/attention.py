@@ -9,11 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-torch.library.define("eagleray::attention", "(Tensor q, Tensor k, Tensor v, int layer_index) -> Tensor")
+torch.library.define(
+    "eagleray::attention",
+    "(Tensor q, Tensor k, Tensor v, int layer_index, Tensor? cos=None, Tensor? sin=None) -> Tensor",
+)
 
 
 @torch.library.register_fake("eagleray::attention")  # type: ignore[untyped-decorator]
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, layer_index: int, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -37,11 +42,14 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.spec = spec
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`q` is `[tokens, num_heads * head_size]`, `k` and `v` are `[tokens, num_kv_heads * head_size]`; like `q`."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """`q` is `[tokens, num_heads * head_size]`, `k` and `v` are `[tokens, num_kv_heads * head_size]`; like `q`.
+
+        The op turns the heads of `q` and `k` by `rotation` first (`layers.rotate`), since it touches them anyway.
+        """
         head_size = self.spec.head_size
         q, k, v = (x.view(*x.shape[:-1], -1, head_size) for x in (q, k, v))
-        out: Tensor = torch.ops.eagleray.attention(q, k, v, self.layer_index)
+        out: Tensor = torch.ops.eagleray.attention(q, k, v, self.layer_index, *rotation)
         return out.flatten(-2)
 
 

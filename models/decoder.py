@@ -82,6 +82,13 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden_size]` to `[n, len(vocab_share)]` float32."""
-        logits = self.lm_head.logits(hidden).float()
-        cap = self.config.final_soft_cap
+        return self.finish(self.lm_head.logits(hidden))
+
+    def raw_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[n, hidden_size]` to `[n, len(vocab_share)]` in the model's dtype, in `out` if given, for `finish`."""
+        return self.lm_head.logits(hidden, out)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """The logits, float32, that `raw` ones stand for."""
+        logits, cap = raw.float(), self.config.final_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap

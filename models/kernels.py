@@ -9,7 +9,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import OVERLAP
 
-HEADS_AT_ONCE = 8
 COLUMNS_AT_ONCE = 1024
 
 
@@ -81,61 +80,3 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         gate_up, out, size, COLUMNS_AT_ONCE, OVERLAP, num_warps=4, launch_pdl=OVERLAP
     )
     return out
-
-
-@triton.jit
-def _rotate_kernel(
-    q, k, cos, sin, q_stride, k_stride, num_q, num_k,
-    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * HEADS
-    q_programs = tl.cdiv(num_q, HEADS)
-    base, count = q + token * q_stride, num_q
-    if tl.program_id(1) >= q_programs:
-        base, count, first = k + token * k_stride, num_k, first - q_programs * HEADS
-    heads = first + tl.arange(0, HEADS)
-    pairs = tl.arange(0, BLOCK)
-    inside = (heads < count)[:, None] & (pairs < HALF)[None, :]
-    low = base + heads[:, None] * (2 * HALF) + pairs[None, :]
-    angles = token * 2 * HALF + pairs
-    known = pairs < HALF
-    x, y = tl.load(low, mask=inside, other=0.0), tl.load(low + HALF, mask=inside, other=0.0)
-    x32, y32 = x.to(tl.float32), y.to(tl.float32)
-    cos_x, sin_x = tl.load(cos + angles, mask=known, other=0.0), tl.load(sin + angles, mask=known, other=0.0)
-    cos_y, sin_y = (
-        tl.load(cos + angles + HALF, mask=known, other=0.0),
-        tl.load(sin + angles + HALF, mask=known, other=0.0),
-    )
-    tl.store(low, (x32 * cos_x[None, :] + y32 * sin_x[None, :]).to(x.dtype), mask=inside)
-    tl.store(low + HALF, (y32 * cos_y[None, :] + x32 * sin_y[None, :]).to(x.dtype), mask=inside)
-
-
-def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn each head of `q` and `k`, `[tokens, heads * head_size]`, in place; rows need not be contiguous.
-
-    `cos` and `sin` are `[tokens, 1, head_size]` float32, the first half of the sines negated.
-    """
-    head_size = cos.shape[-1]
-    num_q, num_k = q.shape[1] // head_size, k.shape[1] // head_size
-    half = head_size // 2
-    programs = triton.cdiv(num_q, HEADS_AT_ONCE) + triton.cdiv(num_k, HEADS_AT_ONCE)
-    _rotate_kernel[(q.shape[0], programs)](
-        q,
-        k,
-        cos,
-        sin,
-        q.stride(0),
-        k.stride(0),
-        num_q,
-        num_k,
-        half,
-        triton.next_power_of_2(half),
-        HEADS_AT_ONCE,
-        OVERLAP,
-        num_warps=4,
-        launch_pdl=OVERLAP,
-    )

@@ -69,20 +69,12 @@ class Rotary(nn.Module):
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head of `x`, `[tokens, heads * head_size]`, by its token's position."""
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each of `heads`, `[tokens, heads, head_size]`, by its token's position."""
     cos, sin = rotation
-    heads = x.view(*x.shape[:-1], -1, cos.shape[-1]).float()
-    swapped = heads.roll(cos.shape[-1] // 2, dims=-1)  # the halves change places; the sign is in the sine
-    return torch.addcmul(heads * cos, swapped, sin).to(x.dtype).flatten(-2)
-
-
-def rotate_both(q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`rotate` for queries and keys; on CUDA their memory is used again."""
-    if q.is_cuda:
-        kernels.rotate_(q, k, *rotation)
-        return q, k
-    return rotate(q, rotation), rotate(k, rotation)
+    values = heads.float()
+    swapped = values.roll(cos.shape[-1] // 2, dims=-1)  # the halves change places; the sign is in the sine
+    return torch.addcmul(values * cos, swapped, sin).to(heads.dtype)
 
 
 def frequencies(head_size: int, rope: RopeConfig) -> Tensor:

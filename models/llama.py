@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from eagleray.models.attention import Attention, AttentionSpec
 from eagleray.models.config import ModelConfig
 from eagleray.models.decoder import CausalLM, DecoderLayer
-from eagleray.models.layers import GatedMLP, RMSNorm, rotate_both
+from eagleray.models.layers import GatedMLP, RMSNorm
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import QKVParallelLinear, RowParallelLinear, head_columns
 from eagleray.parallel.shares import share_heads
@@ -36,8 +36,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.out_sizes, dim=-1)
-        q, k = rotate_both(q, k, rotation)
-        return self.o_proj(self.attn(q, k, v))  # type: ignore[no-any-return]
+        return self.o_proj(self.attn(q, k, v, rotation))  # type: ignore[no-any-return]
 
 
 class LlamaDecoderLayer(DecoderLayer):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from eagleray.models.config import ModelConfig
-from eagleray.models.layers import RMSNorm, rotate_both
+from eagleray.models.layers import RMSNorm
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from eagleray.parallel.group import TPGroup
 
@@ -23,8 +23,7 @@ class Qwen3Attention(LlamaAttention):
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.out_sizes, dim=-1)
         q, k = _norm_heads(self.q_norm, q), _norm_heads(self.k_norm, k)
-        q, k = rotate_both(q, k, rotation)
-        return self.o_proj(self.attn(q, k, v))  # type: ignore[no-any-return]
+        return self.o_proj(self.attn(q, k, v, rotation))  # type: ignore[no-any-return]
 
 
 def _norm_heads(norm: RMSNorm, x: Tensor) -> Tensor:

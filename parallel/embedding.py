@@ -18,9 +18,9 @@ class VocabParallelHead(nn.Module):
         self.own = share_columns(vocab_size, tp.rank, tp.size)
         self.weight = parameter(len(self.own), hidden_size)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden_size]` to `[n, len(own)]`."""
-        return linear(hidden, self.weight)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[n, hidden_size]` to `[n, len(own)]`, in `out` if given."""
+        return linear(hidden, self.weight, out=out)
 
     def pieces(self) -> list[Piece]:
         shape = (self.vocab_size, self.hidden_size)

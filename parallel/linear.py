@@ -15,10 +15,12 @@ if torch.cuda.is_available():
     from eagleray.parallel import skinny  # Triton comes with torch for CUDA, and with no other
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b`, whichever way is the fastest."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`x W^T + b`, whichever way is the fastest; in `out` if given, and then without a bias."""
     if x.is_cuda and skinny.takes(x, weight):
-        return skinny.linear(x, weight, bias)
+        return skinny.linear(x, weight, bias, out)
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
     return F.linear(x, weight, bias)
 
 

@@ -37,23 +37,27 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` `[rows, k]` times the transpose of `weight` `[columns, k]`, plus `bias` `[columns]`."""
-    columns = weight.shape[0]
-    narrow = x.shape[0] <= 16 and columns < 6144
-    return _launch(x, weight, bias, columns, _Tile(32, 256, 6) if narrow else _Tile(64, 128, 6), gated=False)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`x` `[rows, k]` times the transpose of `weight` `[columns, k]`, plus `bias` `[columns]`: in `out` if given."""
+    rows, columns = x.shape[0], weight.shape[0]
+    narrow = rows <= 16 and columns < 6144
+    out = x.new_empty(rows, columns) if out is None else out
+    return _launch(x, weight, bias, out, _Tile(32, 256, 6) if narrow else _Tile(64, 128, 6), gated=False)
 
 
 def silu_gated(x: Tensor, weight: Tensor) -> Tensor:
     """`silu(x G^T) * x U^T`, where `weight` `[2 * columns, k]` is G above U."""
-    columns = weight.shape[0] // 2
-    narrow = x.shape[0] <= 16 and columns < 6144
-    return _launch(x, weight, None, columns, _Tile(32, 256, 4) if narrow else _Tile(64, 128, 4), gated=True)
+    rows, columns = x.shape[0], weight.shape[0] // 2
+    narrow = rows <= 16 and columns < 6144
+    return _launch(
+        x, weight, None, x.new_empty(rows, columns), _Tile(32, 256, 4) if narrow else _Tile(64, 128, 4), gated=True
+    )
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, tile: _Tile, *, gated: bool) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: _Tile, *, gated: bool) -> Tensor:
     rows, depth = x.shape
-    out = x.new_empty(rows, columns)
+    columns = out.shape[1]
+    assert out.is_contiguous()
     _linear_kernel[(columns // tile.columns,)](
         x, weight, bias, out, rows, columns, depth, x.stride(0),
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tile.columns, DEPTH=tile.depth,

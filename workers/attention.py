@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.models.layers import rotate
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, current_layer, scratch
 from eagleray.workers.flash_attention import flash_attention, supports
 
@@ -21,10 +22,13 @@ _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
 
 @torch.library.impl("eagleray::attention", ("cpu", "cuda"))
-def attention(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, layer_index: int, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
     """`q` is `[tokens, heads, head_size]`, `k` and `v` are `[tokens, kv_heads, head_size]`; like `q`."""
     layer = current_layer(layer_index)
-    write_kv(k, v, layer.kv_cache, layer.metadata.slot_mapping)
+    rotation = None if cos is None or sin is None else (cos, sin)
+    q = prepare(q, k, v, rotation, layer.kv_cache, layer.metadata.slot_mapping)
     attend = layer.backend or reference_attention
     return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec)
 
@@ -45,14 +49,21 @@ def backend_name(backend: AttentionBackend) -> str:
     return "plain PyTorch" if backend is reference_attention else "Triton slices"
 
 
-def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Put each token's key and value into its slot. Tokens beyond the slot mapping are padding."""
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """Turn queries and keys, and put each token's key and value into its slot; returns the queries.
+
+    Tokens beyond the slot mapping are padding.
+    """
     if kv_cache.is_cuda:
-        kv_kernels.write_kv(k, v, kv_cache, slot_mapping)
-        return
+        return kv_kernels.rotate_and_write(q, k, v, rotation, kv_cache, slot_mapping)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
     tokens = slot_mapping.shape[0]
     for cache, new in zip(kv_cache.flatten(1, 2), (k, v), strict=True):
         cache.index_copy_(0, slot_mapping, new[:tokens])
+    return q
 
 
 def reference_attention(

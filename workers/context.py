@@ -20,6 +20,8 @@ class AttentionMetadata:
     block_table: Tensor  # [requests, max_blocks] int32
     max_query_len: int
     max_seq_len: int
+    num_single: int = 0  # the first requests, that have one token each
+    rest: "AttentionMetadata | None" = None  # the batch without those, if it has both kinds
 
 
 # Attends with q, keys, values, metadata and spec, once the batch's keys and values are in the cache.

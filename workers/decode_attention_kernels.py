@@ -99,6 +99,13 @@ def find_blocks(blocks, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
+def load_piece(work, piece):
+    """2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk."""
+    field = work + piece * FIELDS
+    return tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
+
+
+@triton.jit
 def attend_kernel(
     q,  # [n, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
@@ -136,11 +143,12 @@ def attend_kernel(
     head_row, dim, lane = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, TILE)
     own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     items = tl.load(header) * KV_HEADS
+    tag, row, lowest, end, chunk = load_piece(work, tl.program_id(0) // KV_HEADS)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         piece, kv_head = item // KV_HEADS, item % KV_HEADS
-        field = work + piece * FIELDS
-        tag, row, lowest = tl.load(field), tl.load(field + 1), tl.load(field + 2)
-        end, chunk = tl.load(field + 3), tl.load(field + 4)
+        # What comes next is looked up early, or each piece would begin with a chain of loads.
+        following = tl.minimum(item + tl.num_programs(0), items - 1) // KV_HEADS
+        next_tag, next_row, next_lowest, next_end, next_chunk = load_piece(work, following)
         request = (tag // 2).to(tl.int64)
         head = kv_head * GROUP + head_row
         query = tl.load(
@@ -192,6 +200,7 @@ def attend_kernel(
             tl.store(partial + part[:, None] * HEAD_SIZE + dim[None, :], acc_all, mask=own)
             tl.store(partial_ml + part * 2, m_all, mask=head_row < GROUP)
             tl.store(partial_ml + part * 2 + 1, l_all, mask=head_row < GROUP)
+        tag, row, lowest, end, chunk = next_tag, next_row, next_lowest, next_end, next_chunk
 
 
 @triton.jit

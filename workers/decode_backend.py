@@ -37,6 +37,25 @@ class DecodeBackend:
         return attend_planned(q, k_cache, v_cache, metadata.block_table, spec, self._workspace)
 
 
+class MixedBackend:
+    """Attention of slices of any length: those of one token by the decode kernel, the rest by another backend."""
+
+    def __init__(self, decode: DecodeBackend, other: AttentionBackend) -> None:
+        self._decode, self._other = decode, other
+
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+    ) -> Tensor:
+        """An `AttentionBackend`, once the slices of one token were planned."""
+        n = metadata.num_single
+        if n == 0:
+            return self._other(q, k_cache, v_cache, metadata, spec)
+        single = self._decode.attend(q[:n], k_cache, v_cache, metadata, spec)
+        if metadata.rest is None:
+            return single
+        return torch.cat([single, self._other(q[n:], k_cache, v_cache, metadata.rest, spec)])
+
+
 class DecodeBackends:
     """One backend per kind of layer, where the kernel supports it; other layers keep the backend they have."""
 
@@ -55,8 +74,12 @@ class DecodeBackends:
             self._backends[spec].attend if spec in self._backends else other
             for spec, other in zip(specs, others, strict=True)
         ]
+        self.of_mixed_layers: list[AttentionBackend] = [
+            MixedBackend(self._backends[spec], other).attend if spec in self._backends else other
+            for spec, other in zip(specs, others, strict=True)
+        ]
 
     def plan(self, seq_lens: Tensor) -> None:
-        """Prepare a step for all of them."""
+        """Prepare a step for all of them: `seq_lens` [n] int32 of the requests with one token."""
         for backend in self._backends.values():
             backend.plan(seq_lens)

@@ -1,10 +1,10 @@
-"""Decoding by CUDA graphs: one graph per size of batch, from row numbers to this rank's logits."""
+"""Decoding by CUDA graphs: one graph per size of batch, from row numbers to the next tokens."""
 
 import bisect
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,8 @@ from eagleray.workers.rows import IntArray, Rows
 
 logger = logging.getLogger(__name__)
 
-DecodeForward = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows [n] int64 -> positions [n], logits [n, share]
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    positions: Tensor
-    logits: Tensor
+DecodeForward = Callable[[Tensor], Tensor]  # rows [n] int64 -> token ids [n] int64
+Replay = Callable[[], Tensor]  # the same for the rows of a graph
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -32,7 +26,10 @@ def batch_sizes(max_rows: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Replays the smallest graph that holds a batch; the rest of it runs on the spare row."""
+    """Replays the smallest graph that holds a batch; the rest of it runs on the spare row.
+
+    Off CUDA nothing is captured, and a replay is a call.
+    """
 
     def __init__(self, forward: DecodeForward, rows: Rows, sizes: Sequence[int], device: torch.device) -> None:
         """Capture every size, largest first, so that the smaller ones fit into its memory."""
@@ -41,16 +38,19 @@ class DecodeGraphs:
         self._sizes = sorted(sizes)
         self._static_rows = torch.full((self._sizes[-1],), rows.spare, dtype=torch.int64, device=device)
         self._last: IntArray = np.empty(0, np.int64)
-        self._graphs: dict[int, _Captured] = {}
+        self._replays: dict[int, Replay] = {}
         self.num_bytes: dict[int, int] = {}  # of device memory that each took, by size
+        if device.type != "cuda":
+            self._replays = {size: partial(forward, self._static_rows[:size]) for size in self._sizes}
+            return
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            self._graphs[size], self.num_bytes[size] = self._capture(forward, self._static_rows[:size], pool)
+            self._replays[size], self.num_bytes[size] = self._capture(forward, self._static_rows[:size], pool)
         torch.cuda.synchronize()
         logger.info("captured %d decode graphs in %.1f s", len(self._sizes), time.monotonic() - begin)
 
     @staticmethod
-    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> tuple[_Captured, int]:
+    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> tuple[Replay, int]:
         """The graph, and how much device memory it took."""
         forward(rows)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
@@ -58,16 +58,20 @@ class DecodeGraphs:
         free, _ = torch.cuda.mem_get_info(rows.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            positions, logits = forward(rows)
-        return _Captured(graph, positions, logits), free - torch.cuda.mem_get_info(rows.device)[0]
+            token_ids = forward(rows)
 
-    def run(self, rows: IntArray) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, positions and logits of a decode batch, all with a line per row of `rows`."""
+        def replay() -> Tensor:
+            graph.replay()
+            return token_ids
+
+        return replay, free - torch.cuda.mem_get_info(rows.device)[0]
+
+    def run(self, rows: IntArray) -> Tensor:
+        """The next token [n] of each of `rows`. The next run overwrites it: what is to last must be copied."""
         count = len(rows)
-        captured = self._graphs[self._sizes[bisect.bisect_left(self._sizes, count)]]
+        replay = self._replays[self._sizes[bisect.bisect_left(self._sizes, count)]]
         if not np.array_equal(rows, self._last):
-            self._static_rows[:count] = self._rows.to_device(rows)
+            self._static_rows[:count] = self._rows.to_device(rows)[0]
             self._static_rows[count:] = self._rows.spare
             self._last = rows
-        captured.graph.replay()
-        return self._static_rows[:count], captured.positions[:count], captured.logits[:count]
+        return replay()[:count]

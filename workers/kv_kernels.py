@@ -1,4 +1,4 @@
-"""Writing keys and values into the paged cache, both in one launch, in Triton."""
+"""What attention needs first, in one launch: queries and keys turned, keys and values in the paged cache. In Triton."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
@@ -8,26 +8,71 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import OVERLAP
 
+HEADS_AT_ONCE = 8
 
-@triton.jit
-def _write_kernel(k, v, cache, slots, k_stride, v_stride, side_stride, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+
+def rotate_and_write(
+    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, kv_cache: Tensor, slot_mapping: Tensor
+) -> Tensor:
+    """As `attention.prepare`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
+    tokens, num_q, head_size = q.shape
+    num_k = k.shape[1]
+    cos, sin = rotation or (None, None)
+    turned = q if rotation is None else q.new_empty(q.shape)
+    num_programs = triton.cdiv(num_q, HEADS_AT_ONCE) + 2 * triton.cdiv(num_k, HEADS_AT_ONCE)
+    _rotate_and_write_kernel[(tokens, num_programs)](
+        q, k, v, cos, sin, turned, kv_cache, slot_mapping, slot_mapping.shape[0],
+        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), num_q, num_k,
+        HALF=head_size // 2, BLOCK=triton.next_power_of_2(head_size // 2), HEADS=HEADS_AT_ONCE,
+        ROTATES=rotation is not None, PDL=OVERLAP, num_warps=4, launch_pdl=OVERLAP,
+    )  # fmt: skip
+    return turned
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_q", "num_k"])
+def _rotate_and_write_kernel(
+    q, k, v,  # [tokens, heads, 2 * HALF]
+    cos, sin,  # [tokens, 1, 2 * HALF] float32, only if ROTATES; the first half of the sines is negated
+    turned,  # like q, contiguous
+    cache,  # [2, slots, num_k, 2 * HALF]
+    slots,  # [num_slots] int64
+    num_slots, q_stride, k_stride, v_stride, side_stride, num_q, num_k,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROTATES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for some heads of one token: of its queries, its keys or its values."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < size
-    target = cache + slot * size + columns
-    tl.store(target, tl.load(k + token * k_stride + columns, mask=inside), mask=inside)
-    tl.store(target + side_stride, tl.load(v + token * v_stride + columns, mask=inside), mask=inside)
-
-
-def write_kv(k: Tensor, v: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """As `attention.write_kv`; each token's heads lie side by side in `k` and `v`, and so do the cache's."""
-    size = k.shape[1] * k.shape[2]
-    block = triton.next_power_of_2(size)
-    _write_kernel[(slot_mapping.shape[0],)](
-        k, v, kv_cache, slot_mapping, k.stride(0), v.stride(0), kv_cache.stride(0), size, block, OVERLAP,
-        num_warps=4, launch_pdl=OVERLAP,
-    )  # fmt: skip
+    token, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    q_programs, k_programs = tl.cdiv(num_q, HEADS), tl.cdiv(num_k, HEADS)
+    slot = tl.load(slots + tl.minimum(token, num_slots - 1))
+    if program < q_programs:
+        source, target, count, first = (
+            q + token * q_stride,
+            turned + token * num_q * 2 * HALF,
+            num_q if ROTATES else 0,
+            program * HEADS,
+        )
+    elif program < q_programs + k_programs:
+        source, target, count = k + token * k_stride, cache + slot * num_k * 2 * HALF, num_k
+        first = (program - q_programs) * HEADS
+    else:
+        source, target, count = v + token * v_stride, cache + side_stride + slot * num_k * 2 * HALF, num_k
+        first = (program - q_programs - k_programs) * HEADS
+    count = tl.where((program >= q_programs) & (token >= num_slots), 0, count)  # padding has no slot
+    heads, pair = first + tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    inside = (heads < count)[:, None] & (pair < HALF)[None, :]
+    place = heads[:, None] * (2 * HALF) + pair[None, :]
+    low = tl.load(source + place, mask=inside, other=0.0)
+    high = tl.load(source + place + HALF, mask=inside, other=0.0)
+    if ROTATES:
+        turned_pairs = tl.where(program < q_programs + k_programs, HALF, 0)  # values stay as they are
+        angle, known = token * 2 * HALF + pair, pair < turned_pairs
+        cos_low, sin_low = tl.load(cos + angle, mask=known, other=1.0), tl.load(sin + angle, mask=known, other=0.0)
+        cos_high = tl.load(cos + angle + HALF, mask=known, other=1.0)
+        sin_high = tl.load(sin + angle + HALF, mask=known, other=0.0)
+        x, y = low.to(tl.float32), high.to(tl.float32)
+        low = (x * cos_low[None, :] + y * sin_low[None, :]).to(low.dtype)
+        high = (y * cos_high[None, :] + x * sin_high[None, :]).to(high.dtype)
+    tl.store(target + place, low, mask=inside)
+    tl.store(target + place + HALF, high, mask=inside)

@@ -1,6 +1,6 @@
 """The tables of running requests, indexed by row, and the batch that a step makes of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,11 @@ from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.staging import Staging
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import RowStart, Step
+
+if CAN_IMPORT:
+    from eagleray.workers import row_kernels
 
 IntArray = npt.NDArray[np.int64]
 
@@ -18,7 +22,7 @@ IntArray = npt.NDArray[np.int64]
 class Slices:
     """Which rows a step runs, and how much of each; all on the host."""
 
-    rows: IntArray  # ascending
+    rows: IntArray  # those that run one token first, each kind in ascending order
     starts: IntArray  # first position of each
     ends: IntArray
     samples: npt.NDArray[np.bool_]  # whether the row reaches its last known token
@@ -92,6 +96,7 @@ class Rows:
         lengths = np.ones(len(self._live), np.int64)
         lengths[list(step.slices)] = list(step.slices.values())
         rows = rows[lengths[rows] > 0]
+        rows = rows[np.argsort(lengths[rows] > 1, kind="stable")]
         starts = self._num_computed_tokens[rows]
         ends = starts + lengths[rows]
         self._num_computed_tokens[rows] = ends
@@ -112,36 +117,40 @@ class Rows:
         query_start_loc = np.concatenate(([0], np.cumsum(lengths)))
         row_of_token = np.repeat(rows, lengths)
         positions = np.arange(query_start_loc[-1]) + np.repeat(starts - query_start_loc[:-1], lengths)
-        token_rows, token_positions, query_starts, seq_lens, device_rows = self._staging.send(
-            [row_of_token, positions, query_start_loc, ends, rows]
+        num_single = int((lengths == 1).sum())
+        rest_starts = query_start_loc[num_single:] - num_single
+        token_rows, token_positions, query_starts, rest_query_starts, seq_lens, device_rows = self._staging.send(
+            [row_of_token, positions, query_start_loc, rest_starts, ends, rows]
         )
         self._device_num_computed[device_rows.long()] = seq_lens.long()
         block_table = self._block_table[device_rows.long(), : -(-int(ends.max()) // self._block_size)]
         token_rows, token_positions = token_rows.long(), token_positions.long()
         token_blocks = self._block_table[token_rows, token_positions // self._block_size]
+        whole = AttentionMetadata(
+            query_start_loc=query_starts,
+            seq_lens=seq_lens,
+            slot_mapping=self._slots(token_blocks, token_positions),
+            block_table=block_table,
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(ends.max()),
+            num_single=num_single,
+        )
         return Batch(
             input_ids=self.tokens[token_rows, token_positions].long(),
             positions=token_positions,
-            metadata=AttentionMetadata(
-                query_start_loc=query_starts,
-                seq_lens=seq_lens,
-                slot_mapping=self._slots(token_blocks, token_positions),
-                block_table=block_table,
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(ends.max()),
-            ),
+            metadata=_with_rest(whole, rest_query_starts) if 0 < num_single < len(rows) else whole,
         )
 
-    def append(self, slices: Slices, token_ids: Tensor) -> None:
-        """Write the tokens [sampled rows] that follow the sampled slices."""
-        rows, positions = self._staging.send([slices.rows[slices.samples], slices.ends[slices.samples]])
-        self.tokens[rows.long(), positions.long()] = token_ids.int()
+    def append(self, rows: IntArray, positions: IntArray, token_ids: Tensor) -> None:
+        """Write `token_ids` [n] at `positions` [n] of `rows` [n]."""
+        device_rows, device_positions = self.to_device(rows, positions)
+        self.tokens[device_rows.long(), device_positions.long()] = token_ids.int()
+
+    def to_device(self, *arrays: IntArray) -> list[Tensor]:
+        """Numbers as int32 tensors on the device."""
+        return self._staging.send(arrays)
 
     # ---- a batch of decodes, put together on the device
-
-    def to_device(self, rows: IntArray) -> Tensor:
-        """Row numbers [n] int32 on the device."""
-        return self._staging.send([rows])[0]
 
     def gather_decodes(self, rows: Tensor) -> Batch:
         """One token of each of `rows` [n] int64 on the device, padded with the spare row. Asks nothing of the host."""
@@ -161,10 +170,26 @@ class Rows:
             ),
         )
 
-    def advance(self, rows: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """The tokens at `positions` of `rows` [n] int64 are computed, and `token_ids` [n] follow them."""
-        self.tokens[rows, positions + 1] = token_ids.int()
-        self._device_num_computed[rows] = positions + 1
+    def advance(self, rows: Tensor, positions: Tensor, pairs: Tensor) -> Tensor:
+        """The tokens at `positions` of `rows` [n] int64 are computed, and those of `pairs` [n] follow: their ids [n].
+
+        The spare row stays where it is: it runs in many steps and must never reach the end of its tokens.
+        """
+        return row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
 
     def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
         return blocks.long() * self._block_size + positions % self._block_size
+
+
+def _with_rest(whole: AttentionMetadata, query_start_loc: Tensor) -> AttentionMetadata:
+    """`whole`, and in it the batch of the requests with several tokens, which start at `query_start_loc` there."""
+    n = whole.num_single
+    rest = replace(
+        whole,
+        query_start_loc=query_start_loc,
+        seq_lens=whole.seq_lens[n:],
+        slot_mapping=whole.slot_mapping[n:],
+        block_table=whole.block_table[n:],
+        num_single=0,
+    )
+    return replace(whole, rest=rest)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,8 +35,14 @@ from eagleray.workers.logprobs import LogprobTensors, token_logprobs
 from eagleray.workers.noise import add_gumbel_, row_keys
 from eagleray.workers.pairs import best_pairs, unpack_ids
 from eagleray.workers.penalties import penalise
-from eagleray.workers.sampling_table import NO_TOP_K, Feature, SamplingTable
+from eagleray.workers.sampling_table import NO_TOP_K, PLAIN, Feature, SamplingTable
+from eagleray.workers.staging import to_device
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import TokenLogprobs
+
+IntArray = npt.NDArray[np.int64]
+if CAN_IMPORT:
+    from eagleray.workers.sample_kernels import best_plain_pairs
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class _Batch:
     """The lines of one call. Tensors of lines and rows exist once some row needs them."""
 
     rows: list[int]
-    features: np.ndarray[tuple[int], np.dtype[np.int64]]  # [n]
+    features: IntArray  # [n]
     tokens: Tensor  # [max_rows, max_len] int32
     num_prompt_tokens: list[int]
     num_tokens: list[int]
@@ -88,7 +95,7 @@ class Sampler:
     def __call__(
         self, logits: Tensor, rows: list[int], tokens: Tensor, num_prompt_tokens: list[int], num_tokens: list[int]
     ) -> SampleOutput:
-        """The next token of each of `rows`, which are in ascending order.
+        """The next token of each of `rows`.
 
         `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
         `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.
@@ -105,8 +112,23 @@ class Sampler:
             return SampleOutput(token_ids)
         num_logprobs = {rows[line]: self._table.host[rows[line]].logprobs or 0 for line in asking}
         most = min(max(num_logprobs.values()), self._vocab_size)
-        logprobs = token_logprobs(raw, token_ids[asking], most, self._share, self._tp)
+        asking_ids = token_ids[self._tensor(asking)]
+        logprobs = token_logprobs(raw, asking_ids, most, self._share, self._tp)
         return SampleOutput(token_ids, logprobs, num_logprobs)
+
+    def plain_pairs(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor, soft_cap: float | None) -> Tensor:
+        """The pair [n] of the next token of each of `rows` [n], as if it asked for nothing but a temperature.
+
+        `raw_logits` [n, share] are this rank's in the model's dtype, before the model's `soft_cap`, and `num_tokens`
+        [n] as above. Rows, lengths and parameters are read on the device: a CUDA graph may capture this.
+        """
+        table, first_id = self._table, self._share.start
+        pairs = best_plain_pairs(raw_logits, rows, num_tokens, table.temperatures, table.seeds, first_id, soft_cap)
+        return self._tp.all_reduce(pairs, "max")
+
+    def lines_not_plain(self, rows: IntArray) -> IntArray:
+        """The places of those `rows` that ask for more than `plain_pairs` gives."""
+        return np.flatnonzero(self._table.features[rows] & ~PLAIN)
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
         """Log-probabilities of `targets` [n] int64 under raw `logits` [n, share], and of the `num_top` likeliest."""
@@ -184,7 +206,7 @@ class Sampler:
         return rows, row_keys(self._table.seeds[rows], positions)
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._table.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self._table.device)
 
 
 def _index(lines: Tensor, num_lines: int) -> Tensor | slice:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eagleray.workers.noise import mixed_seed
+from eagleray.workers.staging import to_device
 from eagleray.workers.wire import Sampling
 
 MIN_TEMPERATURE = 1e-5  # below, a request is greedy
@@ -27,6 +28,9 @@ class Feature(IntFlag):
     BIAS = 32
     PENALTIES = 64
     LOGPROBS = 128
+
+
+PLAIN = Feature.RANDOM  # a row that asks for nothing else has its token drawn by a kernel, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,9 @@ class SamplingTable:
         self.features: NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
         self.host: dict[int, Sampling] = {}
         self.sparse: dict[int, SparseEdits] = {}
-        self.seeds = torch.zeros(max_rows, dtype=torch.int64, device=device)  # mixed
-        self.temperatures = torch.ones(max_rows, device=device)
+        # One line more, for the spare row that pads batches of decodes: it is greedy.
+        self.seeds = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)  # mixed
+        self.temperatures = torch.zeros(max_rows + 1, device=device)  # 0 where the row is greedy
         self.log_min_p = torch.full((max_rows,), -inf, device=device)
         self.top_k = torch.full((max_rows,), NO_TOP_K, dtype=torch.int64, device=device)
         self.top_p = torch.full((max_rows,), inf, dtype=torch.float64, device=device)
@@ -68,9 +73,9 @@ class SamplingTable:
         self.host[row] = sampling
         if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
             self.sparse[row] = self._sparse_edits(sampling)
+        self.temperatures[row] = sampling.temperature if features & Feature.RANDOM else 0.0
         if features & Feature.RANDOM:
             self.seeds[row] = mixed_seed(sampling.seed)
-            self.temperatures[row] = sampling.temperature
             self.log_min_p[row] = log(sampling.min_p) if sampling.min_p > 0 else -inf
             self.top_k[row] = sampling.top_k if sampling.top_k > 0 else NO_TOP_K
             self.top_p[row] = sampling.top_p if sampling.top_p < 1 else inf
@@ -91,14 +96,14 @@ class SamplingTable:
         return SparseEdits(
             allowed=self._columns(sampling.allowed_token_ids),
             stop=self._columns(sampling.stop_token_ids),
-            bias_columns=torch.tensor(list(bias.keys()), dtype=torch.int64, device=self.device),
-            bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=self.device),
+            bias_columns=to_device(torch.tensor(list(bias.keys()), dtype=torch.int64), self.device),
+            bias=to_device(torch.tensor(list(bias.values()), dtype=torch.float32), self.device),
         )
 
     def _columns(self, token_ids: list[int]) -> Tensor:
         share = self.vocab_share
         columns = [token_id - share.start for token_id in token_ids if token_id in share]
-        return torch.tensor(columns, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(columns, dtype=torch.int64), self.device)
 
 
 def features_of(sampling: Sampling) -> Feature:

@@ -1,8 +1,9 @@
 """One rank's share of a step: rows updated, model run, tokens sampled and kept in their rows."""
 
-from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,11 @@ from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerC
 from eagleray.workers.decode_backend import DecodeBackends
 from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
 from eagleray.workers.kv_cache import allocate_kv_cache
-from eagleray.workers.rows import Batch, Rows, Slices
+from eagleray.workers.pairs import unpack_ids
+from eagleray.workers.rows import Batch, IntArray, Rows, Slices
 from eagleray.workers.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling_table import SamplingTable
+from eagleray.workers.triton_here import runs_triton
 from eagleray.workers.wire import Step, StepOutput, TokenLogprobs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
@@ -27,14 +30,22 @@ class PendingOutput:
     """A step that has been launched: its output, once the device has got there."""
 
     def __init__(
-        self, step: int, sampled: SampleOutput | None, prompt_logprobs: dict[int, list[TokenLogprobs]]
+        self,
+        step: int,
+        rows: IntArray,
+        sampled: SampleOutput | None,
+        prompt_logprobs: dict[int, list[TokenLogprobs]],
     ) -> None:
+        """`rows` are those of the sampled tokens, in their order."""
         self._output = StepOutput(step, prompt_logprobs=prompt_logprobs)
+        self._rows = rows
         self._sampled = sampled
         self._copied: torch.cuda.Event | None = None
         if sampled is not None:
             self._token_ids = sampled.token_ids
             if sampled.token_ids.is_cuda:
+                # The tokens of a graph lie where its next replay will write. This copy is queued before that, on the
+                # same stream, into memory that is this step's own; so they are safe before `launch` returns.
                 self._token_ids = torch.empty(sampled.token_ids.shape, dtype=torch.int64, pin_memory=True)
                 self._token_ids.copy_(sampled.token_ids, non_blocking=True)
                 self._copied = torch.cuda.Event(blocking=True)
@@ -45,7 +56,8 @@ class PendingOutput:
         if self._copied is not None:
             self._copied.synchronize()
         if self._sampled is not None:
-            self._output.token_ids = array("i", self._token_ids.tolist()).tobytes()
+            in_order = self._token_ids.numpy()[np.argsort(self._rows)]
+            self._output.token_ids = in_order.astype(np.int32).tobytes()
             self._output.logprobs = self._sampled.logprobs
         return self._output
 
@@ -80,12 +92,15 @@ class Worker:
         self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
         self._num_steps = 0
+        self._draws_in_kernels = runs_triton(device)
         self._graphs: DecodeGraphs | None = None
         sizes = batch_sizes(config.max_num_seqs) if graph_sizes is None else graph_sizes
-        if device.type == "cuda" and sizes:
+        if self._draws_in_kernels and sizes:
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
+            # one for graphs of all sizes, or each would keep its own
+            self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_share), dtype=dtype, device=device)
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(self._decode_forward, self._rows, sizes, device)
 
@@ -122,12 +137,19 @@ class Worker:
             self._sampling.set(start.row, start.sampling)
         slices = self._rows.apply(step)
         if self._graphs is not None and slices.is_decode:
-            return PendingOutput(step.step, self._decode(self._graphs, slices), {})
+            return PendingOutput(step.step, slices.rows, self._decode(self._graphs, slices), {})
         batch = self._rows.gather(slices)
-        hidden = self._run_model(batch, self._backends)
+        hidden = self._run_mixed(batch)
         prompt_logprobs = self._prompt_logprobs(slices, batch, hidden)
         sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
-        return PendingOutput(step.step, sampled, prompt_logprobs)
+        return PendingOutput(step.step, slices.rows[slices.samples], sampled, prompt_logprobs)
+
+    def _run_mixed(self, batch: Batch) -> Tensor:
+        if self._graphs is None:
+            return self._run_model(batch, self._backends)
+        if num_single := batch.metadata.num_single:
+            self._decode_backends.plan(batch.metadata.seq_lens[:num_single])
+        return self._run_model(batch, self._decode_backends.of_mixed_layers)
 
     def _run_model(self, batch: Batch, backends: list[AttentionBackend]) -> Tensor:
         with forward_context(self._context(batch.metadata, backends)):
@@ -140,15 +162,24 @@ class Worker:
 
     # ---- decoding, with nothing from the host but row numbers
 
-    def _decode_forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _decode_forward(self, rows: Tensor) -> Tensor:
+        """The next token [n] of each of `rows` [n], drawn as for plain rows and written to its row.
+
+        Graphs capture this, so it may wait for nothing, copy nothing from the host and decide nothing by what a row
+        asks. The logits stay in `_decode_logits` for rows that are not plain.
+        """
         batch = self._rows.gather_decodes(rows)
-        self._decode_backends.plan(batch.metadata.seq_lens)
-        return batch.positions, self._model.logits(self._run_model(batch, self._decode_backends.of_layers))
+        seq_lens = batch.metadata.seq_lens
+        self._decode_backends.plan(seq_lens)
+        hidden = self._run_model(batch, self._decode_backends.of_layers)
+        logits = self._model.raw_logits(hidden, out=self._decode_logits[: len(rows)])
+        pairs = self._sampler.plain_pairs(logits, rows, seq_lens, self._model.config.final_soft_cap)
+        return self._rows.advance(rows, batch.positions, pairs)
 
     def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
-        rows, positions, logits = graphs.run(slices.rows)
-        sampled = self._draw(slices, logits)
-        self._rows.advance(rows, positions, sampled.token_ids)
+        token_ids = graphs.run(slices.rows)
+        sampled = self._draw_others(slices.rows, slices.ends, self._decode_logits, token_ids)
+        self._rows.count_sampled(slices.rows)
         return sampled
 
     # ---- any slices
@@ -159,20 +190,39 @@ class Worker:
         else:
             ends = batch.metadata.query_start_loc[1:].long() - 1
             last = hidden[ends if slices.samples.all() else ends[self._sampled_lines(slices)]]
-        sampled = self._draw(slices, self._model.logits(last))
-        self._rows.append(slices, sampled.token_ids)
+        rows, num_tokens = slices.rows[slices.samples], slices.ends[slices.samples]
+        if self._draws_in_kernels:
+            sampled = self._draw_in_kernels(rows, num_tokens, self._model.raw_logits(last))
+        else:
+            sampled = self._draw(rows, num_tokens, self._model.logits(last))
+            self._rows.append(rows, num_tokens, sampled.token_ids)
+        self._rows.count_sampled(rows)
         return sampled
 
     def _sampled_lines(self, slices: Slices) -> Tensor:
-        return self._rows.to_device(slices.samples.nonzero()[0]).long()
+        return self._rows.to_device(slices.samples.nonzero()[0])[0].long()
 
-    def _draw(self, slices: Slices, logits: Tensor) -> SampleOutput:
-        rows = slices.rows[slices.samples]
+    def _draw(self, rows: IntArray, num_tokens: IntArray, logits: Tensor) -> SampleOutput:
         num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
-        num_tokens = slices.ends[slices.samples].tolist()
-        sampled = self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens)
-        self._rows.count_sampled(rows)
-        return sampled
+        return self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens.tolist())
+
+    def _draw_in_kernels(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor) -> SampleOutput:
+        device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
+        soft_cap = self._model.config.final_soft_cap
+        token_ids = unpack_ids(self._sampler.plain_pairs(raw_logits, device_rows, device_num_tokens, soft_cap))
+        self._rows.append(rows, num_tokens, token_ids)
+        return self._draw_others(rows, num_tokens, raw_logits, token_ids)
+
+    def _draw_others(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, token_ids: Tensor) -> SampleOutput:
+        """The same `token_ids` [n] after those of rows that are not plain were drawn anew, there and in their rows."""
+        lines = self._sampler.lines_not_plain(rows)
+        if not len(lines):
+            return SampleOutput(token_ids)
+        device_lines = self._rows.to_device(lines)[0].long()
+        sampled = self._draw(rows[lines], num_tokens[lines], self._model.finish(raw_logits[device_lines]))
+        token_ids[device_lines] = sampled.token_ids
+        self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
+        return replace(sampled, token_ids=token_ids)
 
     def _prompt_logprobs(self, slices: Slices, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of each prompt token whose predecessor is in this batch, for the rows that ask."""

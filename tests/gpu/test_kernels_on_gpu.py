@@ -48,15 +48,10 @@ def test_silu_and_multiply(rows: int, size: int) -> None:
     CASES.silu_and_multiply(rows, size)
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rotates", [True, False])
 @pytest.mark.parametrize(("num_q", "num_k", "head_size"), [(9, 3, 64), (1, 1, 96), (32, 8, 128), (3, 1, 256)])
-def test_rotation(rows: int, num_q: int, num_k: int, head_size: int) -> None:
-    CASES.rotation(rows, num_q, num_k, head_size)
-
-
-@pytest.mark.parametrize(("num_heads", "head_size"), [(1, 64), (3, 96), (8, 128), (5, 256)])
-def test_keys_and_values_go_into_their_slots(num_heads: int, head_size: int) -> None:
-    CASES.keys_and_values_into_slots(num_heads, head_size)
+def test_rotation_and_slots(num_q: int, num_k: int, head_size: int, rotates: bool) -> None:
+    CASES.rotation_and_slots(num_q, num_k, head_size, rotates)
 
 
 # Decodes by the kernel itself, with the launch that the engine uses.

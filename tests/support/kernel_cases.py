@@ -41,24 +41,18 @@ class Cases:
         gate, up = gate_up.float().chunk(2, dim=-1)
         self._compare(kernels.silu_mul(gate_up), F.silu(gate) * up)
 
-    def rotation(self, rows: int, num_q: int, num_k: int, head_size: int) -> None:
-        sizes = [num_q * head_size, num_k * head_size, num_k * head_size]
-        merged = self.random(rows, sum(sizes))
-        rotation = (self.random(rows, 1, head_size, seed=1).float(), self.random(rows, 1, head_size, seed=2).float())
-        q, k, v = merged.split(sizes, dim=-1)
-        expected, untouched = (rotate(q.float(), rotation), rotate(k.float(), rotation)), v.clone()
-        kernels.rotate_(q, k, *rotation)
-        self._compare(q, expected[0])
-        self._compare(k, expected[1])
-        assert torch.equal(v, untouched)
-
-    def keys_and_values_into_slots(self, num_heads: int, head_size: int) -> None:
-        merged = self.random(6, 3, num_heads, head_size)
-        k, v = merged[:, 1], merged[:, 2]  # rows further apart than they are long
-        ours = self.random(2, 4, 8, num_heads, head_size, seed=1)
-        expected = ours.clone()
-        slots = torch.tensor([31, 0, 7, 8, 20], device=self._device)  # the last token is padding
-        for cache, new in zip(expected.flatten(1, 2), (k, v), strict=True):
-            cache[slots] = new[:5]
-        kv_kernels.write_kv(k, v, ours, slots)
-        assert torch.equal(ours, expected)
+    def rotation_and_slots(self, num_q: int, num_k: int, head_size: int, rotates: bool) -> None:
+        """Of seven tokens, the last of which is padding; rows stand further apart than they are long."""
+        merged = self.random(7, num_q + 2 * num_k, head_size)
+        q, k, v = merged.split([num_q, num_k, num_k], dim=1)
+        angles = self.random(7, 1, head_size, seed=1).float(), self.random(7, 1, head_size, seed=2).float()
+        rotation = angles if rotates else None
+        ours = self.random(2, 4, 8, num_k, head_size, seed=3)
+        expected, before = ours.float(), merged.clone()
+        slots = torch.tensor([31, 0, 7, 8, 20, 9], device=self._device)
+        queries, keys = (rotate(x.float(), angles) if rotates else x.float() for x in (q, k))
+        for cache, new in zip(expected.flatten(1, 2), (keys, v.float()), strict=True):
+            cache[slots] = new[:6]
+        self._compare(kv_kernels.rotate_and_write(q, k, v, rotation, ours, slots), queries)
+        self._compare(ours, expected)
+        assert torch.equal(merged, before)

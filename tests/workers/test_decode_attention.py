@@ -1,33 +1,18 @@
-"""The decode kernel against the plain implementation: on a GPU where there is one, else in Triton's interpreter.
+"""The decode kernel against the plain implementation: on a GPU where there is one, else in Triton's interpreter."""
 
-Triton decides once, as a kernel is defined, whether to interpret it: so without a GPU these tests run in a process of
-their own, which the only test seen from outside starts.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-if not (INTERPRETED or ON_GPU):
+if not RUNS_KERNELS:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(Path(__file__))]
-        root = Path(__file__).parents[2]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
 else:
     from eagleray.workers import decode_attention as ours
