@@ -74,7 +74,7 @@ def attend_tiles(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["query_start_loc", "seq_lens", "n", "num_tokens", "table_stride"])
+@triton.jit(do_not_specialize=["query_start_loc", "seq_lens", "table", "n", "num_tokens", "table_stride"])
 def slice_attend_kernel(
     q,  # [num_tokens, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
@@ -109,6 +109,7 @@ def slice_attend_kernel(
     """One program for a block of one request's queries and one KV head: a row for each query and head.
 
     Programs start in order of their numbers. The last blocks of a request have the most keys, so they come first.
+    What differs from batch to batch, addresses within a larger tensor too, must not be compiled in.
     """
     if PDL:
         gdc_launch_dependents()

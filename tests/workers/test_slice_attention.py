@@ -1,39 +1,23 @@
-"""The kernel for slices of any length, against the definition: on a GPU if there is one, else in Triton's interpreter.
+"""The kernel for slices of any length against the definition: on a GPU where there is one, else in the interpreter."""
 
-Triton decides once, as a kernel is defined, whether to interpret it: so without a GPU these tests run in a process of
-their own, which the only test seen from outside starts.
-"""
-
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = "cuda" if ON_GPU else "cpu"
+from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-if not (INTERPRETED or ON_GPU):
+if not RUNS_KERNELS:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", str(Path(__file__))]
-        root = Path(__file__).parents[2]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout
+        run_in_interpreter(__file__)
 
 else:
-    from dataclasses import replace
-
     from eagleray.models.attention import AttentionSpec
     from eagleray.workers.context import AttentionMetadata
     from eagleray.workers.slice_attention import LaunchConstants, slice_attention
@@ -46,7 +30,7 @@ else:
     def requests_of(
         lengths: list[tuple[int, int]], of: AttentionSpec, block_size: int = 16, **options: Any
     ) -> Requests:
-        return Requests(lengths, of, block_size=block_size, device=DEVICE, **options)
+        return Requests(lengths, of, block_size=block_size, device=DEVICE.type, **options)
 
     def check(requests: Requests, constants: LaunchConstants = SMALL, sinks: Tensor | None = None) -> None:
         out = requests.run(backend=partial(slice_attention, constants=constants, sinks=sinks))
