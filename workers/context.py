@@ -12,7 +12,10 @@ from eagleray.models.attention import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """One batch, request after request: request `i` owns tokens `query_start_loc[i]` up to `query_start_loc[i + 1]`."""
+    """One batch, request after request: request `i` owns tokens `query_start_loc[i]` up to `query_start_loc[i + 1]`.
+
+    Tokens before the first request and after the last belong to nobody here, and what attention gives them is nothing.
+    """
 
     query_start_loc: Tensor  # [requests + 1] int32
     seq_lens: Tensor  # [requests] int32, tokens in the cache once this batch is written
@@ -20,8 +23,9 @@ class AttentionMetadata:
     block_table: Tensor  # [requests, max_blocks] int32
     max_query_len: int
     max_seq_len: int
+    is_padded: bool = False  # the two above are bounds that no request may reach
     num_single: int = 0  # the first requests, that have one token each
-    rest: "AttentionMetadata | None" = None  # the batch without those, if it has both kinds
+    rest: "AttentionMetadata | None" = None  # the same tokens without those requests, if there are both kinds
 
 
 # Attends with q, keys, values, metadata and spec, once the batch's keys and values are in the cache.

@@ -4,7 +4,7 @@ A request's keys are cut in sections of 2,048 keys or more, at most 16 of them, 
 places that its own length decides. Softmax runs over a chunk; chunks are merged to sections one after the other, and
 sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much work
 the batch has, but both go through the same operations in the same order: a request's result is the same to the bit in
-any batch.
+any batch for which `launch_constants` are the same, that is, of any size from some requests on.
 
 The plan, who does which piece, is made on the GPU from the lengths, once per step; all layers with the same heads and
 window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
@@ -30,6 +30,7 @@ from eagleray.workers.decode_attention_kernels import (
 
 SECTION = 2048  # keys, at least
 COMBINING_PROGRAMS = 1024
+FEW_PAIRS = 64  # of request and KV head
 _LOG2_E = log2(2.718281828459045)
 
 
@@ -37,31 +38,38 @@ _LOG2_E = log2(2.718281828459045)
 class LaunchConstants:
     """How the kernels are launched. Of these, `tile`, `num_warps` and `num_stages` may have a part in the rounding."""
 
-    tile: int = 64  # keys per iteration; a power of two, 16 up to 256
+    tile: int = 32  # keys per iteration; a power of two, from 16 to a chunk
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 3
-    fine_below: int = 1024  # (section, KV head) pairs; with fewer, chunks are the pieces of work
+    programs_per_sm: int = 6
+    fine_below: int = 256  # (section, KV head) pairs; with fewer, chunks are the pieces of work
     worth_cutting: int = 512  # keys of a request on average; with fewer, cutting costs more than it brings
 
 
-def launch_constants(spec: AttentionSpec) -> LaunchConstants:
-    """A tile of keys and values stays at 32 KiB of shared memory, in 16 bits."""
-    return LaunchConstants(tile=32 if spec.head_size > 128 else 64)
+def launch_constants(spec: AttentionSpec, num_requests: int) -> LaunchConstants:
+    """What was the fastest on an H200: large tiles for few pieces of work, many programs for many."""
+    if spec.head_size > 128:
+        return LaunchConstants(programs_per_sm=3)
+    if num_requests * spec.num_kv_heads <= FEW_PAIRS:
+        return LaunchConstants(tile=64, programs_per_sm=3)
+    return LaunchConstants()
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeWorkspace:
     """Buffers of the kernels, for layers that share heads and window, of which only one runs at a time."""
 
-    constants: LaunchConstants
+    fixed: LaunchConstants | None  # else what `launch_constants` says
     max_seq_len: int
-    num_programs: int
+    num_sms: int
     header: Tensor  # [2] int32
     starts: Tensor  # [max_requests + 1] int32
     work: Tensor  # [max_pieces, FIELDS] int32
     partial: Tensor  # [max_pieces, heads, head_size] float32
     partial_ml: Tensor  # [max_pieces, heads, 2] float32
+
+    def constants(self, spec: AttentionSpec, num_requests: int) -> LaunchConstants:
+        return self.fixed or launch_constants(spec, num_requests)
 
 
 def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
@@ -75,7 +83,7 @@ def workspace_bytes(
     max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants | None = None
 ) -> int:
     """What `allocate_workspace` takes on the device."""
-    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec))
+    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
     return 4 * (3 + max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
 
 
@@ -87,13 +95,12 @@ def allocate_workspace(
     constants: LaunchConstants | None = None,
 ) -> DecodeWorkspace:
     """Buffers for batches of up to `max_requests` requests (padding included) of up to `max_seq_len` tokens."""
-    constants = constants or launch_constants(spec)
-    pieces = max_pieces(max_requests, max_seq_len, spec, constants)
+    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return DecodeWorkspace(
-        constants=constants,
+        fixed=constants,
         max_seq_len=max_seq_len,
-        num_programs=sms * constants.programs_per_sm,
+        num_sms=sms,
         header=torch.zeros(2, dtype=torch.int32, device=device),
         starts=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
         work=torch.zeros(pieces, int(FIELDS), dtype=torch.int32, device=device),
@@ -134,6 +141,7 @@ def plan_decode(
     assert n < workspace.starts.shape[0], "the workspace is for fewer requests"
     assert seq_lens.dtype == torch.int32
     assert rows is None or rows.dtype == torch.int64
+    constants = workspace.constants(spec, n)
     plan_kernel[(1,)](
         seq_lens,
         rows,
@@ -141,11 +149,11 @@ def plan_decode(
         workspace.starts,
         workspace.work,
         n,
-        triton.cdiv(workspace.constants.fine_below, spec.num_kv_heads),
-        workspace.constants.worth_cutting,
+        triton.cdiv(constants.fine_below, spec.num_kv_heads),
+        constants.worth_cutting,
         HAS_ROWS=rows is not None,
         WINDOW=spec.sliding_window or 0,
-        TILE=workspace.constants.tile,
+        TILE=constants.tile,
         SECTION=SECTION,
         N_PAD=max(16, triton.next_power_of_2(n)),
         PDL=OVERLAP,
@@ -163,22 +171,26 @@ def attend_planned(
     workspace: DecodeWorkspace,
     *,
     sinks: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer, after `plan_decode` for this batch.
 
     `q` is `[n, heads, head_size]` (any strides with the last one 1), the caches are
     `[num_blocks, block_size, kv_heads, head_size]`, both with the same strides. `sinks`, `[heads]` float32, are scores
-    that join the softmax without a value. Returns `[n, heads, head_size]`, contiguous.
+    that join the softmax without a value. Returns `[n, heads, head_size]`, contiguous. Given such a tensor as `into`,
+    it writes there, and leaves the lines of requests of length 0 as they are.
     """
     n, heads, head_size = q.shape
-    constants, block_size = workspace.constants, k_cache.shape[1]
+    constants, block_size = workspace.constants(spec, n), k_cache.shape[1]
     assert k_cache.stride() == v_cache.stride()
     assert k_cache.stride(3) == q.stride(2) == block_table.stride(1) == 1
     assert (heads, head_size, k_cache.shape[2]) == (spec.num_heads, spec.head_size, spec.num_kv_heads)
     assert block_size & (block_size - 1) == 0, "the kernel wants blocks of a power of two"
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if into is None else into
+    assert out.is_contiguous()
     head_pad, group = triton.next_power_of_2(head_size), heads // spec.num_kv_heads
-    attend_kernel[(min(workspace.num_programs, workspace.work.shape[0] * spec.num_kv_heads),)](
+    programs = workspace.num_sms * constants.programs_per_sm
+    attend_kernel[(min(programs, workspace.work.shape[0] * spec.num_kv_heads),)](
         q,
         k_cache,
         v_cache,
@@ -224,6 +236,7 @@ def attend_planned(
         HEAD_SIZE=head_size,
         HEAD_PAD=head_pad,
         HAS_SINKS=sinks is not None,
+        FILLS=into is None,
         PDL=OVERLAP,
         num_warps=1,
         launch_pdl=OVERLAP,

@@ -244,6 +244,7 @@ def combine_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    FILLS: tl.constexpr,  # the lines of requests of length 0
     PDL: tl.constexpr,
 ):
     """One program for some heads of a request. Most requests are in one piece, which leaves nothing to do."""
@@ -254,7 +255,7 @@ def combine_kernel(
     start, ratio = tl.load(starts + request), tl.load(header + 1)
     count = tl.load(starts + request + 1) - start
     dim = tl.arange(0, HEAD_PAD)
-    if count != 1:
+    if count > 1 or (FILLS and count == 0):
         for head in range(first, tl.minimum(first + heads_each, HEADS)):
             mean = tl.zeros([HEAD_PAD], tl.float32)
             if count > ratio:

@@ -36,6 +36,12 @@ class DecodeBackend:
         """An `AttentionBackend`, for the step that was planned last."""
         return attend_planned(q, k_cache, v_cache, metadata.block_table, spec, self._workspace)
 
+    def attend_into(
+        self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, spec: AttentionSpec
+    ) -> None:
+        """The same into the first lines of `out`, but for those whose request has length 0."""
+        attend_planned(q, k_cache, v_cache, block_table, spec, self._workspace, into=out)
+
 
 class MixedBackend:
     """Attention of slices of any length: those of one token by the decode kernel, the rest by another backend."""
@@ -50,10 +56,11 @@ class MixedBackend:
         n = metadata.num_single
         if n == 0:
             return self._other(q, k_cache, v_cache, metadata, spec)
-        single = self._decode.attend(q[:n], k_cache, v_cache, metadata, spec)
         if metadata.rest is None:
-            return single
-        return torch.cat([single, self._other(q[n:], k_cache, v_cache, metadata.rest, spec)])
+            return self._decode.attend(q, k_cache, v_cache, metadata, spec)
+        out = self._other(q, k_cache, v_cache, metadata.rest, spec)
+        self._decode.attend_into(out[:n], q[:n], k_cache, v_cache, metadata.block_table, spec)
+        return out
 
 
 class DecodeBackends:
@@ -74,6 +81,7 @@ class DecodeBackends:
             self._backends[spec].attend if spec in self._backends else other
             for spec, other in zip(specs, others, strict=True)
         ]
+        self.are_all = len(kinds) == len(set(specs))
         self.of_mixed_layers: list[AttentionBackend] = [
             MixedBackend(self._backends[spec], other).attend if spec in self._backends else other
             for spec, other in zip(specs, others, strict=True)

@@ -50,5 +50,6 @@ def flash_attention(
         softmax_scale=spec.scale,
         causal=True,
         window_size=(window, 0 if window >= 0 else -1),
+        num_splits=1 if metadata.is_padded else 0,  # 0: as many as its room, which bounds would make too large, is for
     )
     return out  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from eagleray.parallel.group import TPGroup
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.decode_graphs import batch_sizes
 from eagleray.workers.kv_cache import block_bytes
+from eagleray.workers.mixed_graphs import token_counts
 from eagleray.workers.out_of_memory import GIB, describe_use, explained, release_unused
 from eagleray.workers.wire import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
@@ -65,7 +66,9 @@ def _measure(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.d
     with explained(f"a step of {config.max_num_batched_tokens} tokens", remedy, device):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        graphs = graph_bytes(sizes, run_largest_step(config, model, tp, probe_sizes(sizes)))
+        probed, mixed = run_largest_step(config, model, tp, probe_sizes(sizes))
+        num_others = max(0, len(token_counts(config.max_num_batched_tokens)) - 1)  # which find room in the largest's
+        graphs = graph_bytes(sizes, probed) + mixed + num_others * probed.get(sizes[0], 0)
         torch.cuda.synchronize(device)
         step = max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)
         release_unused(device)
@@ -104,10 +107,10 @@ def _no_room(config: WorkerConfig, need: _Need, device: torch.device) -> str:
 
 def run_largest_step(
     config: WorkerConfig, model: CausalLM, tp: TPGroup, graph_sizes: Sequence[int] | None = None
-) -> dict[int, int]:
+) -> tuple[dict[int, int], int]:
     """One step with every row in use and the token budget spent, on a KV cache just large enough for it.
 
-    Returns what the decode graphs of `graph_sizes` took.
+    Returns what the decode graphs of `graph_sizes`, and the largest graph of mixed steps, took.
     """
     rows = config.max_num_seqs
     length = _tokens_of_each(config)
@@ -125,4 +128,4 @@ def run_largest_step(
     ]
     worker = Worker(config, model, tp, num_profile_blocks(config), graph_sizes=graph_sizes)
     worker.run(Step(1, start=starts, slices=dict.fromkeys(range(rows), length)))
-    return worker.graph_bytes
+    return worker.graph_bytes, worker.mixed_graph_bytes

@@ -47,7 +47,8 @@ class Rows:
     """
 
     def __init__(self, *, max_rows: int, max_len: int, block_size: int, spare_block: int, device: torch.device) -> None:
-        max_blocks = -(-max_len // block_size)
+        self.max_blocks = max_blocks = -(-max_len // block_size)
+        self.spare_slot = spare_block * block_size
         self.spare = max_rows
         self.max_len = max_len
         self.tokens = torch.zeros(max_rows + 1, max_len, dtype=torch.int32, device=device)
@@ -118,9 +119,8 @@ class Rows:
         row_of_token = np.repeat(rows, lengths)
         positions = np.arange(query_start_loc[-1]) + np.repeat(starts - query_start_loc[:-1], lengths)
         num_single = int((lengths == 1).sum())
-        rest_starts = query_start_loc[num_single:] - num_single
-        token_rows, token_positions, query_starts, rest_query_starts, seq_lens, device_rows = self._staging.send(
-            [row_of_token, positions, query_start_loc, rest_starts, ends, rows]
+        token_rows, token_positions, query_starts, seq_lens, device_rows = self._staging.send(
+            [row_of_token, positions, query_start_loc, ends, rows]
         )
         self._device_num_computed[device_rows.long()] = seq_lens.long()
         block_table = self._block_table[device_rows.long(), : -(-int(ends.max()) // self._block_size)]
@@ -138,7 +138,7 @@ class Rows:
         return Batch(
             input_ids=self.tokens[token_rows, token_positions].long(),
             positions=token_positions,
-            metadata=_with_rest(whole, rest_query_starts) if 0 < num_single < len(rows) else whole,
+            metadata=_with_rest(whole) if 0 < num_single < len(rows) else whole,
         )
 
     def append(self, rows: IntArray, positions: IntArray, token_ids: Tensor) -> None:
@@ -181,14 +181,12 @@ class Rows:
         return blocks.long() * self._block_size + positions % self._block_size
 
 
-def _with_rest(whole: AttentionMetadata, query_start_loc: Tensor) -> AttentionMetadata:
-    """`whole`, and in it the batch of the requests with several tokens, which start at `query_start_loc` there."""
+def _with_rest(whole: AttentionMetadata) -> AttentionMetadata:
     n = whole.num_single
     rest = replace(
         whole,
-        query_start_loc=query_start_loc,
+        query_start_loc=whole.query_start_loc[n:],
         seq_lens=whole.seq_lens[n:],
-        slot_mapping=whole.slot_mapping[n:],
         block_table=whole.block_table[n:],
         num_single=0,
     )

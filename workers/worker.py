@@ -10,12 +10,13 @@ from torch import Tensor
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.attention import backend_name, choose_backend
+from eagleray.workers.attention import backend_name, choose_backend, reference_attention
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
 from eagleray.workers.decode_backend import DecodeBackends
 from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
 from eagleray.workers.kv_cache import allocate_kv_cache
+from eagleray.workers.mixed_graphs import MixedGraphs, token_counts
 from eagleray.workers.pairs import unpack_ids
 from eagleray.workers.rows import Batch, IntArray, Rows, Slices
 from eagleray.workers.sampler import SampleOutput, Sampler
@@ -94,6 +95,7 @@ class Worker:
         self._num_steps = 0
         self._draws_in_kernels = runs_triton(device)
         self._graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
         sizes = batch_sizes(config.max_num_seqs) if graph_sizes is None else graph_sizes
         if self._draws_in_kernels and sizes:
             self._decode_backends = DecodeBackends(
@@ -103,6 +105,29 @@ class Worker:
             self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_share), dtype=dtype, device=device)
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(self._decode_forward, self._rows, sizes, device)
+                self._mixed_graphs = self._capture_mixed(config, all_sizes=graph_sizes is None)
+
+    def _capture_mixed(self, config: WorkerConfig, *, all_sizes: bool) -> MixedGraphs | None:
+        """Graphs of every number of tokens, or only of the largest; none where attention asks the host."""
+        counts, device = token_counts(config.max_num_batched_tokens), self._rows.tokens.device
+        if not counts or not self._decode_backends.are_all:
+            return None
+        if device.type == "cuda" and reference_attention in self._backends:
+            return None
+        return MixedGraphs(
+            self._mixed_forward,
+            counts if all_sizes else counts[-1:],
+            max_requests=config.max_num_seqs,
+            max_blocks=self._rows.max_blocks,
+            max_seq_len=config.max_model_len,
+            spare_slot=self._rows.spare_slot,
+            device=device,
+        )
+
+    @property
+    def mixed_graph_bytes(self) -> int:
+        """Device memory that the graphs of mixed steps took."""
+        return 0 if self._mixed_graphs is None else self._mixed_graphs.num_bytes
 
     @property
     def graph_bytes(self) -> dict[int, int]:
@@ -145,6 +170,11 @@ class Worker:
         return PendingOutput(step.step, slices.rows[slices.samples], sampled, prompt_logprobs)
 
     def _run_mixed(self, batch: Batch) -> Tensor:
+        if self._mixed_graphs is not None and self._mixed_graphs.takes(batch):
+            return self._mixed_graphs.run(batch)
+        return self._mixed_forward(batch)
+
+    def _mixed_forward(self, batch: Batch) -> Tensor:
         if self._graphs is None:
             return self._run_model(batch, self._backends)
         if num_single := batch.metadata.num_single:
