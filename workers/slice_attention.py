@@ -70,8 +70,8 @@ def slice_attention(
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
 
     `q` is `[tokens, heads, head_size]`, of any strides with the last one 1; those of the caches are alike. Blocks are
-    of a power of two. Tokens of `q` beyond the last request are padding, and their output is 0. `sinks`, `[heads]`
-    float32, are scores that join the softmax without a value.
+    of a power of two. Of tokens that belong to no request, the output is 0 beyond the last request, and not written
+    before the first. `sinks`, `[heads]` float32, are scores that join the softmax without a value.
     """
     num_tokens, heads, head_size = q.shape
     block_size, group = k_cache.shape[1], heads // spec.num_kv_heads

@@ -14,7 +14,7 @@ _SEARCHED = tl.constexpr(256)  # requests that are looked at together
 
 @triton.jit
 def find_request(query_start_loc, n, index, QUERIES: tl.constexpr):
-    """Whose the block of queries number `index` is: `n` if it is of the padding.
+    """Whose the block of queries number `index` is: `n` if it is of the padding, -1 if it comes before all requests.
 
     Request `i` owns the numbers from `query_start_loc[i] // QUERIES + i` on, so each has enough of them, and one to
     spare at most; nobody needs to know the lengths of the others.
@@ -118,6 +118,8 @@ def slice_attend_kernel(
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     index, kv_head = number // KV_HEADS, number % KV_HEADS
     request = find_request(query_start_loc, n, index, QUERIES)
+    if request < 0:
+        return
     start = tl.load(query_start_loc + request)
     stop = tl.load(query_start_loc + request + 1, mask=request < n, other=num_tokens)
     first_query = (index - start // QUERIES - request) * QUERIES  # counted within the slice

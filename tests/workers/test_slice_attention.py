@@ -78,6 +78,22 @@ else:
         assert torch.equal(padded[:-25], out)
         assert not padded[-25:].any()
 
+    def test_a_batch_padded_for_a_graph() -> None:
+        """Tokens before the first request and after the last are not ours, and some requests have no tokens."""
+        requests = requests_of([(1, 7)] * 21 + MIXED[1:], spec())
+        whole = requests.metadata
+        poison = torch.tensor([10**9], dtype=torch.int32, device=DEVICE)  # what lies before must not be read
+        lens = torch.cat((poison, whole.seq_lens[21:], torch.zeros_like(whole.seq_lens[:3])))[1:]
+        requests.metadata = replace(
+            whole,
+            query_start_loc=torch.cat((whole.query_start_loc[21:], whole.query_start_loc[-1:].expand(3))),
+            seq_lens=lens,
+            block_table=torch.cat((whole.block_table[21:], torch.zeros_like(whole.block_table[:3]))),
+        )
+        out = requests.run(padding=11, backend=partial(slice_attention, constants=SMALL)).cpu()
+        torch.testing.assert_close(out[21:-11], requests.expected()[21:], atol=2e-5, rtol=2e-5)
+        assert not out[-11:].any()
+
     def test_the_heads_of_a_merged_projection() -> None:
         """As a split of it: not contiguous."""
         requests = requests_of(MIXED, spec())
