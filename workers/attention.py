@@ -15,8 +15,8 @@ from eagleray.models.layers import rotate
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, current_layer, scratch
 from eagleray.workers.flash_attention import flash_attention, supports
 
-if torch.cuda.is_available():
-    from eagleray.workers import kv_kernels  # Triton comes with torch for CUDA, and with no other
+if torch.cuda.is_available():  # Triton comes with torch for CUDA, and with no other
+    from eagleray.workers import kv_kernels, slice_attention
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
@@ -35,12 +35,18 @@ def attention(
 
 def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
     """The fastest implementation that computes such a layer on this device."""
-    return flash_attention if supports(spec, dtype, device) else reference_attention
+    if supports(spec, dtype, device):
+        return flash_attention
+    if device.type == "cuda" and slice_attention.supports(spec, dtype):
+        return slice_attention.slice_attention
+    return reference_attention
 
 
 def backend_name(backend: AttentionBackend) -> str:
     """What a person calls the implementation that `choose_backend` chose."""
-    return "FlashAttention-3" if backend is flash_attention else "plain PyTorch"
+    if backend is flash_attention:
+        return "FlashAttention-3"
+    return "plain PyTorch" if backend is reference_attention else "Triton slices"
 
 
 def prepare(

@@ -1,9 +1,10 @@
 """The kernels on CUDA in bfloat16, in real shapes and odd ones, against plain versions of higher precision.
 
-`tests/models/test_kernels.py` and `tests/workers/test_decode_attention.py` have the same cases in Triton's interpreter;
-it multiplies no bfloat16.
+The same kernels run in Triton's interpreter, in float32, in `tests/models/test_kernels.py` and in
+`tests/workers/test_decode_attention.py` and `test_slice_attention.py` beside it; it multiplies no bfloat16.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import choose_backend, reference_attention
+from eagleray.workers.attention import backend_name, choose_backend, reference_attention
 from eagleray.workers.context import AttentionBackend
 from eagleray.workers.decode_attention import launch_constants
 from eagleray.workers.decode_backend import DecodeBackend
 from eagleray.workers.flash_attention import flash_attention
+from eagleray.workers.flash_attention import supports as flash_supports
+from eagleray.workers.slice_attention import slice_attention
 from support.attention_requests import Requests
 from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 from support.gpu import needs_gpus
@@ -83,10 +86,12 @@ def test_how_the_work_is_shared_changes_no_bit(head_size: int) -> None:
 
 MIXED = [(1, 300), (17, 17), (1, 1), (129, 400), (1, 1100), (20, 1001)]  # tokens in this batch, and of the request
 SINGLE = [(1, n) for n in (1, 2, 127, 128, 129, 300, 1025, 1500)]
-BACKENDS = [
-    "plain",
+BACKENDS: list[Any] = [
+    pytest.param(reference_attention, id="plain"),
+    pytest.param(slice_attention, id="slices"),
     pytest.param(
-        "flash",
+        flash_attention,
+        id="flash",
         marks=pytest.mark.skipif(find_spec("flash_attn_interface") is None, reason="FlashAttention-3 is not installed"),
     ),
 ]
@@ -113,12 +118,41 @@ def check_op(requests: Requests, backend: AttentionBackend) -> None:
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_any_length(backend: str, feature: str, head_size: int, block_size: int) -> None:
+def test_slices_of_any_length(backend: AttentionBackend, feature: str, head_size: int, block_size: int) -> None:
     of = spec(num_heads=6, head_size=head_size, scale=head_size**-0.5, **FEATURES[feature])
-    if backend == "flash":
-        assert choose_backend(of, BF16, CUDA) is flash_attention
-    attend = flash_attention if backend == "flash" else reference_attention
-    check_op(requests_of(MIXED, of, block_size), attend)
+    if backend is flash_attention and not flash_supports(of, BF16, CUDA):
+        pytest.skip("FlashAttention-3 does not compute such a layer here")
+    check_op(requests_of(MIXED, of, block_size), backend)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_layer_gets_the_fastest_backend_that_computes_it(feature: str) -> None:
+    of = spec(head_size=128, **FEATURES[feature])
+    fastest = flash_attention if flash_supports(of, BF16, CUDA) else slice_attention
+    assert choose_backend(of, BF16, CUDA) is fastest
+    assert choose_backend(of, torch.float32, CUDA) is reference_attention
+
+
+def test_a_soft_cap_is_not_for_flash_attention() -> None:
+    """Its wheels are built without."""
+    chosen = choose_backend(spec(head_size=256, logits_soft_cap=50.0), BF16, CUDA)
+    assert chosen is slice_attention
+    assert backend_name(chosen) == "Triton slices"
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (20, 1), (32, 8)])
+def test_slices_with_sinks_for_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
+    requests = requests_of(MIXED, spec(num_heads=num_heads, num_kv_heads=num_kv_heads, sliding_window=150), 128)
+    sinks = torch.linspace(-3, 6, num_heads, device=CUDA)
+    out = requests.run(backend=partial(slice_attention, sinks=sinks))
+    torch.testing.assert_close(out.float().cpu(), requests.expected(sinks), atol=LIMIT, rtol=LIMIT)
+
+
+def test_padding_of_slices_gives_zero() -> None:
+    requests = requests_of(MIXED, spec(head_size=128), 128)
+    out, padded = requests.run(backend=slice_attention), requests.run(padding=300, backend=slice_attention)
+    assert torch.equal(padded[:-300], out)
+    assert not padded[-300:].any()
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])

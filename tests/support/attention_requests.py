@@ -47,7 +47,7 @@ class Requests:
         blocks = torch.randperm(sum(num_blocks) + 3, generator=generator)
         table = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int32)
         # What nobody wrote is huge, so that reading it spoils the result.
-        self.cache = torch.full((2, len(blocks), block_size, spec.num_kv_heads, spec.head_size), 1e6, dtype=dtype)
+        self.cache = torch.full((2, len(blocks), block_size, spec.num_kv_heads, spec.head_size), 6e4, dtype=dtype)
         slots = []
         for i, (n, seq_len) in enumerate(lengths):
             own = blocks[sum(num_blocks[:i]) : sum(num_blocks[: i + 1])]
@@ -75,18 +75,19 @@ class Requests:
     def run(self, padding: int = 0, backend: AttentionBackend | None = None) -> Tensor:
         """Through the op, as a model calls it."""
         q = torch.cat([*self.queries, self.queries[0].new_ones(padding, *self.queries[0].shape[1:])])
-        new = [kv[:, -len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
+        new = [kv[:, kv.shape[1] - len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
         k, v = (torch.cat([kv[side] for kv in new] + [new[0].new_ones(padding, *new[0].shape[2:])]) for side in (0, 1))
         with forward_context([LayerContext(self.metadata, self.cache, self.spec, backend)]):
             out: Tensor = torch.ops.eagleray.attention(q, k, v, 0)
         return out
 
-    def expected(self) -> Tensor:
+    def expected(self, sinks: Tensor | None = None) -> Tensor:
         out = [
             attend(
                 query.double().cpu().numpy(),
                 kv[:, : kv.shape[1] - len(queries) + i + 1].double().cpu().numpy(),
                 self.spec,
+                None if sinks is None else sinks.double().cpu().numpy(),
             )
             for queries, kv in zip(self.queries, self.kv, strict=True)
             for i, query in enumerate(queries)
@@ -94,8 +95,11 @@ class Requests:
         return torch.from_numpy(np.stack(out)).float()
 
 
-def attend(query: Array, kv: Array, spec: AttentionSpec) -> Array:
-    """One query, `[heads, head_size]`, the last of the tokens in `kv`, in float64 by the definition."""
+def attend(query: Array, kv: Array, spec: AttentionSpec, sinks: Array | None = None) -> Array:
+    """One query, `[heads, head_size]`, the last of the tokens in `kv`, in float64 by the definition.
+
+    A sink is a key whose score is given, for each head, and whose value is 0.
+    """
     keys, values = kv if spec.sliding_window is None else kv[:, -spec.sliding_window :]
     out = np.empty_like(query)
     for head in range(spec.num_heads):
@@ -104,5 +108,6 @@ def attend(query: Array, kv: Array, spec: AttentionSpec) -> Array:
         if spec.logits_soft_cap is not None:
             scores = np.tanh(scores / spec.logits_soft_cap) * spec.logits_soft_cap
         weights = np.exp(scores - scores.max())
-        out[head] = weights / weights.sum() @ values[:, kv_head]
+        sink = 0.0 if sinks is None else np.exp(sinks[head] - scores.max())
+        out[head] = weights / (weights.sum() + sink) @ values[:, kv_head]
     return out
