@@ -164,7 +164,7 @@ def _sum_norm_kernel(
     tl.store(epochs + row, epoch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _highest_kernel(
     pairs, out, pointers, epochs, n, max_rows,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -12,7 +12,7 @@ from eagleray.parallel.overlap import OVERLAP
 LINES_AT_ONCE = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_lines", "spare"])
 def _advance_kernel(
     pairs, rows, positions, token_ids, tokens, tokens_stride, num_computed, num_lines, spare,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
