@@ -1,7 +1,7 @@
 """`y = x W^T` for the few rows of a decode, in Triton. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
-(`overlap.py`). On H200 this wins up to `MAX_ROWS` rows. Drawing the start of W into L2 meanwhile was tried: no gain.
+(`overlap.py`). On H200 this wins up to some tens of rows. Drawing the start of W into L2 meanwhile was tried: no gain.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -16,6 +16,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from eagleray.parallel.overlap import OVERLAP
 
 MAX_ROWS = 32
+MAX_ROWS_IF_WIDE = 64
+WIDE = 16384  # columns
 
 
 class _Tile(NamedTuple):
@@ -30,7 +32,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         x.is_cuda
         and OVERLAP
         and x.dim() == 2
-        and x.shape[0] <= MAX_ROWS
+        and x.shape[0] <= (MAX_ROWS_IF_WIDE if weight.shape[0] >= WIDE else MAX_ROWS)
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[0] % 64 == 0
         and weight.shape[1] % 256 == 0

@@ -1,5 +1,6 @@
 """The sampling parameters of the running requests, indexed by row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from math import inf, log
@@ -65,24 +66,30 @@ class SamplingTable:
         self.frequency = torch.zeros(max_rows, device=device)
         self.presence = torch.zeros(max_rows, device=device)
 
-    def set(self, row: int, sampling: Sampling) -> None:
-        """A request enters `row`."""
-        self.clear(row)
-        features = features_of(sampling)
-        self.features[row] = features
-        self.host[row] = sampling
-        if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
-            self.sparse[row] = self._sparse_edits(sampling)
-        self.temperatures[row] = sampling.temperature if features & Feature.RANDOM else 0.0
-        if features & Feature.RANDOM:
-            self.seeds[row] = mixed_seed(sampling.seed)
-            self.log_min_p[row] = log(sampling.min_p) if sampling.min_p > 0 else -inf
-            self.top_k[row] = sampling.top_k if sampling.top_k > 0 else NO_TOP_K
-            self.top_p[row] = sampling.top_p if sampling.top_p < 1 else inf
-        if features & Feature.PENALTIES:
-            self.repetition[row] = sampling.repetition_penalty
-            self.frequency[row] = sampling.frequency_penalty
-            self.presence[row] = sampling.presence_penalty
+    def set(self, samplings: Mapping[int, Sampling]) -> None:
+        """Requests enter rows. The host does not wait for the device, as it would if it set one number at a time."""
+        if not samplings:
+            return
+        for row, sampling in samplings.items():
+            self.clear(row)
+            self.features[row] = features = features_of(sampling)
+            self.host[row] = sampling
+            if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
+                self.sparse[row] = self._sparse_edits(sampling)
+        integers = [(row, mixed_seed(s.seed), s.top_k if s.top_k > 0 else NO_TOP_K) for row, s in samplings.items()]
+        rows, seeds, top_k = to_device(torch.tensor(integers, dtype=torch.int64).t().contiguous(), self.device)
+        self.seeds[rows], self.top_k[rows] = seeds, top_k
+        reals = torch.tensor([_reals(sampling) for sampling in samplings.values()], dtype=torch.float64)
+        columns = (
+            self.temperatures,
+            self.log_min_p,
+            self.top_p,
+            self.repetition,
+            self.frequency,
+            self.presence,
+        )
+        for column, values in zip(columns, to_device(reals.t().contiguous(), self.device), strict=True):
+            column[rows] = values.to(column.dtype)
 
     def clear(self, row: int) -> None:
         """The request leaves `row`. What the device tensors hold there is not read until the row is set again."""
@@ -104,6 +111,18 @@ class SamplingTable:
         share = self.vocab_share
         columns = [token_id - share.start for token_id in token_ids if token_id in share]
         return to_device(torch.tensor(columns, dtype=torch.int64), self.device)
+
+
+def _reals(sampling: Sampling) -> tuple[float, ...]:
+    """Temperature (0 if greedy), log of min-p, top-p, and the repetition, frequency and presence penalties."""
+    return (
+        sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0,
+        log(sampling.min_p) if sampling.min_p > 0 else -inf,
+        sampling.top_p if sampling.top_p < 1 else inf,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    )
 
 
 def features_of(sampling: Sampling) -> Feature:

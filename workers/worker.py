@@ -158,8 +158,7 @@ class Worker:
         self.skip(step)
         for row in step.stop:
             self._sampling.clear(row)
-        for start in step.start:
-            self._sampling.set(start.row, start.sampling)
+        self._sampling.set({start.row: start.sampling for start in step.start})
         slices = self._rows.apply(step)
         if self._graphs is not None and slices.is_decode:
             return PendingOutput(step.step, slices.rows, self._decode(self._graphs, slices), {})

@@ -237,7 +237,7 @@ def draw(device: torch.device, logits: Tensor, tokens: Tensor, samplings: list[S
     rows, length = list(range(len(samplings))), tokens.shape[1]
     table = SamplingTable(len(rows), range(VOCAB), device)
     for row, sampling in enumerate(samplings):
-        table.set(row, sampling)
+        table.set({row: sampling})
     sampler = Sampler(table, range(VOCAB), VOCAB, TPGroup())
     out = sampler(
         logits.to(device, copy=True), rows, tokens.to(device), [length // 2] * len(rows), [length] * len(rows)

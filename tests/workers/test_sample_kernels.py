@@ -82,7 +82,7 @@ else:
         table = SamplingTable(num_lines, range(FIRST_ID, FIRST_ID + share), DEVICE)
         rows = list(range(num_lines))[::-1]
         for row, sampling in zip(rows, samplings, strict=True):
-            table.set(row, sampling)
+            table.set({row: sampling})
         apart = torch.full((num_lines, share + 13), torch.inf, dtype=logits.dtype)
         apart[:, :share] = logits
         return best_plain_pairs(
@@ -100,7 +100,7 @@ else:
         vocab_share = range(FIRST_ID, FIRST_ID + share)
         table = SamplingTable(num_lines, vocab_share, CPU)
         for row, sampling in enumerate(samplings):
-            table.set(row, sampling)
+            table.set({row: sampling})
         sampler = Sampler(table, vocab_share, FIRST_ID + share, TPGroup())
         rows, num_tokens = list(range(num_lines)), list(range(offset, offset + num_lines))
         tokens = torch.zeros(num_lines, 1, dtype=torch.int32)

@@ -103,9 +103,9 @@ def sample(lines: list[Line], size: int = 1) -> tuple[list[int], dict[int, Token
         share = shares[tp.rank]
         table = SamplingTable(max_rows, share, torch.device("cpu"))
         for row, line in zip(rows, lines, strict=True):
-            table.set(row, EVERYTHING)  # a former request leaves nothing behind
+            table.set({row: EVERYTHING})  # a former request leaves nothing behind
             table.clear(row)
-            table.set(row, line.sampling)
+            table.set({row: line.sampling})
         out = Sampler(table, share, whole.shape[1], tp)(
             whole[:, share.start : share.stop].clone(),
             rows,

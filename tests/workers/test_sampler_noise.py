@@ -116,7 +116,7 @@ def test_draws_follow_the_softmax_of_what_is_allowed(sampling: Sampling, allowed
     counts = np.zeros(24)
     for row in rows:
         seed = row // 2 if row % 2 else 2**64 - 1 - row
-        table.set(row, msgspec.structs.replace(sampling, seed=seed))
+        table.set({row: msgspec.structs.replace(sampling, seed=seed)})
     for step in range(steps):
         drawn = sampler(logits.repeat(sampler_rows, 1), rows, tokens, [1] * sampler_rows, [1 + step] * sampler_rows)
         counts += np.bincount(drawn.token_ids.numpy(), minlength=24)
