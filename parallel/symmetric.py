@@ -13,7 +13,7 @@ from torch import Tensor
 if torch.cuda.is_available():
     from eagleray.parallel import exchange  # Triton comes with torch for CUDA, and with no other
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # that torch's kernels add up
+DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels add up
 ONE_SHOT_BYTES = 256 * 1024  # measured on four H200: beyond it two shots are faster
 MAX_BYTES = 8 * 1024 * 1024  # and beyond this one, with its copies, NCCL is
 MAX_PAIRS = 8192

@@ -155,9 +155,9 @@ def plan_decode(
         WINDOW=spec.sliding_window or 0,
         TILE=constants.tile,
         SECTION=SECTION,
-        N_PAD=max(16, triton.next_power_of_2(n)),
+        N_PAD=max(16, triton.next_power_of_2(workspace.starts.shape[0] - 1)),  # one kernel for batches of all sizes
         PDL=OVERLAP,
-        num_warps=4 if n <= 128 else 8,
+        num_warps=4,
         launch_pdl=OVERLAP,
     )
 
