@@ -7,6 +7,8 @@ Sums are taken in order of rank, so all ranks get the same bits.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
@@ -21,19 +23,31 @@ MAX_ROWS = 64  # of a sum; with more, less data beats fewer launches
 _PAIRS_AT_ONCE = 128
 
 
+@dataclass(frozen=True)
 class Inboxes:
-    """Room for `max_rows` messages of `words` words from each rank. Construction is a collective call."""
+    """Room on every rank for `max_rows` messages of `words` words from each other rank, two of each."""
 
-    def __init__(self, group: dist.ProcessGroup, max_rows: int, words: int, device: torch.device) -> None:
-        self.rank, self.size, self.max_rows, self.words = group.rank(), group.size(), max_rows, words
-        shape = (2 * self.size * max_rows * words,)
-        self._own = symm_mem.empty(*shape, dtype=torch.int64, device=device)
-        self._own.zero_()
+    rank: int
+    size: int
+    max_rows: int
+    words: int
+    own: Tensor  # [2 * size * max_rows * words] int64, zero before the first message
+    pointers: Tensor  # [size] int64: where each rank's `own` is
+    epochs: Tensor  # [max_rows] int32: of the last message of each row
+
+    @staticmethod
+    def join(group: dist.ProcessGroup, max_rows: int, words: int, device: torch.device) -> "Inboxes":
+        """A collective call, over the GPUs of one node."""
+        rank, size = group.rank(), group.size()
+        own = symm_mem.empty(2 * size * max_rows * words, dtype=torch.int64, device=device)
+        own.zero_()
         torch.cuda.synchronize(device)  # before others may write
-        handle = symm_mem.rendezvous(self._own, group)
-        pointers = [handle.get_buffer(peer, shape, torch.int64).data_ptr() for peer in range(self.size)]
-        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=device)
-        self.epochs = torch.zeros(max_rows, dtype=torch.int32, device=device)  # of each row's last message
+        handle = symm_mem.rendezvous(own, group)
+        addresses = [handle.get_buffer(peer, own.shape, torch.int64).data_ptr() for peer in range(size)]
+        pointers = torch.tensor(addresses, dtype=torch.int64, device=device)
+        return Inboxes(
+            rank, size, max_rows, words, own, pointers, torch.zeros(max_rows, dtype=torch.int32, device=device)
+        )
 
 
 def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class SymmetricMemory:
         self._rows: dict[int, exchange.Inboxes] = {}  # by the words of a row; made on first use, before any graph
 
     def _inboxes(self, max_rows: int, words: int) -> "exchange.Inboxes":
-        return exchange.Inboxes(self._group, max_rows, words, self._device)
+        return exchange.Inboxes.join(self._group, max_rows, words, self._device)
 
     def takes(self, x: Tensor, op: str) -> bool:
         """Whether the kernels reduce such a message: pairs, or a small sum cut into 16-byte words for each rank."""

@@ -45,3 +45,24 @@ def test_what_is_gathered_and_maxima(run_gpu_ranks: RunRanks, size: int) -> None
         for _, gathered, highest in at_one_size:
             assert torch.equal(gathered, whole)
             assert torch.equal(highest, whole.amax(dim=0))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_that_are_normed(run_gpu_ranks: RunRanks, size: int, dtype: torch.dtype) -> None:
+    """Rows on both sides of what one launch takes. The norm is that of the sum as it is kept, so it is checked alone."""
+    shapes = [(rows, hidden) for hidden in (576, 4096, 8192) for rows in (1, 3, 64, 65)]
+    of_ranks = run_gpu_ranks("norms", size, shapes=shapes, dtype=dtype)
+    for rounds in zip(*of_ranks, strict=True):
+        (total_digest, total_error), (normed_digest, normed_error) = rounds[0]
+        assert all([digest for digest, _ in each] == [total_digest, normed_digest] for each in rounds)
+        assert total_error <= 1.01
+        assert normed_error <= 4, "off by more than float32 arithmetic and one rounding explain"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_maxima_of_pairs(run_gpu_ranks: RunRanks, size: int) -> None:
+    of_ranks = run_gpu_ranks("maxima_of_pairs", size, numel=[1, 127, 128, 129, 512, 8192, 8193])
+    for at_one_size in zip(*of_ranks, strict=True):
+        whole = torch.stack([x for x, _ in at_one_size])
+        assert all(torch.equal(highest, whole.amax(dim=0)) for _, highest in at_one_size)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.loader import load_model
@@ -89,6 +90,39 @@ def gathers(tp: TPGroup, numel: list[int]) -> list[tuple[Tensor, Tensor, Tensor]
     for n in numel:
         x = torch.randn(n, generator=torch.Generator().manual_seed(tp.rank)).to(device_of(tp.rank))
         results.append((x.cpu(), tp.all_gather(x).cpu(), tp.all_reduce(x, "max").cpu()))
+    return results
+
+
+def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Sums]:
+    """As `sums`, of each normed sum and of each sum with its residual, in a graph that is replayed."""
+    results: list[Sums] = []
+    for rows, size in shapes:
+        x = torch.zeros(rows, size, dtype=dtype, device=device_of(tp.rank))
+        residual, weight = draw(tp, rows * size, dtype, 77)[0].view(rows, size), draw(tp, size, dtype, 78)[0]
+        tp.sum_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            normed, total = tp.sum_norm(x, residual, weight, 1e-5)
+        for replay in range(ROUNDS):
+            parts = [part.view(rows, size) for part in draw(tp, rows * size, dtype, replay)]
+            x.copy_(parts[tp.rank])
+            graph.replay()
+            expected = F.rms_norm(total.float(), (size,), weight.float(), 1e-5)
+            error = (
+                (normed.float() - expected).abs() / (expected.abs() * torch.finfo(dtype).eps).clamp(min=1e-6)
+            ).max()
+            results.append([judge(total, [*parts, residual]), (judge(normed, [normed])[0], float(error))])
+    return results
+
+
+def maxima_of_pairs(tp: TPGroup, numel: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """This rank's random pairs of each number, and the maximum."""
+    results = []
+    for n in numel:
+        generator = torch.Generator().manual_seed(31 * n + tp.rank)
+        x = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator)
+        results.append((x, tp.all_reduce(x.to(device_of(tp.rank)), "max").cpu()))
     return results
 
 

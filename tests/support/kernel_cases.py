@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 from eagleray.models import kernels
 from eagleray.models.layers import rotate
+from eagleray.parallel import skinny
 from eagleray.workers import kv_kernels
 
 # Against float32: of its own rounding, or of results, and of one product's factor, that are rounded to 8 bits.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+SUM_ATOL = {torch.float32: 1e-5, torch.bfloat16: 2**-6}  # products come to about 1, at most 5, with 8 bits
 
 
 class Cases:
@@ -40,6 +42,18 @@ class Cases:
         gate_up = self.random(rows, 2 * size)
         gate, up = gate_up.float().chunk(2, dim=-1)
         self._compare(kernels.silu_mul(gate_up), F.silu(gate) * up)
+
+    def skinny_linear(self, rows: int, columns: int, depth: int, with_bias: bool) -> None:
+        x, weight = self.random(rows, 2 * depth)[:, :depth], self.random(columns, depth, seed=1) / depth**0.5
+        bias = self.random(columns, seed=2) if with_bias else None
+        expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        torch.testing.assert_close(skinny.linear(x, weight, bias).float(), expected, atol=SUM_ATOL[self._dtype], rtol=0)
+
+    def skinny_silu_gated(self, rows: int, columns: int, depth: int) -> None:
+        x, weight = self.random(rows, depth), self.random(2 * columns, depth, seed=1) / depth**0.5
+        gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
+        got = skinny.silu_gated(x, weight).float()
+        torch.testing.assert_close(got, F.silu(gate) * up, atol=2 * SUM_ATOL[self._dtype], rtol=2**-6)
 
     def rotation_and_slots(self, num_q: int, num_k: int, head_size: int, rotates: bool) -> None:
         """Of seven tokens, the last of which is padding; rows stand further apart than they are long."""

@@ -1,0 +1,92 @@
+"""Sums, norms and maxima over ranks by inboxes: processes in Triton's interpreter that share memory, as GPUs would."""
+
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from support.interpreter import INTERPRETED, run_in_interpreter
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+MAX_ROWS, SIZE = 4, 96  # of a sum; numbers in a row
+ROWS = [3, 1, 4, 4, 2]  # of one call after the other
+PAIRS = [1, 200, 128, 7]
+EPS = 1e-5
+
+
+def random(rank: int, call: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 * call + rank)).half()
+
+
+def random_pairs(rank: int, call: int, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * call + rank)
+    return torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator)
+
+
+def residual_of(call: int) -> Tensor | None:
+    return None if call == 0 else random(99, call, ROWS[call], SIZE)
+
+
+def run_rank(rank: int, memory: list[list[Tensor]], results: Any) -> None:
+    """Every call in turn; `memory` holds the inboxes of all ranks, for sums and for pairs."""
+    from eagleray.parallel.exchange import Inboxes, highest, pair_rows, sum_norm
+
+    def inboxes(own: list[Tensor], max_rows: int, words: int) -> Inboxes:
+        pointers = torch.tensor([tensor.data_ptr() for tensor in own])
+        return Inboxes(rank, len(own), max_rows, words, own[rank], pointers, torch.zeros(max_rows, dtype=torch.int32))
+
+    for_sums, for_pairs = inboxes(memory[0], MAX_ROWS, SIZE // 2), inboxes(memory[1], *pair_rows(max(PAIRS)))
+    weight = random(98, 0, SIZE)
+    outs = []
+    for call, rows in enumerate(ROWS):
+        normed, total = sum_norm(for_sums, random(rank, call, rows, SIZE), residual_of(call), weight, EPS)
+        outs.append((normed.clone().numpy(), total.clone().numpy()))
+    best = [highest(for_pairs, random_pairs(rank, call, n)).numpy() for call, n in enumerate(PAIRS)]
+    results.put((rank, outs, best))
+
+
+def run_all(size: int) -> list[tuple[list[Any], list[Any]]]:
+    from eagleray.parallel.exchange import pair_rows
+
+    pair_words = pair_rows(max(PAIRS))
+    shapes = (2 * size * MAX_ROWS * SIZE // 2, 2 * size * pair_words[0] * pair_words[1])
+    memory = [[torch.zeros(n, dtype=torch.int64).share_memory_() for _ in range(size)] for n in shapes]
+    spawn = multiprocessing.get_context("spawn")
+    results: Any = spawn.Queue()
+    processes = [spawn.Process(target=run_rank, args=(rank, memory, results)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    of_ranks = sorted((results.get(timeout=120) for _ in processes), key=lambda result: result[0])
+    for process in processes:
+        process.join(timeout=30)
+    return [(outs, best) for _, outs, best in of_ranks]
+
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+
+else:
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_sums_norms_and_maxima(size: int) -> None:
+        of_ranks = run_all(size)
+        weight = random(98, 0, SIZE).float()
+        for call, rows in enumerate(ROWS):
+            total = sum((random(rank, call, rows, SIZE).float() for rank in range(size)), torch.zeros(rows, SIZE))
+            residual = residual_of(call)
+            kept = (total if residual is None else total + residual.float()).half()
+            normed = F.rms_norm(kept.float(), (SIZE,), weight, EPS)
+            for outs, _ in of_ranks:
+                torch.testing.assert_close(torch.from_numpy(outs[call][0]).float(), normed, atol=4e-3, rtol=2e-3)
+                assert torch.equal(torch.from_numpy(outs[call][1]), kept)
+                assert (outs[call][0] == of_ranks[0][0][call][0]).all(), "ranks have other bits"
+        for call, n in enumerate(PAIRS):
+            expected = torch.stack([random_pairs(rank, call, n) for rank in range(size)]).amax(dim=0)
+            for _, best in of_ranks:
+                assert torch.equal(torch.from_numpy(best[call]), expected)

@@ -1,0 +1,29 @@
+"""Products with few rows against the plain ones: on a GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+if not RUNS_KERNELS:
+
+    def test_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+
+else:
+    from support.kernel_cases import Cases
+
+    CASES = Cases(DEVICE, torch.float32 if INTERPRETED else torch.bfloat16)
+
+    @pytest.mark.parametrize("with_bias", [True, False])
+    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512)])
+    @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64])
+    def test_linear(rows: int, columns: int, depth: int, with_bias: bool) -> None:
+        CASES.skinny_linear(rows, columns, depth, with_bias)
+
+    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512)])
+    @pytest.mark.parametrize("rows", [1, 16, 17, 64])
+    def test_silu_gated(rows: int, columns: int, depth: int) -> None:
+        CASES.skinny_silu_gated(rows, columns, depth)
