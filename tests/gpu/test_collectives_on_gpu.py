@@ -50,7 +50,7 @@ def test_what_is_gathered_and_maxima(run_gpu_ranks: RunRanks, size: int) -> None
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_that_are_normed(run_gpu_ranks: RunRanks, size: int, dtype: torch.dtype) -> None:
-    """Rows on both sides of what one launch takes. The norm is that of the sum as it is kept, so it is checked alone."""
+    """Rows on both sides of what one launch takes. The norm is of the sum as it is kept, so it is checked alone."""
     shapes = [(rows, hidden) for hidden in (576, 4096, 8192) for rows in (1, 3, 64, 65)]
     of_ranks = run_gpu_ranks("norms", size, shapes=shapes, dtype=dtype)
     for rounds in zip(*of_ranks, strict=True):

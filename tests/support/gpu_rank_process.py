@@ -200,7 +200,7 @@ def share_endpoint(tp: TPGroup, endpoint: Endpoint | None, device: torch.device)
     return msgspec.msgpack.decode(bytes(content[:length]), type=Endpoint)
 
 
-TASKS: Tasks = {task.__name__: task for task in (sums, gathers, many_requests)}
+TASKS: Tasks = {task.__name__: task for task in (sums, gathers, norms, maxima_of_pairs, many_requests)}
 
 
 if __name__ == "__main__":
