@@ -17,7 +17,7 @@ if torch.cuda.is_available():
     from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
     from eagleray.parallel import skinny
 
-MAX_FUSED_ROWS = 64  # beyond, sum and norm are launches of their own
+MAX_FUSED_ROWS = 256  # beyond, sum and norm are launches of their own
 
 
 class RMSNorm(nn.Module):

@@ -1,9 +1,9 @@
 """Small messages between GPUs of one node in one launch: each word travels with a flag, and nobody awaits a barrier.
 
-A rank writes its words into each other rank's inbox, 32 bits of data beside a 32-bit epoch in one 64-bit store, and
-reads its own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.)
-Inboxes come in pairs used in turn: who sends epoch n + 2 has received epoch n + 1 from all, and they had read epoch n.
-Sums are taken in order of rank, so all ranks get the same bits.
+A rank writes its words into another's inbox, 32 bits of data beside a 32-bit epoch in one 64-bit store, and reads its
+own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.)
+Inboxes come in pairs used in turn: who sends epoch n + 2 of a row has heard of epoch n + 1 from all, or from one who
+had, and they had read epoch n. Sums are taken in order of rank, so all ranks get the same bits.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -19,49 +19,62 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import OVERLAP
 
-MAX_ROWS = 64  # of a sum; with more, less data beats fewer launches
+MAX_ROWS = 256  # of a sum; with more, less data beats fewer launches
+MAX_ROWS_AT_ONCE = 64  # of a sum for which every rank sends all it has to every other
 _PAIRS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class Inboxes:
-    """Room on every rank for `max_rows` messages of `words` words from each other rank, two of each."""
+    """Room on every rank for messages of `words` words on `lines` lines from each rank, two on each."""
 
     rank: int
     size: int
-    max_rows: int
+    lines: int
     words: int
-    own: Tensor  # [2 * size * max_rows * words] int64, zero before the first message
+    own: Tensor  # [2 * size * lines * words] int64, zero before the first message
     pointers: Tensor  # [size] int64: where each rank's `own` is
-    epochs: Tensor  # [max_rows] int32: of the last message of each row
+    epochs: Tensor  # int32: of the last message about each row
 
     @staticmethod
-    def join(group: dist.ProcessGroup, max_rows: int, words: int, device: torch.device) -> "Inboxes":
+    def join(group: dist.ProcessGroup, lines: int, words: int, device: torch.device) -> "Inboxes":
         """A collective call, over the GPUs of one node."""
         rank, size = group.rank(), group.size()
-        own = symm_mem.empty(2 * size * max_rows * words, dtype=torch.int64, device=device)
+        own = symm_mem.empty(2 * size * lines * words, dtype=torch.int64, device=device)
         own.zero_()
         torch.cuda.synchronize(device)  # before others may write
         handle = symm_mem.rendezvous(own, group)
         addresses = [handle.get_buffer(peer, own.shape, torch.int64).data_ptr() for peer in range(size)]
         pointers = torch.tensor(addresses, dtype=torch.int64, device=device)
-        return Inboxes(
-            rank, size, max_rows, words, own, pointers, torch.zeros(max_rows, dtype=torch.int32, device=device)
-        )
+        epochs = torch.zeros(max(lines, MAX_ROWS), dtype=torch.int32, device=device)
+        return Inboxes(rank, size, lines, words, own, pointers, epochs)
+
+
+def lines_of_sums(size: int) -> int:
+    """Lines of inboxes for `sum_norm` among `size` ranks: rows sent to all, parts sent to an owner, and results."""
+    return MAX_ROWS_AT_ONCE + 2 * _owned(size)
+
+
+def _owned(size: int) -> int:
+    """How many rows a rank owns at most."""
+    return -(-MAX_ROWS // size)
 
 
 def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The root mean square norm of the sum of all ranks' `x` and `residual`, and that sum: both `[rows, size]`.
 
     `x` is `[rows, size]`, contiguous, in 16 bits; so are `residual` and `weight` `[size]`. The sum is taken in float32.
+    Few rows are sent to all. Of more, each has an owner, row `i` rank `i % size`: it adds the parts up and sends the
+    norm back. Then the sum of a row is kept by its owner alone, and only there must `residual` hold it.
     """
     rows, size = x.shape
     normed, total = torch.empty_like(x), torch.empty_like(x)
     _sum_norm_kernel[(rows,)](
         x.view(torch.int32), None if residual is None else residual.view(torch.int32), weight.view(torch.int32),
         normed.view(torch.int32), total.view(torch.int32), inboxes.pointers, inboxes.epochs, eps,
-        size // 2, inboxes.max_rows, RANK=inboxes.rank, SIZE=inboxes.size, IS_BF16=x.dtype == torch.bfloat16,
-        HAS_RESIDUAL=residual is not None, BLOCK=triton.next_power_of_2(size // 2), PDL=OVERLAP,
+        size // 2, inboxes.lines, MAX_ROWS_AT_ONCE, _owned(inboxes.size), RANK=inboxes.rank, SIZE=inboxes.size,
+        HAS_OWNERS=rows > MAX_ROWS_AT_ONCE, IS_BF16=x.dtype == torch.bfloat16, HAS_RESIDUAL=residual is not None,
+        BLOCK=triton.next_power_of_2(size // 2), PDL=OVERLAP,
         num_warps=max(4, min(16, size // 512)), launch_pdl=OVERLAP,
     )  # fmt: skip
     return normed, total
@@ -72,24 +85,28 @@ def highest(inboxes: Inboxes, pairs: Tensor) -> Tensor:
     n = pairs.shape[0]
     out = torch.empty_like(pairs)
     _highest_kernel[(triton.cdiv(n, _PAIRS_AT_ONCE),)](
-        pairs, out, inboxes.pointers, inboxes.epochs, n, inboxes.max_rows,
+        pairs, out, inboxes.pointers, inboxes.epochs, n, inboxes.lines,
         RANK=inboxes.rank, SIZE=inboxes.size, BLOCK=_PAIRS_AT_ONCE, PDL=OVERLAP, num_warps=4, launch_pdl=OVERLAP,
     )  # fmt: skip
     return out
 
 
-def pair_rows(max_pairs: int) -> tuple[int, int]:
-    """`max_rows` and `words` of inboxes for `highest` of up to `max_pairs` pairs."""
+def lines_of_pairs(max_pairs: int) -> tuple[int, int]:
+    """Lines and words of inboxes for `highest` of up to `max_pairs` pairs."""
     return -(-max_pairs // _PAIRS_AT_ONCE), 2 * _PAIRS_AT_ONCE
 
 
 @triton.jit
-def _send(words, epoch, pointers, offset, inside, RANK: tl.constexpr, SIZE: tl.constexpr):
+def _send_to(words, epoch, inbox, offset, inside):
     message = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    tl.store(inbox.to(tl.pointer_type(tl.int64)) + offset, message, mask=inside)
+
+
+@triton.jit
+def _send_to_all(words, epoch, pointers, offset, inside, RANK: tl.constexpr, SIZE: tl.constexpr):
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            inbox = tl.load(pointers + peer).to(tl.pointer_type(tl.int64))
-            tl.store(inbox + offset, message, mask=inside)
+            _send_to(words, epoch, tl.load(pointers + peer), offset, inside)
 
 
 @triton.jit
@@ -102,8 +119,8 @@ def _receive(inbox, offset, epoch, inside):
 
 
 @triton.jit
-def _offset(epoch, sender, row, rows, WORDS, SIZE: tl.constexpr):
-    return (((epoch & 1) * SIZE + sender) * rows + row).to(tl.int64) * WORDS
+def _offset(epoch, sender, line, lines, words, SIZE: tl.constexpr):
+    return (((epoch & 1) * SIZE + sender) * lines + line).to(tl.int64) * words
 
 
 @triton.jit
@@ -127,60 +144,91 @@ def _word(low, high, IS_BF16: tl.constexpr):
 
 
 @triton.jit
+def _add_parts(
+    own, kept, inbox, epoch, line, lines, words, word, inside,
+    RANK: tl.constexpr, SIZE: tl.constexpr, IS_BF16: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This rank's part, the others', which come on `line`, and what was kept, as words of the sum."""
+    low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for sender in tl.static_range(SIZE):
+        part = own
+        if sender != RANK:
+            part = _receive(inbox, _offset(epoch, sender, line, lines, words, SIZE) + word, epoch, inside)
+        part_low, part_high = _halves(part, IS_BF16)
+        low += part_low
+        high += part_high
+    kept_low, kept_high = _halves(kept, IS_BF16)
+    return _word(low + kept_low, high + kept_high, IS_BF16)
+
+
+@triton.jit
+def _norm(sums, scales, words, eps, IS_BF16: tl.constexpr):
+    """The norm of a row in words, times `scales`, in words."""
+    low, high = _halves(sums, IS_BF16)
+    scale_low, scale_high = _halves(scales, IS_BF16)
+    factor = 1.0 / tl.sqrt(tl.sum(low * low + high * high, 0) / (2 * words) + eps)
+    return _word(low * factor * scale_low, high * factor * scale_high, IS_BF16)
+
+
+@triton.jit
 def _sum_norm_kernel(
     x, residual, weight, normed, total,  # words of two values
     pointers,  # [SIZE] int64, of the inboxes
-    epochs,  # [max_rows] int32
+    epochs,  # int32, by row
     eps,
     words,
-    max_rows,
+    lines,
+    at_once,
+    owned,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
+    HAS_OWNERS: tl.constexpr,
     IS_BF16: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row."""
+    """One program a row. Lines: `at_once` for rows sent to all, `owned` for parts of own rows, `owned` for results."""
     if PDL:
         gdc_launch_dependents()
     row, word = tl.program_id(0), tl.arange(0, BLOCK)
     inside = word < words
-    weight_low, weight_high = _halves(tl.load(weight + word, mask=inside, other=0), IS_BF16)
+    scales = tl.load(weight + word, mask=inside, other=0)
     if PDL:
         gdc_wait()
     place = row.to(tl.int64) * words + word
     epoch = tl.load(epochs + row) + 1
     own = tl.load(x + place, mask=inside, other=0)
-    _send(own, epoch, pointers, _offset(epoch, RANK, row, max_rows, words, SIZE) + word, inside, RANK, SIZE)
-    low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    if HAS_RESIDUAL:
-        kept = tl.load(residual + place, mask=inside, other=0)
     inbox = tl.load(pointers + RANK).to(tl.pointer_type(tl.int64))
-    for sender in tl.static_range(SIZE):
-        part = own
-        if sender != RANK:
-            part = _receive(inbox, _offset(epoch, sender, row, max_rows, words, SIZE) + word, epoch, inside)
-        part_low, part_high = _halves(part, IS_BF16)
-        low += part_low
-        high += part_high
-    if HAS_RESIDUAL:
-        kept_low, kept_high = _halves(kept, IS_BF16)
-        low += kept_low
-        high += kept_high
-    sums = _word(low, high, IS_BF16)
-    tl.store(total + place, sums, mask=inside)
-    low, high = _halves(sums, IS_BF16)  # normed as they are kept
-    squares = tl.sum(low * low + high * high, 0) / (2 * words)
-    scale = 1.0 / tl.sqrt(squares + eps)
-    tl.store(normed + place, _word(low * scale * weight_low, high * scale * weight_high, IS_BF16), mask=inside)
+    line, owner = row, row % SIZE
+    if HAS_OWNERS:
+        line = at_once + row // SIZE
+        if owner != RANK:
+            offset = _offset(epoch, RANK, line, lines, words, SIZE) + word
+            _send_to(own, epoch, tl.load(pointers + owner), offset, inside)
+            offset = _offset(epoch, owner, line + owned, lines, words, SIZE) + word
+            tl.store(normed + place, _receive(inbox, offset, epoch, inside), mask=inside)
+    else:
+        offset = _offset(epoch, RANK, line, lines, words, SIZE) + word
+        _send_to_all(own, epoch, pointers, offset, inside, RANK, SIZE)
+    if owner == RANK or not HAS_OWNERS:
+        kept = tl.zeros([BLOCK], tl.int32)
+        if HAS_RESIDUAL:
+            kept = tl.load(residual + place, mask=inside, other=0)
+        sums = _add_parts(own, kept, inbox, epoch, line, lines, words, word, inside, RANK, SIZE, IS_BF16, BLOCK)
+        tl.store(total + place, sums, mask=inside)
+        result = _norm(sums, scales, words, eps, IS_BF16)  # of the sums as they are kept
+        if HAS_OWNERS:
+            offset = _offset(epoch, RANK, line + owned, lines, words, SIZE) + word
+            _send_to_all(result, epoch, pointers, offset, inside, RANK, SIZE)
+        tl.store(normed + place, result, mask=inside)
     tl.debug_barrier()  # every warp has read the epoch
     tl.store(epochs + row, epoch)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _highest_kernel(
-    pairs, out, pointers, epochs, n, max_rows,
+    pairs, out, pointers, epochs, n, lines,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -190,13 +238,13 @@ def _highest_kernel(
     inside = row * BLOCK + lane < n
     epoch = tl.load(epochs + row) + 1
     best = tl.load(pairs + row * BLOCK + lane, mask=inside, other=0)
-    offset = _offset(epoch, RANK, row, max_rows, 2 * BLOCK, SIZE) + lane
-    _send(best, epoch, pointers, offset, inside, RANK, SIZE)
-    _send(best >> 32, epoch, pointers, offset + BLOCK, inside, RANK, SIZE)
+    offset = _offset(epoch, RANK, row, lines, 2 * BLOCK, SIZE) + lane
+    _send_to_all(best, epoch, pointers, offset, inside, RANK, SIZE)
+    _send_to_all(best >> 32, epoch, pointers, offset + BLOCK, inside, RANK, SIZE)
     inbox = tl.load(pointers + RANK).to(tl.pointer_type(tl.int64))
     for sender in tl.static_range(SIZE):
         if sender != RANK:
-            offset = _offset(epoch, sender, row, max_rows, 2 * BLOCK, SIZE) + lane
+            offset = _offset(epoch, sender, row, lines, 2 * BLOCK, SIZE) + lane
             low = _receive(inbox, offset, epoch, inside)
             high = _receive(inbox, offset + BLOCK, epoch, inside)
             best = tl.maximum(best, (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))

@@ -48,8 +48,9 @@ class TPGroup:
     def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`, on CUDA.
 
-        One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. Bitwise equal on all
-        ranks.
+        One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. The norm is bitwise
+        equal on all ranks. The sum is good for one thing: to be the `residual` of the next call with as many rows,
+        since a rank may keep only some rows of it (`exchange.sum_norm`).
         """
         return torch.ops.eagleray.sum_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
 

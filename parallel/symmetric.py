@@ -28,11 +28,11 @@ class SymmetricMemory:
         self._device = device
         self._buffer = symm_mem.empty(MAX_BYTES, dtype=torch.uint8, device=device)
         symm_mem.rendezvous(self._buffer, group.group_name)
-        self._pairs = self._inboxes(*exchange.pair_rows(MAX_PAIRS))
+        self._pairs = self._inboxes(*exchange.lines_of_pairs(MAX_PAIRS))
         self._rows: dict[int, exchange.Inboxes] = {}  # by the words of a row; made on first use, before any graph
 
-    def _inboxes(self, max_rows: int, words: int) -> "exchange.Inboxes":
-        return exchange.Inboxes.join(self._group, max_rows, words, self._device)
+    def _inboxes(self, lines: int, words: int) -> "exchange.Inboxes":
+        return exchange.Inboxes.join(self._group, lines, words, self._device)
 
     def takes(self, x: Tensor, op: str) -> bool:
         """Whether the kernels reduce such a message: pairs, or a small sum cut into 16-byte words for each rank."""
@@ -60,5 +60,5 @@ class SymmetricMemory:
         """As `TPGroup.sum_norm`."""
         words = x.shape[1] // 2
         if words not in self._rows:
-            self._rows[words] = self._inboxes(exchange.MAX_ROWS, words)
+            self._rows[words] = self._inboxes(exchange.lines_of_sums(self._group.size()), words)
         return exchange.sum_norm(self._rows[words], x, residual, weight, eps)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.loader import load_model
+from eagleray.parallel.exchange import MAX_ROWS, MAX_ROWS_AT_ONCE
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.actor import CUDA_ENVIRONMENT
 from eagleray.workers.channel import Endpoint, Hub, Peer
@@ -93,12 +94,16 @@ def gathers(tp: TPGroup, numel: list[int]) -> list[tuple[Tensor, Tensor, Tensor]
     return results
 
 
-def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Sums]:
-    """As `sums`, of each normed sum and of each sum with its residual, in a graph that is replayed."""
-    results: list[Sums] = []
+def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[str, float, float]]:
+    """Of each shape and replay of a graph: a digest of the norm, its error, and the error of this rank's sums.
+
+    Errors are in units in the last place, the norm's of a number of at least 1.
+    """
+    results = []
     for rows, size in shapes:
         x = torch.zeros(rows, size, dtype=dtype, device=device_of(tp.rank))
         residual, weight = draw(tp, rows * size, dtype, 77)[0].view(rows, size), draw(tp, size, dtype, 78)[0]
+        own = slice(tp.rank, None, tp.size) if MAX_ROWS_AT_ONCE < rows <= MAX_ROWS else slice(None)
         tp.sum_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -108,11 +113,11 @@ def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> lis
             parts = [part.view(rows, size) for part in draw(tp, rows * size, dtype, replay)]
             x.copy_(parts[tp.rank])
             graph.replay()
-            expected = F.rms_norm(total.float(), (size,), weight.float(), 1e-5)
-            error = (
-                (normed.float() - expected).abs() / (expected.abs() * torch.finfo(dtype).eps).clamp(min=1e-6)
-            ).max()
-            results.append([judge(total, [*parts, residual]), (judge(normed, [normed])[0], float(error))])
+            exact = sum((part.double() for part in parts), residual.double())
+            expected = F.rms_norm(exact, (size,), weight.double(), 1e-5)
+            error = (normed.double() - expected).abs() / (expected.abs().clamp(min=1.0) * torch.finfo(dtype).eps)
+            _, error_of_sums = judge(total[own], [*(part[own] for part in parts), residual[own]])
+            results.append((judge(normed, [normed])[0], float(error.max()), error_of_sums))
     return results
 
 
