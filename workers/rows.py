@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.staging import Staging
-from eagleray.workers.triton_here import CAN_IMPORT
+from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
 from eagleray.workers.wire import RowStart, Step
 
 if CAN_IMPORT:
@@ -129,7 +129,7 @@ class Rows:
         whole = AttentionMetadata(
             query_start_loc=query_starts,
             seq_lens=seq_lens,
-            slot_mapping=self._slots(token_blocks, token_positions),
+            slot_mapping=_slots(token_blocks, token_positions, self._block_size),
             block_table=block_table,
             max_query_len=int(lengths.max()),
             max_seq_len=int(ends.max()),
@@ -154,16 +154,17 @@ class Rows:
 
     def gather_decodes(self, rows: Tensor) -> Batch:
         """One token of each of `rows` [n] int64 on the device, padded with the spare row. Asks nothing of the host."""
-        positions = self._device_num_computed[rows]
-        block_table = self._block_table[rows]
-        blocks = block_table.gather(1, (positions // self._block_size).unsqueeze(1)).squeeze(1)
+        gather = row_kernels.gather_decodes if runs_triton(rows.device) else _gather_decodes
+        input_ids, positions, slot_mapping, seq_lens, block_table, query_start_loc = gather(
+            rows, self.tokens, self._device_num_computed, self._block_table, self._block_size
+        )
         return Batch(
-            input_ids=self.tokens[rows, positions].long(),
+            input_ids=input_ids,
             positions=positions,
             metadata=AttentionMetadata(
-                query_start_loc=torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
-                seq_lens=(positions + 1).int(),
-                slot_mapping=self._slots(blocks, positions),
+                query_start_loc=query_start_loc,
+                seq_lens=seq_lens,
+                slot_mapping=slot_mapping,
                 block_table=block_table,
                 max_query_len=1,
                 max_seq_len=self.max_len,
@@ -177,8 +178,19 @@ class Rows:
         """
         return row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
 
-    def _slots(self, blocks: Tensor, positions: Tensor) -> Tensor:
-        return blocks.long() * self._block_size + positions % self._block_size
+
+def _slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    return blocks.long() * block_size + positions % block_size
+
+
+def _gather_decodes(
+    rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `row_kernels.gather_decodes`, which is one launch."""
+    positions, block_table = num_computed[rows], table[rows]
+    slots = _slots(table[rows, positions // block_size], positions, block_size)
+    query_start_loc = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+    return tokens[rows, positions].long(), positions, slots, (positions + 1).int(), block_table, query_start_loc
 
 
 def _with_rest(whole: AttentionMetadata) -> AttentionMetadata:
