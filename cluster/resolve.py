@@ -26,6 +26,9 @@ def check_model(config: EngineConfig) -> ModelConfig:
 def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> WorkerConfig:
     """What every rank is told. `device` is cpu or cuda."""
     cpu = device == "cpu"
+    block_size = config.block_size or (CPU_BLOCK_SIZE if cpu else CUDA_BLOCK_SIZE)
+    if not cpu and (block_size < 16 or block_size & (block_size - 1)):
+        raise ValueError(f"block_size is {block_size}; on CUDA give a power of two of at least 16, such as 128")
     cores_each = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
     return WorkerConfig(
         model=config.model,
@@ -34,7 +37,7 @@ def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> Work
         load_format=config.load_format,
         seed=config.seed,
         max_model_len=config.max_model_len or model.max_position_embeddings,
-        block_size=config.block_size or (CPU_BLOCK_SIZE if cpu else CUDA_BLOCK_SIZE),
+        block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_utilization,

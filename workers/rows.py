@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.staging import Staging
-from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
+from eagleray.workers.triton_here import CAN_IMPORT
 from eagleray.workers.wire import RowStart, Step
 
 if CAN_IMPORT:
@@ -153,9 +153,11 @@ class Rows:
     # ---- a batch of decodes, put together on the device
 
     def gather_decodes(self, rows: Tensor) -> Batch:
-        """One token of each of `rows` [n] int64 on the device, padded with the spare row. Asks nothing of the host."""
-        gather = row_kernels.gather_decodes if runs_triton(rows.device) else _gather_decodes
-        input_ids, positions, slot_mapping, seq_lens, block_table, query_start_loc = gather(
+        """One token of each of `rows` [n] int64 on the device, padded with the spare row, where kernels run.
+
+        Asks nothing of the host.
+        """
+        input_ids, positions, slot_mapping, seq_lens, block_table, query_start_loc = row_kernels.gather_decodes(
             rows, self.tokens, self._device_num_computed, self._block_table, self._block_size
         )
         return Batch(
@@ -181,16 +183,6 @@ class Rows:
 
 def _slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:
     return blocks.long() * block_size + positions % block_size
-
-
-def _gather_decodes(
-    rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `row_kernels.gather_decodes`, which is one launch."""
-    positions, block_table = num_computed[rows], table[rows]
-    slots = _slots(table[rows, positions // block_size], positions, block_size)
-    query_start_loc = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-    return tokens[rows, positions].long(), positions, slots, (positions + 1).int(), block_table, query_start_loc
 
 
 def _with_rest(whole: AttentionMetadata) -> AttentionMetadata:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
 from eagleray.workers.kv_cache import allocate_kv_cache
 from eagleray.workers.mixed_graphs import MixedGraphs, token_counts
 from eagleray.workers.pairs import unpack_ids
+from eagleray.workers.pending_output import PendingOutput
 from eagleray.workers.rows import Batch, IntArray, Rows, Slices
 from eagleray.workers.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling_table import SamplingTable
@@ -25,42 +25,6 @@ from eagleray.workers.triton_here import runs_triton
 from eagleray.workers.wire import Step, StepOutput, TokenLogprobs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
-
-
-class PendingOutput:
-    """A step that has been launched: its output, once the device has got there."""
-
-    def __init__(
-        self,
-        step: int,
-        rows: IntArray,
-        sampled: SampleOutput | None,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
-    ) -> None:
-        """`rows` are those of the sampled tokens, in their order."""
-        self._output = StepOutput(step, prompt_logprobs=prompt_logprobs)
-        self._rows = rows
-        self._sampled = sampled
-        self._copied: torch.cuda.Event | None = None
-        if sampled is not None:
-            self._token_ids = sampled.token_ids
-            if sampled.token_ids.is_cuda:
-                # The tokens of a graph lie where its next replay will write. This copy is queued before that, on the
-                # same stream, into memory that is this step's own; so they are safe before `launch` returns.
-                self._token_ids = torch.empty(sampled.token_ids.shape, dtype=torch.int64, pin_memory=True)
-                self._token_ids.copy_(sampled.token_ids, non_blocking=True)
-                self._copied = torch.cuda.Event(blocking=True)
-                self._copied.record()
-
-    def wait(self) -> StepOutput:
-        """Sleep until the tokens are on the host. May be called from another thread."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._sampled is not None:
-            in_order = self._token_ids.numpy()[np.argsort(self._rows)]
-            self._output.token_ids = in_order.astype(np.int32).tobytes()
-            self._output.logprobs = self._sampled.logprobs
-        return self._output
 
 
 class Worker:

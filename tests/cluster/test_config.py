@@ -1,11 +1,15 @@
 """What a user sets when an engine starts."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.resolve import worker_config
+from eagleray.models.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,18 @@ def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any])
         with pytest.raises(ValueError, match=rf"^{field} is ") as refusal:
             EngineConfig(**{"model": "m", field: value})
         assert repr(value) in str(refusal.value)
+
+
+def test_blocks_on_cuda_are_of_a_power_of_two(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = sizes | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 1, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    model = ModelConfig.from_dir(tmp_path)
+    for block_size in (8, 48):
+        engine = EngineConfig(model=str(tmp_path), block_size=block_size)
+        with pytest.raises(ValueError, match=f"block_size is {block_size}; on CUDA give a power of two"):
+            worker_config(engine, model, "cuda")
+        assert worker_config(engine, model, "cpu").block_size == block_size
 
 
 def test_a_step_must_have_room_for_a_token_of_every_request() -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from eagleray.workers import rows as rows_module
 from eagleray.workers.rows import Batch, Rows
 from eagleray.workers.wire import RowStart, Sampling, Step
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
@@ -20,6 +19,7 @@ if not RUNS_KERNELS:
         run_in_interpreter(__file__)
 
 else:
+    from eagleray.workers import row_kernels
 
     def rows_after_prompts(lengths: list[int], block_size: int, max_len: int) -> Rows:
         """Row `i` has run a prompt of `lengths[i]` random tokens in random blocks, and sampled one more."""
@@ -58,6 +58,14 @@ else:
             assert tensor.dtype == theirs[name].dtype, name
             assert torch.equal(tensor, theirs[name]), name
 
+    def plain_gather(
+        rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int
+    ) -> tuple[Tensor, ...]:
+        positions = num_computed[rows]
+        slots = table[rows, positions // block_size].long() * block_size + positions % block_size
+        starts = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
+        return tokens[rows, positions].long(), positions, slots, (positions + 1).int(), table[rows], starts
+
     CASES = pytest.mark.parametrize(
         ("block_size", "max_len"),
         [(1, 130), (1, 600), (4, 130), (4, 1024), (4, 1027), (16, 130), (128, 128), (128, 390)],
@@ -78,7 +86,7 @@ else:
             device_rows = torch.tensor(lines, device=DEVICE)
             batch = rows.gather_decodes(device_rows)
             with monkeypatch.context() as patch:
-                patch.setattr(rows_module, "runs_triton", lambda device: False)
+                patch.setattr(row_kernels, "gather_decodes", plain_gather)
                 check(batch, rows.gather_decodes(device_rows))
             assert batch.metadata.slot_mapping[-1] == rows.spare_slot or rows.spare not in lines
 
