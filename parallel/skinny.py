@@ -2,9 +2,13 @@
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
 (`overlap.py`). On H200 this wins up to some tens of rows. Drawing the start of W into L2 meanwhile was tried: no gain.
+
+Where columns are too few to occupy the GPU, the sum is split, too. Each program leaves its part in a workspace; the one
+that comes last adds them up, in order, so the result does not depend on who that is.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +22,8 @@ from eagleray.parallel.overlap import OVERLAP
 MAX_ROWS = 32
 MAX_ROWS_IF_WIDE = 64
 WIDE = 16384  # columns
+FEW_PROGRAMS, MANY_PROGRAMS = 80, 264  # with fewer the sum is split, into no more than these: two for each processor
+MAX_SPLITS, LEAST_DEPTH = 4, 512
 
 
 class _Tile(NamedTuple):
@@ -60,13 +66,49 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: _
     rows, depth = x.shape
     columns = out.shape[1]
     assert out.is_contiguous()
-    _linear_kernel[(columns // tile.columns,)](
-        x, weight, bias, out, rows, columns, depth, x.stride(0),
-        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=tile.columns, DEPTH=tile.depth,
+    row_pad, splits = max(16, triton.next_power_of_2(rows)), _num_splits(columns // tile.columns, depth, tile.depth)
+    parts, arrived = _workspace(x.device)
+    _linear_kernel[(columns // tile.columns, splits)](
+        x, weight, bias, out, parts, arrived, rows, columns, depth, x.stride(0),
+        ROWS=row_pad, COLUMNS=tile.columns, DEPTH=tile.depth, SPLITS=splits,
         HAS_BIAS=bias is not None, GATED=gated, PDL=OVERLAP,
         num_warps=4, num_stages=tile.num_stages, launch_pdl=OVERLAP,
     )  # fmt: skip
     return out
+
+
+def _num_splits(programs: int, depth: int, tile_depth: int) -> int:
+    """In how many parts the sum over `depth` is cut."""
+    splits = 1
+    while (
+        programs <= FEW_PROGRAMS
+        and splits < MAX_SPLITS
+        and 2 * splits * programs <= MANY_PROGRAMS
+        and depth // (2 * splits) >= LEAST_DEPTH
+        and depth % (2 * splits * tile_depth) == 0
+    ):
+        splits *= 2
+    return splits
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the parts of a split sum, `[MANY_PROGRAMS, 2 (gate, up), 64 columns, 64 rows]`, and a count per tile.
+
+    Launches on one stream take turns. It is made on first use, and lives as long as the process.
+    """
+    parts = torch.empty(MANY_PROGRAMS * 2 * 64 * MAX_ROWS_IF_WIDE, dtype=torch.float32, device=device)
+    return parts, torch.zeros(FEW_PROGRAMS, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _all_parts(part, parts, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """The sum `[COLUMNS, ROWS]` of the parts of all splits, which lie `part` numbers apart."""
+    place = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    total = tl.load(parts + place)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + split * part + place)
+    return total
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,6 +117,8 @@ def _linear_kernel(
     weight,  # [columns, depth], or [2 * columns, depth] if GATED
     bias,  # [columns], only if HAS_BIAS
     out,  # [rows, columns]
+    parts,  # [programs, 1 or 2, COLUMNS, ROWS] float32, if SPLITS > 1
+    arrived,  # [tiles of columns] int32, 0 between launches
     rows,
     columns,
     depth,
@@ -82,6 +126,7 @@ def _linear_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     PDL: tl.constexpr,
@@ -97,15 +142,32 @@ def _linear_kernel(
     inside = (row < rows)[None, :]
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     acc_up = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for start in range(0, depth, DEPTH):
+    each = depth // SPLITS
+    for start in range(tl.program_id(1) * each, (tl.program_id(1) + 1) * each, DEPTH):
         values = tl.load(x + row[None, :] * x_stride + (start + k)[:, None], mask=inside, other=0.0)
         acc = tl.dot(tl.load(gate + (start + k)[None, :], eviction_policy="evict_first"), values, acc)
         if GATED:
             acc_up = tl.dot(tl.load(up + (start + k)[None, :], eviction_policy="evict_first"), values, acc_up)
-    if HAS_BIAS:
-        acc += tl.load(bias + column).to(tl.float32)[:, None]
-    result = acc.to(out.dtype.element_ty)
-    if GATED:  # rounded where separate kernels round
-        rounded = result.to(tl.float32)
-        result = (rounded / (1.0 + tl.exp(-rounded))).to(out.dtype.element_ty) * acc_up.to(out.dtype.element_ty)
-    tl.store(out + row[None, :] * columns + column[:, None], result, mask=inside)
+    is_last = True
+    if SPLITS > 1:
+        part = COLUMNS * ROWS * (2 if GATED else 1)
+        parts += tl.program_id(0) * SPLITS * part
+        place = tl.arange(0, COLUMNS)[:, None] * ROWS + row[None, :]
+        tl.store(parts + tl.program_id(1) * part + place, acc)
+        if GATED:
+            tl.store(parts + tl.program_id(1) * part + COLUMNS * ROWS + place, acc_up)
+        tl.debug_barrier()  # all of this program's part is written before it is counted
+        is_last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+    if is_last:
+        if SPLITS > 1:
+            tl.store(arrived + tl.program_id(0), 0)
+            acc = _all_parts(part, parts, COLUMNS, ROWS, SPLITS)
+            if GATED:
+                acc_up = _all_parts(part, parts + COLUMNS * ROWS, COLUMNS, ROWS, SPLITS)
+        if HAS_BIAS:
+            acc += tl.load(bias + column).to(tl.float32)[:, None]
+        result = acc.to(out.dtype.element_ty)
+        if GATED:  # rounded where separate kernels round
+            rounded = result.to(tl.float32)
+            result = (rounded / (1.0 + tl.exp(-rounded))).to(out.dtype.element_ty) * acc_up.to(out.dtype.element_ty)
+        tl.store(out + row[None, :] * columns + column[:, None], result, mask=inside)

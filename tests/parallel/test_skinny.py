@@ -18,12 +18,12 @@ else:
     CASES = Cases(DEVICE, torch.float32 if INTERPRETED else torch.bfloat16)
 
     @pytest.mark.parametrize("with_bias", [True, False])
-    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512)])
+    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512), (64, 1024), (192, 2048)])
     @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64])
     def test_linear(rows: int, columns: int, depth: int, with_bias: bool) -> None:
         CASES.skinny_linear(rows, columns, depth, with_bias)
 
-    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512)])
+    @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512), (192, 2048)])
     @pytest.mark.parametrize("rows", [1, 16, 17, 64])
     def test_silu_gated(rows: int, columns: int, depth: int) -> None:
         CASES.skinny_silu_gated(rows, columns, depth)
