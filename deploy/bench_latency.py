@@ -36,8 +36,9 @@ class LatencyCase:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write. Raises `ValueError` for what cannot be run before the engine starts."""
     config = engine_config(arguments)
-    check_writable(arguments.output_json)
     check_batches(config, arguments.batch_size, arguments.input_len + arguments.output_len)
+    bench_params(arguments, arguments.output_len)  # so that what it refuses is refused now
+    check_writable(arguments.output_json)
     vocab_size = check_model(config).vocab_size
     err = Console(stderr=True)
     with measured_engine(config, err) as (engine, front_end):

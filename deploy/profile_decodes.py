@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_batches(config, arguments.batch_size, arguments.context_len + 2 * num_decodes)
     _make(arguments.output_dir)
     summary = arguments.output_dir / "profile.json"
+    bench_params(arguments, 1)  # so that what it refuses is refused now
     check_writable(summary)
     err, out = Console(stderr=True), Console(file=sys.stdout)
     cases = []

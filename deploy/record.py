@@ -21,8 +21,11 @@ def check_writable(file: Path | None) -> None:
     """Raise `ValueError` now for a file that could not be written after a long run."""
     if file is None:
         return
+    is_new = not file.exists()
     try:
         file.open("a").close()
+        if is_new:
+            file.unlink()
     except OSError as error:
         raise ValueError(f"--output-json {file} cannot be written: {error.strerror}; name another file") from error
 

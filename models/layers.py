@@ -116,7 +116,7 @@ class GatedMLP(nn.Module):
         """`[tokens, hidden]` to this rank's part of the same."""
         merged = self.gate_up_proj
         if x.is_cuda and self.activation == "silu":
-            if merged.bias is None and skinny.takes(x, merged.weight):
+            if merged.bias is None and skinny.takes(x, merged.weight, gated=True):
                 return self.down_proj(skinny.silu_gated(x, merged.weight))  # type: ignore[no-any-return]
             return self.down_proj(kernels.silu_mul(merged(x)))  # type: ignore[no-any-return]
         gate, up = merged(x).chunk(2, dim=-1)

@@ -75,9 +75,15 @@ def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tenso
         size // 2, inboxes.lines, MAX_ROWS_AT_ONCE, _owned(inboxes.size), RANK=inboxes.rank, SIZE=inboxes.size,
         HAS_OWNERS=rows > MAX_ROWS_AT_ONCE, IS_BF16=x.dtype == torch.bfloat16, HAS_RESIDUAL=residual is not None,
         BLOCK=triton.next_power_of_2(size // 2), PDL=OVERLAP,
-        num_warps=max(4, min(16, size // 512)), launch_pdl=OVERLAP,
+        num_warps=num_warps(size), launch_pdl=OVERLAP,
     )  # fmt: skip
     return normed, total
+
+
+def num_warps(row_size: int) -> int:
+    """Of a program for a row, a power of two: a warp for every 256 words or so."""
+    warps: int = triton.next_power_of_2(row_size // 2) // 256
+    return max(4, min(16, warps))
 
 
 def highest(inboxes: Inboxes, pairs: Tensor) -> Tensor:

@@ -108,11 +108,14 @@ def init_tp_group(
 
 def _join_symmetric(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:
     """Shared memory between the ranks' GPUs, where they can reach each other: on one node, over NVLink."""
+    symmetric = None
     try:
-        return SymmetricMemory(group, device)
+        symmetric = SymmetricMemory(group, device)
     except RuntimeError as error:
         logger.warning("ranks cannot share GPU memory, so small sums go over NCCL, too: %s", error)
-        return None
+    joined = torch.tensor(symmetric is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(joined, dist.ReduceOp.MIN, group=group)  # all take the same way, or they would wait for each other
+    return symmetric if joined.item() else None
 
 
 def destroy_tp_group(group: TPGroup) -> None:

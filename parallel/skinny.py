@@ -32,15 +32,18 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel multiplies `x` `[rows, k]` by `weight` `[columns, k]`, and is the faster way."""
+def takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
+    """Whether the kernel multiplies `x` `[rows, k]` by `weight` `[columns, k]`, and is the faster way.
+
+    For `silu_gated` with `gated`.
+    """
     return (
         x.is_cuda
         and OVERLAP
         and x.dim() == 2
         and x.shape[0] <= (MAX_ROWS_IF_WIDE if weight.shape[0] >= WIDE else MAX_ROWS)
         and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.shape[0] % 64 == 0
+        and weight.shape[0] % (128 if gated else 64) == 0
         and weight.shape[1] % 256 == 0
     )
 

@@ -68,7 +68,7 @@ def _measure(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.d
         before = torch.cuda.memory_allocated(device)
         probed, mixed = run_largest_step(config, model, tp, probe_sizes(sizes))
         num_others = max(0, len(token_counts(config.max_num_batched_tokens)) - 1)  # which find room in the largest's
-        graphs = graph_bytes(sizes, probed) + mixed + num_others * probed.get(sizes[0], 0)
+        graphs = (graph_bytes(sizes, probed) if probed else 0) + mixed + num_others * probed.get(sizes[0], 0)
         torch.cuda.synchronize(device)
         step = max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)
         release_unused(device)

@@ -65,6 +65,9 @@ class Worker:
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
+            if device.type == "cuda" and reference_attention in self._decode_backends.of_layers:
+                sizes = []  # plain attention asks the host, which no graph can capture
+        if self._draws_in_kernels and sizes:
             # one for graphs of all sizes, or each would keep its own
             self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_share), dtype=dtype, device=device)
             with torch.inference_mode():

@@ -57,6 +57,21 @@ def test_kernels_are_grouped_and_gaps_are_idle() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        ("_sum_norm_kernel", "collectives"),
+        ("_highest_kernel", "collectives"),
+        ("_draw_kernel", "sampling"),
+        ("_linear_kernel", "weights"),
+        ("slice_attend_kernel", "attention"),
+        ("_rms_norm_kernel", "rest"),
+    ],
+)
+def test_our_own_kernels_have_their_groups(kernel: str, group: str) -> None:
+    assert group_of(kernel) == group
+
+
 def test_kernels_are_summed_by_name_with_the_longest_first() -> None:
     kernels = step_profile(KERNELS).kernels
     assert kernels[0] == Share("nvjet_tst_128x64_64x9", 1.0, 40.0, 40.0)

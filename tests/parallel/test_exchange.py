@@ -77,6 +77,11 @@ if not INTERPRETED:
 
 else:
 
+    def test_programs_have_a_number_of_warps_that_triton_takes() -> None:
+        from eagleray.parallel.exchange import num_warps
+
+        assert {num_warps(hidden) for hidden in range(64, 16385, 64)} == {4, 8, 16}
+
     @pytest.mark.parametrize("size", [2, 3])
     def test_sums_norms_and_maxima(size: int) -> None:
         of_ranks = run_all(size)
