@@ -8,7 +8,6 @@ that comes last adds them up, in order, so the result does not depend on who tha
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -94,14 +93,18 @@ def _num_splits(programs: int, depth: int, tile_depth: int) -> int:
     return splits
 
 
-@cache
+_workspaces: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
 def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for the parts of a split sum, `[MANY_PROGRAMS, 2 (gate, up), 64 columns, 64 rows]`, and a count per tile.
 
     Launches on one stream take turns. It is made on first use, and lives as long as the process.
     """
-    parts = torch.empty(MANY_PROGRAMS * 2 * 64 * MAX_ROWS_IF_WIDE, dtype=torch.float32, device=device)
-    return parts, torch.zeros(FEW_PROGRAMS, dtype=torch.int32, device=device)
+    if device not in _workspaces:
+        parts = torch.empty(MANY_PROGRAMS * 2 * 64 * MAX_ROWS_IF_WIDE, dtype=torch.float32, device=device)
+        _workspaces[device] = parts, torch.zeros(FEW_PROGRAMS, dtype=torch.int32, device=device)
+    return _workspaces[device]
 
 
 @triton.jit
