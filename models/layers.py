@@ -15,9 +15,7 @@ from eagleray.parallel.shares import share_columns
 
 if torch.cuda.is_available():
     from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
-    from eagleray.parallel import skinny
-
-MAX_FUSED_ROWS = 256  # beyond, sum and norm are launches of their own
+    from eagleray.parallel import exchange, skinny
 
 
 class RMSNorm(nn.Module):
@@ -40,7 +38,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add all ranks' parts `x` to the residual stream; return the norm of the sum, and the sum."""
         if x.is_cuda and self.fused:
-            if self.tp.size > 1 and x.shape[0] <= MAX_FUSED_ROWS:
+            if self.tp.size > 1 and x.shape[0] <= exchange.MAX_ROWS:
                 return self.tp.sum_norm(x, residual, self.weight, self.eps)
             return kernels.add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
         x = self.tp.all_reduce(x)

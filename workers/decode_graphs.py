@@ -5,18 +5,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eagleray.workers.capture import Replay, capture
 from eagleray.workers.rows import IntArray, Rows
 
 logger = logging.getLogger(__name__)
 
 DecodeForward = Callable[[Tensor], Tensor]  # rows [n] int64 -> token ids [n] int64
-Replay = Callable[[], Tensor]  # the same for the rows of a graph
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -45,26 +44,13 @@ class DecodeGraphs:
             return
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self._sizes):
-            self._replays[size], self.num_bytes[size] = self._capture(forward, self._static_rows[:size], pool)
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(device)
+            self._replays[size] = capture(partial(forward, self._static_rows[:size]), pool)
+            torch.cuda.empty_cache()  # what the first, eager run took is not the graph's
+            self.num_bytes[size] = free - torch.cuda.mem_get_info(device)[0]
         torch.cuda.synchronize()
         logger.info("captured %d decode graphs in %.1f s", len(self._sizes), time.monotonic() - begin)
-
-    @staticmethod
-    def _capture(forward: DecodeForward, rows: Tensor, pool: Any) -> tuple[Replay, int]:
-        """The graph, and how much device memory it took."""
-        forward(rows)  # what is set up on first use must not be captured
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(rows.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            token_ids = forward(rows)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return token_ids
-
-        return replay, free - torch.cuda.mem_get_info(rows.device)[0]
 
     def run(self, rows: IntArray) -> Tensor:
         """The next token [n] of each of `rows`. The next run overwrites it: what is to last must be copied."""

@@ -10,19 +10,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from eagleray.workers.capture import Replay, capture
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.rows import Batch
 
 logger = logging.getLogger(__name__)
 
 MAX_SLICES = 64  # of more than one token
-
-Replay = Callable[[], Tensor]  # hidden states of what the static tensors hold
 
 
 def token_counts(max_num_batched_tokens: int) -> list[int]:
@@ -66,10 +64,12 @@ class MixedGraphs:
             self._replays = {count: partial(forward, self._batch(count)) for count in self._counts}
             return
         pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
         for count in reversed(self._counts):
-            self._replays[count] = self._capture(forward, self._batch(count), pool)
+            self._replays[count] = capture(partial(forward, self._batch(count)), pool)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the first, eager runs took is not the graphs'
         self.num_bytes = free - torch.cuda.mem_get_info(device)[0]
         logger.info("captured %d graphs of mixed steps in %.1f s", len(self._counts), time.monotonic() - begin)
 
@@ -97,20 +97,6 @@ class MixedGraphs:
             rest=rest,
         )
         return Batch(self._input_ids[:count], self._positions[:count], whole)
-
-    @staticmethod
-    def _capture(forward: Callable[[Batch], Tensor], batch: Batch, pool: Any) -> Replay:
-        forward(batch)  # what is set up on first use must not be captured
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            hidden = forward(batch)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return hidden
-
-        return replay
 
     def takes(self, batch: Batch) -> bool:
         """Whether a graph holds such a batch."""

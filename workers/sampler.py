@@ -137,7 +137,7 @@ class Sampler:
 
     def _agree(self, pairs: Tensor) -> Tensor:
         """The token ids [n] of the highest of all ranks' `pairs` [n]."""
-        return unpack_ids(self._tp.all_gather(pairs).amax(dim=0))
+        return unpack_ids(self._tp.all_reduce(pairs, "max"))
 
     def _edit(self, logits: Tensor, batch: _Batch) -> None:
         """Masks, bias and penalties, in place."""
