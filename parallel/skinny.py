@@ -1,7 +1,7 @@
 """`y = x W^T` for the few rows of a decode, in Triton. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
-(`overlap.py`). On H200 this wins up to some tens of rows. Drawing the start of W into L2 meanwhile was tried: no gain.
+(`overlap.py`). On H200 this wins up to 64 rows. Drawing the start of W into L2 meanwhile was tried: no gain.
 
 Where columns are too few to occupy the GPU, the sum is split, too. Each program leaves its part in a workspace; the one
 that comes last adds them up, in order, so the result does not depend on who that is.
@@ -18,10 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import OVERLAP
 
-MAX_ROWS = 32
-MAX_ROWS_IF_WIDE = 64
+MAX_ROWS = 64
 WIDE = 16384  # columns
-FEW_PROGRAMS, MANY_PROGRAMS = 80, 264  # with fewer the sum is split, into no more than these: two for each processor
+FEW_PROGRAMS, MANY_PROGRAMS = 80, 132  # with fewer the sum is split, into no more than these: one for each processor
 MAX_SPLITS, LEAST_DEPTH = 4, 512
 
 
@@ -40,7 +39,7 @@ def takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
         x.is_cuda
         and OVERLAP
         and x.dim() == 2
-        and x.shape[0] <= (MAX_ROWS_IF_WIDE if weight.shape[0] >= WIDE else MAX_ROWS)
+        and x.shape[0] <= MAX_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[0] % (128 if gated else 64) == 0
         and weight.shape[1] % 256 == 0
@@ -50,9 +49,13 @@ def takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """`x` `[rows, k]` times the transpose of `weight` `[columns, k]`, plus `bias` `[columns]`: in `out` if given."""
     rows, columns = x.shape[0], weight.shape[0]
-    narrow = rows <= 16 and columns < 6144
+    if rows <= 16 and columns < 6144:
+        tile = _Tile(32, 256, 6)
+    else:
+        wide = rows > 16 and columns >= WIDE and columns % 128 == 0
+        tile = _Tile(128, 128, 4) if wide else _Tile(64, 128, 6)
     out = x.new_empty(rows, columns) if out is None else out
-    return _launch(x, weight, bias, out, _Tile(32, 256, 6) if narrow else _Tile(64, 128, 6), gated=False)
+    return _launch(x, weight, bias, out, tile, gated=False)
 
 
 def silu_gated(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     Launches on one stream take turns. It is made on first use, and lives as long as the process.
     """
     if device not in _workspaces:
-        parts = torch.empty(MANY_PROGRAMS * 2 * 64 * MAX_ROWS_IF_WIDE, dtype=torch.float32, device=device)
+        parts = torch.empty(MANY_PROGRAMS * 2 * 64 * MAX_ROWS, dtype=torch.float32, device=device)
         _workspaces[device] = parts, torch.zeros(FEW_PROGRAMS, dtype=torch.int32, device=device)
     return _workspaces[device]
 

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from eagleray.workers.capture import Replay, capture
 from eagleray.workers.rows import IntArray, Rows
+from eagleray.workers.triton_here import CAN_IMPORT
+
+if CAN_IMPORT:
+    from eagleray.workers.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +46,20 @@ class DecodeGraphs:
         if device.type != "cuda":
             self._replays = {size: partial(forward, self._static_rows[:size]) for size in self._sizes}
             return
+        forwards = {size: partial(forward, self._static_rows[:size]) for size in reversed(self._sizes)}
+        num_compiled = compile_ahead(forwards.values())
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
+        for size, run in forwards.items():
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(device)
-            self._replays[size] = capture(partial(forward, self._static_rows[:size]), pool)
+            self._replays[size] = capture(run, pool)
             torch.cuda.empty_cache()  # what the first, eager run took is not the graph's
             self.num_bytes[size] = free - torch.cuda.mem_get_info(device)[0]
         torch.cuda.synchronize()
-        logger.info("captured %d decode graphs in %.1f s", len(self._sizes), time.monotonic() - begin)
+        logger.info(
+            "captured %d decode graphs and compiled %d kernels in %.1f s",
+            len(self._sizes), num_compiled, time.monotonic() - begin,
+        )  # fmt: skip
 
     def run(self, rows: IntArray) -> Tensor:
         """The next token [n] of each of `rows`. The next run overwrites it: what is to last must be copied."""

@@ -17,6 +17,10 @@ from torch import Tensor
 from eagleray.workers.capture import Replay, capture
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.rows import Batch
+from eagleray.workers.triton_here import CAN_IMPORT
+
+if CAN_IMPORT:
+    from eagleray.workers.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +67,20 @@ class MixedGraphs:
         if device.type != "cuda":
             self._replays = {count: partial(forward, self._batch(count)) for count in self._counts}
             return
+        forwards = {count: partial(forward, self._batch(count)) for count in reversed(self._counts)}
+        num_compiled = compile_ahead(forwards.values())
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        for count in reversed(self._counts):
-            self._replays[count] = capture(partial(forward, self._batch(count)), pool)
+        for count, run in forwards.items():
+            self._replays[count] = capture(run, pool)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the first, eager runs took is not the graphs'
         self.num_bytes = free - torch.cuda.mem_get_info(device)[0]
-        logger.info("captured %d graphs of mixed steps in %.1f s", len(self._counts), time.monotonic() - begin)
+        logger.info(
+            "captured %d graphs of mixed steps and compiled %d kernels in %.1f s",
+            len(self._counts), num_compiled, time.monotonic() - begin,
+        )  # fmt: skip
 
     def _batch(self, count: int) -> Batch:
         """The static tensors, as a batch of `count` tokens."""

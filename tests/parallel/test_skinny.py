@@ -13,6 +13,7 @@ if not RUNS_KERNELS:
         run_in_interpreter(__file__)
 
 else:
+    from eagleray.parallel import skinny
     from support.kernel_cases import Cases
 
     CASES = Cases(DEVICE, torch.float32 if INTERPRETED else torch.bfloat16)
@@ -22,6 +23,11 @@ else:
     @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64])
     def test_linear(rows: int, columns: int, depth: int, with_bias: bool) -> None:
         CASES.skinny_linear(rows, columns, depth, with_bias)
+
+    @pytest.mark.parametrize("columns", [skinny.WIDE, skinny.WIDE + 64])
+    @pytest.mark.parametrize("rows", [16, 17, 40])
+    def test_wide(rows: int, columns: int) -> None:
+        CASES.skinny_linear(rows, columns, 256, with_bias=True)
 
     @pytest.mark.parametrize(("columns", "depth"), [(64, 256), (192, 512), (192, 2048)])
     @pytest.mark.parametrize("rows", [1, 16, 17, 64])
