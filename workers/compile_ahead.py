@@ -9,66 +9,87 @@ from typing import Any
 
 import torch
 import triton
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 MAX_THREADS = 16
-_Key = tuple[int, str]  # of a function, and of one way to specialise it
-_aten = torch.ops.aten
-_UNSET = {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
+_UNSET = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
+_Kernels = dict[tuple[str, str], Any]  # by module and name: one of this package
 
 
 def compile_ahead(runs: Iterable[Callable[[], object]]) -> int:
-    """Compile the kernels of this package that `runs` would launch and that are not compiled yet; how many those are.
+    """Compile and load the kernels of this package that `runs` would compile; how many those are.
 
-    Each is run once, on the current CUDA device, without launching one of them. So what it returns means nothing.
+    Each is run once, on the current CUDA device, without launching such a kernel: what it returns means nothing.
     """
-    wanted: dict[_Key, tuple[Any, str]] = {}
-
-    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        wanted[id(fn.jit_function), key] = fn.jit_function, compile["specialization_data"]
-        return True  # neither compile nor launch
-
-    with _forgotten(torch.cuda.current_device()) as known, _hook(note), _ZeroWhatIsUnset():  # type: ignore[no-untyped-call]
+    device = torch.cuda.current_device()
+    kernels: _Kernels = {
+        (name, value.__name__): value
+        for name, module in list(sys.modules.items())
+        if name.startswith("eagleray.")
+        for value in vars(module).values()
+        if isinstance(value, triton.JITFunction) and value.__module__ == name
+    }
+    with _launching_nothing(kernels, device) as wanted, _ZeroWhatIsUnset():
         for run in runs:
             run()
-    new = [value for key, value in wanted.items() if key not in known]
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
-        for function, specialization in new:
-            function.preload(specialization)
-    return len(new)
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        with triton.AsyncCompileMode(pool):
+            compiled = [kernel.preload(specialization) for kernel, specialization in wanted]
+        list(pool.map(_load, compiled))
+    return len(compiled)
 
 
 @contextmanager
-def _forgotten(device: int) -> Iterator[set[_Key]]:
-    """No kernel of this package counts as compiled meanwhile: a few alone, without what others prepare, would fail."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("eagleray.")]
-    values = (value for module in modules for value in vars(module).values())
-    functions = {id(value): value for value in values if isinstance(value, triton.JITFunction)}
-    caches = {name: function.device_caches[device][0] for name, function in functions.items()}
-    compiled = {name: dict(cache) for name, cache in caches.items()}
+def _launching_nothing(kernels: _Kernels, device: int) -> Iterator[list[tuple[Any, str]]]:
+    """Launches of `kernels` do nothing; the list fills with those that would be compiled, and how specialised."""
+    caches = {place: kernel.device_caches[device][0] for place, kernel in kernels.items()}
+    known = {place: dict(cache) for place, cache in caches.items()}
+    wanted: list[tuple[Any, str]] = []
+
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        place = fn.module, fn.name
+        if place not in kernels:
+            return False  # of some other package: compile and launch it
+        wanted.append((kernels[place], compile["specialization_data"]))
+        caches[place][key] = _NotLaunched
+        return True  # neither compile nor launch
+
     for cache in caches.values():
-        cache.clear()
+        cache.update(dict.fromkeys(cache, _NotLaunched))
+    hook, triton.knobs.runtime.jit_cache_hook = triton.knobs.runtime.jit_cache_hook, note
     try:
-        yield {(name, key) for name, kernels in compiled.items() for key in kernels}
+        yield wanted
     finally:
-        for name, kernels in compiled.items():
-            caches[name].update(kernels)
+        triton.knobs.runtime.jit_cache_hook = hook
+        for place, cache in caches.items():
+            cache.clear()
+            cache.update(known[place])
 
 
-@contextmanager
-def _hook(note: Callable[..., bool]) -> Iterator[None]:
-    """Ask `note` instead of compiling."""
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = note
-    try:
-        yield
-    finally:
-        triton.knobs.runtime.jit_cache_hook = before
+class _NotLaunched:
+    """Stands where Triton keeps a compiled kernel."""
+
+    function = packed_metadata = None
+
+    @staticmethod
+    def launch_metadata(*_: Any) -> None:
+        """Asked for before each launch."""
+
+    @staticmethod
+    def run(*_: Any) -> None:
+        """Instead of a launch."""
 
 
-class _ZeroWhatIsUnset(TorchDispatchMode):
+class _ZeroWhatIsUnset(TorchFunctionMode):
     """What a kernel that is not launched would have written is zero: torch may take it for an index into a table."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         return out.zero_() if func in _UNSET else out
+
+
+def _load(kernel: Any) -> None:
+    """Make the kernel's launcher, for which Triton runs a C compiler, and bring it to the device."""
+    kernel = kernel.result() if hasattr(kernel, "result") else kernel
+    _ = kernel.run

@@ -2,9 +2,9 @@
 
 A request's keys are cut in sections of 2,048 keys or more, at most 16 of them, and each section in eight chunks, at
 places that its own length decides. Softmax runs over a chunk; chunks are merged to sections one after the other, and
-sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much work
-the batch has, but both go through the same operations in the same order: a request's result is the same to the bit in
-any batch for which `launch_constants` are the same, that is, of any size from some requests on.
+sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much of
+the batch's work it is, but both go through the same operations in the same order: a request's result is the same to the
+bit in any batch for which `launch_constants` are the same, that is, of any size from some requests on.
 
 The plan, who does which piece, is made on the GPU from the lengths, once per step; all layers with the same heads and
 window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
@@ -41,15 +41,20 @@ class LaunchConstants:
     tile: int = 32  # keys per iteration; a power of two, from 16 to a chunk
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 6
-    fine_below: int = 256  # (section, KV head) pairs; with fewer, chunks are the pieces of work
-    worth_cutting: int = 512  # keys of a request on average; with fewer, cutting costs more than it brings
+    programs_per_sm: int = 5  # that run at once: the registers are shared out accordingly
+    lanes: int = 360  # pieces that together read at full speed: a section that is more than 1 in so many is cut
+    worth_cutting: int = 512  # keys of a request; with fewer, cutting costs more than it brings
+
+    @property
+    def num_registers(self) -> int:
+        """The most that a thread may have, of the 65,536 of a processor, in eights."""
+        return min(255, 65536 // (self.programs_per_sm * self.num_warps * 32) // 8 * 8)
 
 
 def launch_constants(spec: AttentionSpec, num_requests: int) -> LaunchConstants:
     """What was the fastest on an H200: large tiles for few pieces of work, many programs for many."""
     if spec.head_size > 128:
-        return LaunchConstants(programs_per_sm=3)
+        return LaunchConstants(programs_per_sm=3, lanes=180)
     if num_requests * spec.num_kv_heads <= FEW_PAIRS:
         return LaunchConstants(tile=64, programs_per_sm=3)
     return LaunchConstants()
@@ -64,6 +69,7 @@ class DecodeWorkspace:
     num_sms: int
     header: Tensor  # [2] int32
     starts: Tensor  # [max_requests + 1] int32
+    ratios: Tensor  # [max_requests] int32
     work: Tensor  # [max_pieces, FIELDS] int32
     partial: Tensor  # [max_pieces, heads, head_size] float32
     partial_ml: Tensor  # [max_pieces, heads, 2] float32
@@ -73,10 +79,14 @@ class DecodeWorkspace:
 
 
 def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
-    """The most pieces of work that a batch can have."""
+    """The most pieces of work that a batch can have.
+
+    A section that is cut is more than one `lanes`-th of the work, and a request's last section may be short: so no more
+    than twice as many sections as lanes are cut.
+    """
     visible = max_seq_len if spec.sliding_window is None else min(max_seq_len, spec.sliding_window + constants.tile)
     sections = max_requests * min(int(MAX_SECTIONS), -(-visible // SECTION))
-    return max(sections, int(CHUNKS) * min(sections, -(-constants.fine_below // spec.num_kv_heads)))
+    return sections + int(CHUNKS) * min(sections, 2 * -(-constants.lanes // spec.num_kv_heads))
 
 
 def workspace_bytes(
@@ -84,7 +94,7 @@ def workspace_bytes(
 ) -> int:
     """What `allocate_workspace` takes on the device."""
     pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
-    return 4 * (3 + max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
+    return 4 * (3 + 2 * max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
 
 
 def allocate_workspace(
@@ -103,6 +113,7 @@ def allocate_workspace(
         num_sms=sms,
         header=torch.zeros(2, dtype=torch.int32, device=device),
         starts=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
+        ratios=torch.zeros(max_requests, dtype=torch.int32, device=device),
         work=torch.zeros(pieces, int(FIELDS), dtype=torch.int32, device=device),
         partial=torch.empty(pieces, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
         partial_ml=torch.empty(pieces, spec.num_heads, 2, dtype=torch.float32, device=device),
@@ -147,9 +158,10 @@ def plan_decode(
         rows,
         workspace.header,
         workspace.starts,
+        workspace.ratios,
         workspace.work,
         n,
-        triton.cdiv(constants.fine_below, spec.num_kv_heads),
+        triton.cdiv(constants.lanes, spec.num_kv_heads),
         constants.worth_cutting,
         HAS_ROWS=rows is not None,
         WINDOW=spec.sliding_window or 0,
@@ -221,6 +233,7 @@ def attend_planned(
         PDL=OVERLAP,
         num_warps=constants.num_warps,
         num_stages=constants.num_stages,
+        maxnreg=constants.num_registers,
         launch_pdl=OVERLAP,
     )
     heads_each = triton.cdiv(n * heads, COMBINING_PROGRAMS)
@@ -229,6 +242,7 @@ def attend_planned(
         sinks,
         workspace.header,
         workspace.starts,
+        workspace.ratios,
         workspace.partial,
         workspace.partial_ml,
         heads_each,

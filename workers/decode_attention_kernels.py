@@ -19,11 +19,12 @@ MAX_SECTIONS = tl.constexpr(16)  # per request
 def plan_kernel(
     seq_lens,  # [n] int32
     rows,  # [n] int64, only if HAS_ROWS
-    header,  # [2] int32: pieces of work, and in how many each section is cut
+    header,  # [2] int32: pieces of work, and how many of their turns were taken
     starts,  # [n + 1] int32: first piece of each request
+    ratios,  # [n] int32: in how many pieces each of its sections is cut
     work,  # [pieces, FIELDS] int32: 2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk
     n,
-    fine_below,
+    lanes,
     worth_cutting,
     HAS_ROWS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
@@ -32,7 +33,7 @@ def plan_kernel(
     N_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. Sections are whole pieces, or cut in chunks where few of them, and long ones, are to be shared."""
+    """One program. A section is one piece, or cut in chunks where it is more than its share of all the work."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -46,15 +47,15 @@ def plan_kernel(
     section = tl.full([N_PAD], SECTION, tl.int32)
     for _ in tl.static_range(12):  # 2048 * 16 keys doubled so often is more than any context
         section = tl.where(section * MAX_SECTIONS < span, section * 2, section)
-    few = tl.sum((span + section - 1) // section, 0) < fine_below
-    ratio = tl.where(few & (tl.sum(span, 0) > n * worth_cutting), CHUNKS, 1)
+    is_long = tl.minimum(section, span).to(tl.int64) * lanes > tl.sum(span, 0)
+    ratio = tl.where(is_long & (span > worth_cutting), CHUNKS, 1)
     size = section // ratio
     count = (span + size - 1) // size
     start = tl.cumsum(count, 0) - count
     tl.store(starts + request, start, mask=request < n)
     tl.store(starts + n, tl.sum(count, 0))
     tl.store(header, tl.sum(count, 0))
-    tl.store(header + 1, ratio)
+    tl.store(ratios + request, ratio, mask=request < n)
     row = request.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows + request, mask=request < n, other=0)
@@ -136,19 +137,24 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs take turns at (piece, KV head), heads of one piece side by side, since they share memory pages."""
+    """Programs take turns at (piece, KV head), heads of one piece side by side, since they share memory pages.
+
+    Each begins with the turn of its own number; further ones go to whoever asks first, since pieces differ in length.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     head_row, dim, lane = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, TILE)
     own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     items = tl.load(header) * KV_HEADS
-    tag, row, lowest, end, chunk = load_piece(work, tl.program_id(0) // KV_HEADS)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    item = tl.program_id(0)
+    tag, row, lowest, end, chunk = load_piece(work, item // KV_HEADS)
+    while item < items:
         piece, kv_head = item // KV_HEADS, item % KV_HEADS
         # What comes next is looked up early, or each piece would begin with a chain of loads.
-        following = tl.minimum(item + tl.num_programs(0), items - 1) // KV_HEADS
-        next_tag, next_row, next_lowest, next_end, next_chunk = load_piece(work, following)
+        following = tl.num_programs(0) + tl.atomic_add(header + 1, 1, sem="relaxed")
+        next_piece = tl.minimum(following, items - 1) // KV_HEADS
+        next_tag, next_row, next_lowest, next_end, next_chunk = load_piece(work, next_piece)
         request = (tag // 2).to(tl.int64)
         head = kv_head * GROUP + head_row
         query = tl.load(
@@ -200,7 +206,7 @@ def attend_kernel(
             tl.store(partial + part[:, None] * HEAD_SIZE + dim[None, :], acc_all, mask=own)
             tl.store(partial_ml + part * 2, m_all, mask=head_row < GROUP)
             tl.store(partial_ml + part * 2 + 1, l_all, mask=head_row < GROUP)
-        tag, row, lowest, end, chunk = next_tag, next_row, next_lowest, next_end, next_chunk
+        item, tag, row, lowest, end, chunk = following, next_tag, next_row, next_lowest, next_end, next_chunk
 
 
 @triton.jit
@@ -237,6 +243,7 @@ def combine_kernel(
     sinks,
     header,
     starts,
+    ratios,
     partial,
     partial_ml,
     heads_each,
@@ -252,7 +259,9 @@ def combine_kernel(
         gdc_launch_dependents()
         gdc_wait()
     request, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads_each
-    start, ratio = tl.load(starts + request), tl.load(header + 1)
+    if request + first == 0:
+        tl.store(header + 1, 0)  # turns begin anew with the next layer
+    start, ratio = tl.load(starts + request), tl.load(ratios + request)
     count = tl.load(starts + request + 1) - start
     dim = tl.arange(0, HEAD_PAD)
     if count > 1 or (FILLS and count == 0):

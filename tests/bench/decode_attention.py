@@ -40,7 +40,7 @@ L2_BYTES = 50 << 20
 BLOCK_SIZE = 128
 HEADS = ((32, 8), (8, 2))  # 8B at TP 1 and TP 4
 BATCHES = ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (32, 8192))
-SECTIONS, ALL_CHUNKS = 0, 1 << 20  # for fine_below: which pieces the work is cut in
+SECTIONS, ALL_CHUNKS = 0, 1 << 20  # for lanes: which pieces the work is cut in
 DEVICE = torch.device("cuda")
 
 
@@ -152,10 +152,8 @@ def check() -> bool:
         lens[:6] = torch.tensor([1, 128, 129, 1024, 1025, 20000])
         problem = Problem(Shape(heads, kv_heads, 24, 20000, head_size), lens.int().to(DEVICE))
         expected, outs = problem.reference(problem.caches[0]), []
-        for fine_below in (SECTIONS, ALL_CHUNKS):
-            _, attend = problem.ours(
-                replace(launch_constants(problem.shape.spec, 24), fine_below=fine_below, worth_cutting=0)
-            )
+        for lanes in (SECTIONS, ALL_CHUNKS):
+            _, attend = problem.ours(replace(launch_constants(problem.shape.spec, 24), lanes=lanes, worth_cutting=0))
             outs.append(attend(problem.caches[0]))
             torch.testing.assert_close(outs[-1].float(), expected, atol=1e-2, rtol=1.6e-2)
         error = (outs[0].float() - expected).abs().max().item()
@@ -182,7 +180,7 @@ def settings() -> list[LaunchConstants]:
     compiled = ((64, 4, 3), (64, 4, 4), (128, 8, 2), (128, 8, 3), (32, 4, 4), (64, 2, 3), (128, 4, 2), (32, 2, 5))
     return [
         LaunchConstants(
-            tile=tile, num_warps=warps, num_stages=stages, programs_per_sm=programs, fine_below=fine, worth_cutting=0
+            tile=tile, num_warps=warps, num_stages=stages, programs_per_sm=programs, lanes=fine, worth_cutting=0
         )
         for tile, warps, stages in compiled
         for programs in (3, 2, 4, 8, 1)
@@ -210,7 +208,7 @@ def tune(shapes: list[Shape], seconds: float) -> Iterator[dict[str, Any]]:
             if time.monotonic() < limit:
                 times[constants] = microseconds(problem.ours(constants)[1], problem.caches, replays=3)
         for name, fine in (("sections", SECTIONS), ("chunks", ALL_CHUNKS)):
-            ranking = sorted((us, str(constants)) for constants, us in times.items() if constants.fine_below == fine)
+            ranking = sorted((us, str(constants)) for constants, us in times.items() if constants.lanes == fine)
             yield asdict(shape) | {"pieces": name, "tried": len(ranking), "best": ranking[:4]}
         del problem
     yield from everywhere(list(found.values()))
@@ -220,8 +218,8 @@ def everywhere(found: list[dict[LaunchConstants, float]]) -> Iterator[dict[str, 
     """The slowest shape of each setting, as a multiple of the fastest time, with the better cut for every shape."""
     slowness: dict[LaunchConstants, float] = {}
     for constants in set.intersection(*(set(times) for times in found)):
-        other = replace(constants, fine_below=ALL_CHUNKS if constants.fine_below == SECTIONS else SECTIONS)
-        if constants.fine_below == SECTIONS and all(other in times for times in found):
+        other = replace(constants, lanes=ALL_CHUNKS if constants.lanes == SECTIONS else SECTIONS)
+        if constants.lanes == SECTIONS and all(other in times for times in found):
             slowness[constants] = max(min(times[constants], times[other]) / min(times.values()) for times in found)
     for constants in sorted(slowness, key=slowness.__getitem__)[:6]:
         yield {"everywhere": str(constants), "slowest_shape": round(slowness[constants], 3)}

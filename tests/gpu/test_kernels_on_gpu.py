@@ -61,11 +61,11 @@ def decodes(lengths: list[int], of: AttentionSpec, block_size: int = 128) -> Dec
     return DecodeBatch(lengths, of, block_size, BF16, device=CUDA)
 
 
-@pytest.mark.parametrize("fine_below", [FINE, COARSE], ids=["in chunks", "in sections"])
+@pytest.mark.parametrize("lanes", [FINE, COARSE], ids=["in chunks", "in sections"])
 @pytest.mark.parametrize("name", SPECS)
-def test_decodes(name: str, fine_below: int) -> None:
+def test_decodes(name: str, lanes: int) -> None:
     batch = decodes(LENGTHS, SPECS[name])
-    check(batch, batch.run(fine_below, tile=launch_constants(batch.spec, len(batch.lens)).tile))
+    check(batch, batch.run(lanes, tile=launch_constants(batch.spec, len(batch.lens)).tile))
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])

@@ -14,7 +14,7 @@ from eagleray.workers.attention import reference_attention
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.decode_attention import LaunchConstants, allocate_workspace, decode_attention
 
-FINE, COARSE = 1 << 20, 0  # for fine_below: always chunks, always sections
+FINE, COARSE = 1 << 20, 0  # for lanes: always chunks, always sections
 
 
 class DecodeBatch:
@@ -56,8 +56,8 @@ class DecodeBatch:
         row_bytes = self.spec.head_size * self.q.element_size()
         return 32 if row_bytes <= 512 else 16
 
-    def run(self, fine_below: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
-        launch = LaunchConstants(**{"tile": self.tile, "fine_below": fine_below, "worth_cutting": 0, **constants})
+    def run(self, lanes: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
+        launch = LaunchConstants(**{"tile": self.tile, "lanes": lanes, "worth_cutting": 0, **constants})
         longest = int(self.lens.max())
         workspace = allocate_workspace(len(self.lens), longest, self.spec, self.device, launch)
         k, v = self.cache

@@ -16,7 +16,7 @@ if not RUNS_KERNELS:
 
 else:
     from eagleray.workers import decode_attention as ours
-    from eagleray.workers.decode_attention import allocate_workspace, decode_attention
+    from eagleray.workers.decode_attention import LaunchConstants, allocate_workspace, decode_attention
     from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 
     @pytest.fixture(autouse=True)
@@ -47,7 +47,17 @@ else:
     @pytest.mark.parametrize("name", ["plain", "soft cap", "window of more than a section"])
     def test_how_the_work_is_shared_changes_no_bit(name: str) -> None:
         batch = decodes([800, 400, 180, 1], SPECS[name])
-        assert torch.equal(batch.run(FINE), batch.run(COARSE))
+        fine = batch.run(FINE)
+        assert torch.equal(fine, batch.run(COARSE))
+        assert torch.equal(fine, batch.run(2 * batch.spec.num_kv_heads))  # half of all keys: the longest request alone
+        assert torch.equal(fine, batch.run(COARSE, programs_per_sm=1))
+
+    def test_only_a_request_that_is_much_of_the_work_is_cut() -> None:
+        batch = decodes([250, 100, 90, 20], spec())
+        workspace = allocate_workspace(4, 300, batch.spec, DEVICE, LaunchConstants(lanes=4, worth_cutting=0))
+        for lens, ratios in (([250, 100, 90, 20], [8, 1, 1, 1]), ([90, 90, 90, 20], [1, 1, 1, 1]), ([9], [8])):
+            ours.plan_decode(workspace, torch.tensor(lens, dtype=torch.int32, device=DEVICE), batch.spec)
+            assert workspace.ratios[: len(lens)].tolist() == ratios
 
     def test_a_result_does_not_depend_on_the_other_requests() -> None:
         batch = decodes([180, 300, 40], spec())
@@ -64,8 +74,8 @@ else:
         check(batch, fine)
         assert torch.equal(fine, batch.run(COARSE, tile=16))
 
-    @pytest.mark.parametrize("fine_below", [FINE, COARSE])
-    def test_sinks_join_the_denominator(fine_below: int) -> None:
+    @pytest.mark.parametrize("lanes", [FINE, COARSE])
+    def test_sinks_join_the_denominator(lanes: int) -> None:
         """A sink is a key whose score is given and whose value is 0."""
         batch = decodes([3, 0, 100, 300], spec())
         total = torch.full((4, 4), -torch.inf, device=DEVICE)  # log of the sum of exp(scores): [requests, heads]
@@ -75,7 +85,7 @@ else:
             total[i] = scores.logsumexp(0)
         share = torch.sigmoid(total - batch.sinks)  # exp(total) / (exp(total) + exp(sink))
         torch.testing.assert_close(
-            batch.run(fine_below, batch.sinks), batch.expected() * share.unsqueeze(-1), atol=2e-5, rtol=2e-5
+            batch.run(lanes, batch.sinks), batch.expected() * share.unsqueeze(-1), atol=2e-5, rtol=2e-5
         )
 
     def test_rows_choose_from_a_table_of_all_rows() -> None:
@@ -103,5 +113,5 @@ else:
     @pytest.mark.parametrize("sizes", [(3, 700), (40, 5000), (256, 131072)])
     def test_the_workspace_takes_what_it_says(sizes: tuple[int, int]) -> None:
         workspace = allocate_workspace(*sizes, spec(), DEVICE)
-        tensors = (getattr(workspace, name) for name in ("header", "starts", "work", "partial", "partial_ml"))
+        tensors = (getattr(workspace, name) for name in ("header", "starts", "ratios", "work", "partial", "partial_ml"))
         assert sum(tensor.nbytes for tensor in tensors) == ours.workspace_bytes(*sizes, spec())
