@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ if not INTERPRETED:
         run_in_interpreter(__file__)
 
 else:
+    from eagleray.models.attention import AttentionSpec
     from eagleray.models.loader import checkpoint_pieces, load_model
     from eagleray.parallel.group import TPGroup
+    from eagleray.workers.attention import reference_attention
+    from eagleray.workers.decode_backend import DecodeBackend, MixedBackend
     from support import sink_llama
+    from support.attention_requests import Requests
     from support.sink_llama import Run
 
     RunRanks = Callable[..., list[Any]]
@@ -74,3 +79,13 @@ else:
         """Of two ranks, each has the sinks of two heads."""
         for run in run_ranks("run_worker", size, path=str(path), prompts=PROMPTS, in_kernels=True):
             assert run == Run(plain.token_ids, captured=(True, True))
+
+    @pytest.mark.parametrize(("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2)])
+    def test_a_step_of_one_kind_of_slices_by_no_graph(lengths: list[tuple[int, int]], num_single: int) -> None:
+        spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125, has_sinks=True)
+        requests, sinks = Requests(lengths, spec, block_size=16), torch.linspace(-3, 6, 4)
+        requests.metadata = replace(requests.metadata, num_single=num_single)
+        decode = DecodeBackend(spec, 2, 64, torch.device("cpu"))
+        decode.plan(requests.metadata.seq_lens)
+        out = requests.run(backend=MixedBackend(decode, reference_attention).attend, sinks=sinks)
+        torch.testing.assert_close(out, requests.expected(sinks), atol=2e-5, rtol=2e-5)
