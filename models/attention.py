@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from eagleray.parallel.piece import Piece, region
+
 torch.library.define(
     "eagleray::attention",
     "(Tensor q, Tensor k, Tensor v, int layer_index, Tensor? cos=None, Tensor? sin=None) -> Tensor",
@@ -32,15 +34,24 @@ class AttentionSpec:
     scale: float
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     logits_soft_cap: float | None = None  # cap * tanh(scores / cap), after the scale
+    has_sinks: bool = False  # each head has a score that joins the softmax without a value
 
 
 class Attention(nn.Module):
-    """Causal attention of layer `layer_index`; it has no weights."""
+    """Causal attention of layer `layer_index`. It has no weights but the sinks of this rank's heads, if it has any.
 
-    def __init__(self, layer_index: int, spec: AttentionSpec) -> None:
+    Sinks, which whoever implements the op takes from here, are as in Xiao and others, Efficient Streaming Language
+    Models with Attention Sinks, arXiv:2309.17453, and GPT-OSS, arXiv:2508.10925: learned, and no key has them.
+    """
+
+    def __init__(self, layer_index: int, spec: AttentionSpec, num_heads: int, own: range) -> None:
+        """Of the whole layer's `num_heads` query heads, this rank has those in `own`."""
         super().__init__()
         self.layer_index = layer_index
         self.spec = spec
+        self.num_heads, self.own = num_heads, own
+        sinks = torch.empty(len(own), dtype=torch.float32) if spec.has_sinks else None
+        self.sinks = None if sinks is None else nn.Parameter(sinks, requires_grad=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """`q` is `[tokens, num_heads * head_size]`, `k` and `v` are `[tokens, num_kv_heads * head_size]`; like `q`.
@@ -51,6 +62,13 @@ class Attention(nn.Module):
         q, k, v = (x.view(*x.shape[:-1], -1, head_size) for x in (q, k, v))
         out: Tensor = torch.ops.eagleray.attention(q, k, v, self.layer_index, *rotation)
         return out.flatten(-2)
+
+    def pieces(self) -> list[Piece]:
+        """Checkpoints have the sinks in the layer that holds this one: `self_attn.sinks`."""
+        if self.sinks is None:
+            return []
+        shape, cut = (self.num_heads,), region(self.own)
+        return [Piece(part="", name="sinks", shape=shape, region=cut, target=self.sinks.detach())]
 
 
 def attention_layers(model: nn.Module) -> list[Attention]:

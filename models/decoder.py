@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from eagleray.models.attention import attention_layers
 from eagleray.models.config import ModelConfig
 from eagleray.models.layers import RMSNorm, Rotary
 from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -65,6 +66,7 @@ class CausalLM(nn.Module):
             if config.tie_word_embeddings
             else VocabParallelHead(config.vocab_size, config.hidden_size, tp)
         )
+        self.attentions = attention_layers(self)  # found once, since every step asks them for what they carry
 
     @staticmethod
     def embedding_scale(config: ModelConfig) -> float | None:

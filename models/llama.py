@@ -1,5 +1,7 @@
 """Llama 2 and 3, SmolLM2, and Mistral, which is a Llama whose layers have a window."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from eagleray.models.attention import Attention, AttentionSpec
@@ -12,7 +14,9 @@ from eagleray.parallel.shares import share_heads
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions. A family whose heads have sinks says so."""
+
+    has_sinks: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
         super().__init__()
@@ -31,8 +35,9 @@ class LlamaAttention(nn.Module):
             scale=config.attention_scale,
             sliding_window=config.sliding_windows[layer_index],
             logits_soft_cap=config.attention_soft_cap,
+            has_sinks=self.has_sinks,
         )
-        self.attn = Attention(layer_index, spec)
+        self.attn = Attention(layer_index, spec, num_heads, heads.query)
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = self.qkv_proj(hidden).split(self.qkv_proj.out_sizes, dim=-1)

@@ -20,10 +20,10 @@ class Piece:
     """One tensor of a checkpoint: `region` of it is this rank's and goes to `target`, a view of a parameter.
 
     The tensor is called `name` inside the layer's own path, or, where a layer merges several (gate and up, or q, k and
-    v), inside the path of its sibling `part`.
+    v), inside the path of its sibling `part`, or, where `part` is empty, beside the layer.
     """
 
-    name: str  # "weight" or "bias"
+    name: str  # "weight", "bias" or "sinks"
     shape: tuple[int, ...]  # of the whole tensor
     region: tuple[slice, ...]  # one slice with start and stop per dimension
     target: Tensor
@@ -35,7 +35,7 @@ class Piece:
         if self.part is None:
             return f"{layer}.{self.name}"
         parent, _, _ = layer.rpartition(".")
-        return f"{parent}.{self.part}.{self.name}" if parent else f"{self.part}.{self.name}"
+        return ".".join(filter(None, (parent, self.part, self.name)))
 
     def load(self, source: TensorSlice) -> None:
         """Read this rank's region, and nothing else. Raises `ValueError` when the tensor has another shape."""

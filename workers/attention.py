@@ -30,7 +30,7 @@ def attention(
     rotation = None if cos is None or sin is None else (cos, sin)
     q = prepare(q, k, v, rotation, layer.kv_cache, layer.metadata.slot_mapping)
     attend = layer.backend or reference_attention
-    return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec)
+    return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec, layer.sinks)
 
 
 def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
@@ -67,12 +67,18 @@ def prepare(
 
 
 def reference_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
 
     Tokens of `q` beyond the last request are padding, and their output is 0. Slots that nobody wrote are read, with
-    weight 0, so they must hold finite numbers.
+    weight 0, so they must hold finite numbers. `sinks`, `[heads]` float32, are scores that join the softmax without a
+    value.
     """
     shared, key = scratch(), ("visits", id(metadata), k_cache.shape[1], spec.sliding_window)
     if key not in shared:
@@ -81,7 +87,7 @@ def reference_attention(
     for visit in shared[key]:
         k, v = _gather(k_cache, visit.blocks), _gather(v_cache, visit.blocks)
         queries = q[visit.tokens].reshape(visit.blocks.shape[0], -1, *q.shape[1:])
-        out[visit.tokens] = _attend(queries, k, v, visit.seen, spec).flatten(0, 1)
+        out[visit.tokens] = _attend(queries, k, v, visit.seen, spec, sinks).flatten(0, 1)
     return out
 
 
@@ -146,7 +152,7 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     return chosen.view(blocks.shape[0], -1, *cache.shape[2:])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
     """`q` is `[n, queries, heads, head_size]`, `k` and `v` are `[n, keys, kv_heads, head_size]`; like `q`.
 
     The query heads of a KV head stand beside its queries, so that no key is repeated.
@@ -157,17 +163,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) 
     q = q.reshape(n, queries, -1, group, head_size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     seen = (seen if queries == 1 else seen.repeat(1, group, 1)).unsqueeze(1)
-    if spec.logits_soft_cap is None and q.device.type == "cpu":
+    if spec.logits_soft_cap is None and sinks is None and q.device.type == "cpu":
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.scale)
     else:  # by hand on CUDA: there, torch 2.11 reads masked keys in bfloat16
-        out = _attend_by_hand(q, k, v, seen, spec)
+        of_rows = None if sinks is None else sinks.view(-1, group).repeat_interleave(queries, dim=1)
+        out = _attend_by_hand(q, k, v, seen, spec, of_rows)
     return out.reshape(n, -1, group, queries, head_size).permute(0, 3, 1, 2, 4).reshape(n, queries, heads, head_size)
 
 
-def _attend_by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec) -> Tensor:
-    """Softmax in float32 over the scores, or over `cap * tanh(scores / cap)` as in Gemma 2."""
+def _attend_by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+    """Softmax in float32 over the scores, or over `cap * tanh(scores / cap)` as in Gemma 2.
+
+    A sink, of which `[kv_heads, group * queries]` has one for each query, is one more score, as in GPT-OSS.
+    """
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * spec.scale
     if spec.logits_soft_cap is not None:
         scores = torch.tanh(scores / spec.logits_soft_cap) * spec.logits_soft_cap
     scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.matmul(scores.softmax(dim=-1), v.float()).to(q.dtype)
+    if sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        sinks = sinks.unsqueeze(-1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    return torch.matmul(weights, v.float()).to(q.dtype)

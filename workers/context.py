@@ -1,9 +1,9 @@
 """The forward context: what attention needs beyond its tensors, for exactly as long as one model forward."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,18 +28,30 @@ class AttentionMetadata:
     rest: "AttentionMetadata | None" = None  # the same tokens without those requests, if there are both kinds
 
 
-# Attends with q, keys, values, metadata and spec, once the batch's keys and values are in the cache.
-AttentionBackend = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, AttentionSpec], Tensor]
+class AttentionBackend(Protocol):
+    """Attends, once the batch's keys and values are in the cache. It has the layer's sinks, if the spec says so."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """What one attention layer finds. Layers may share their metadata; each has its own cache, spec and backend."""
+    """What one attention layer finds. Layers may share their metadata; all else is each layer's own."""
 
     metadata: AttentionMetadata
     kv_cache: Tensor  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
     spec: AttentionSpec
     backend: AttentionBackend | None = None  # the plain PyTorch reference
+    sinks: Tensor | None = None  # [num_heads] float32, if the spec has any
 
 
 ForwardContext = Sequence[LayerContext]  # one per layer

@@ -33,16 +33,29 @@ class DecodeBackend:
         plan_decode(self._workspace, seq_lens, self._spec)
 
     def attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """An `AttentionBackend`, for the step that was planned last."""
-        return attend_planned(q, k_cache, v_cache, metadata.block_table, spec, self._workspace)
+        return attend_planned(q, k_cache, v_cache, metadata.block_table, spec, self._workspace, sinks=sinks)
 
     def attend_into(
-        self, out: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, spec: AttentionSpec
+        self,
+        out: Tensor,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> None:
         """The same into the first lines of `out`, but for those whose request has length 0."""
-        attend_planned(q, k_cache, v_cache, block_table, spec, self._workspace, into=out)
+        attend_planned(q, k_cache, v_cache, block_table, spec, self._workspace, sinks=sinks, into=out)
 
 
 class MixedBackend:
@@ -52,16 +65,22 @@ class MixedBackend:
         self._decode, self._other = decode, other
 
     def attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """An `AttentionBackend`, once the slices of one token were planned."""
         n = metadata.num_single
         if n == 0:
-            return self._other(q, k_cache, v_cache, metadata, spec)
+            return self._other(q, k_cache, v_cache, metadata, spec, sinks)
         if metadata.rest is None:
-            return self._decode.attend(q, k_cache, v_cache, metadata, spec)
-        out = self._other(q, k_cache, v_cache, metadata.rest, spec)
-        self._decode.attend_into(out[:n], q[:n], k_cache, v_cache, metadata.block_table, spec)
+            return self._decode.attend(q, k_cache, v_cache, metadata, spec, sinks)
+        out = self._other(q, k_cache, v_cache, metadata.rest, spec, sinks)
+        self._decode.attend_into(out[:n], q[:n], k_cache, v_cache, metadata.block_table, spec, sinks)
         return out
 
 

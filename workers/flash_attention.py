@@ -22,7 +22,7 @@ HEAD_SIZES = range(8, 257, 8)
 def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether FlashAttention-3 is installed and computes such a layer here: on Hopper, in 16 bits, heads up to 256.
 
-    Wheels are built without soft caps.
+    Wheels are built without soft caps, and know no sinks.
     """
     return (
         flash_attn_with_kvcache is not None
@@ -31,13 +31,20 @@ def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> b
         and dtype in (torch.bfloat16, torch.float16)
         and spec.head_size in HEAD_SIZES
         and spec.logits_soft_cap is None
+        and not spec.has_sinks
     )
 
 
 def flash_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, spec: AttentionSpec
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    spec: AttentionSpec,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`."""
+    assert sinks is None, "`supports` says no to layers with sinks"
     window = -1 if spec.sliding_window is None else spec.sliding_window - 1  # of keys before a query's own
     out: Any = flash_attn_with_kvcache(
         q,

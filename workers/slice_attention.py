@@ -63,8 +63,8 @@ def slice_attention(
     v_cache: Tensor,
     metadata: AttentionMetadata,
     spec: AttentionSpec,
-    *,
     sinks: Tensor | None = None,
+    *,
     constants: LaunchConstants | None = None,
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.

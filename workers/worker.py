@@ -153,8 +153,10 @@ class Worker:
         return hidden
 
     def _context(self, metadata: AttentionMetadata, backends: list[AttentionBackend]) -> list[LayerContext]:
-        layers = zip(self._kv_caches, self._specs, backends, strict=True)
-        return [LayerContext(metadata, kv_cache, spec, backend) for kv_cache, spec, backend in layers]
+        layers = zip(self._kv_caches, self._model.attentions, backends, strict=True)
+        return [
+            LayerContext(metadata, kv_cache, layer.spec, backend, layer.sinks) for kv_cache, layer, backend in layers
+        ]
 
     # ---- decoding, with nothing from the host but row numbers
 

@@ -4,7 +4,6 @@ The same kernels run in Triton's interpreter, in float32, in `tests/models/test_
 `tests/workers/test_decode_attention.py` and `test_slice_attention.py` beside it; it multiplies no bfloat16.
 """
 
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -109,9 +108,9 @@ def requests_of(lengths: list[tuple[int, int]], of: AttentionSpec, block_size: i
     return Requests(lengths, of, block_size=block_size, dtype=BF16, device="cuda")
 
 
-def check_op(requests: Requests, backend: AttentionBackend) -> None:
-    out = requests.run(backend=backend)
-    torch.testing.assert_close(out.float().cpu(), requests.expected(), atol=LIMIT, rtol=LIMIT)
+def check_op(requests: Requests, backend: AttentionBackend, sinks: torch.Tensor | None = None) -> None:
+    out = requests.run(backend=backend, sinks=sinks)
+    torch.testing.assert_close(out.float().cpu(), requests.expected(sinks), atol=LIMIT, rtol=LIMIT)
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
@@ -140,12 +139,14 @@ def test_a_soft_cap_is_not_for_flash_attention() -> None:
     assert backend_name(chosen) == "Triton slices"
 
 
+def test_sinks_are_not_for_flash_attention() -> None:
+    assert choose_backend(spec(head_size=128, has_sinks=True), BF16, CUDA) is slice_attention
+
+
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (20, 1), (32, 8)])
 def test_slices_with_sinks_for_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
     requests = requests_of(MIXED, spec(num_heads=num_heads, num_kv_heads=num_kv_heads, sliding_window=150), 128)
-    sinks = torch.linspace(-3, 6, num_heads, device=CUDA)
-    out = requests.run(backend=partial(slice_attention, sinks=sinks))
-    torch.testing.assert_close(out.float().cpu(), requests.expected(sinks), atol=LIMIT, rtol=LIMIT)
+    check_op(requests, slice_attention, torch.linspace(-3, 6, num_heads, device=CUDA))
 
 
 def test_padding_of_slices_gives_zero() -> None:
@@ -163,3 +164,14 @@ def test_the_decode_backend(feature: str, head_size: int) -> None:
     backend = DecodeBackend(of, len(SINGLE), 2048, CUDA)
     backend.plan(requests.metadata.seq_lens)
     check_op(requests, backend.attend)
+
+
+@pytest.mark.parametrize("backend", [reference_attention, "decode"])
+def test_sinks_of_single_tokens(backend: Any) -> None:
+    of = spec(num_heads=6, head_size=64, has_sinks=True, sliding_window=150)
+    requests = requests_of(SINGLE, of, 128)
+    if backend == "decode":
+        decode = DecodeBackend(of, len(SINGLE), 2048, CUDA)
+        decode.plan(requests.metadata.seq_lens)
+        backend = decode.attend
+    check_op(requests, backend, torch.linspace(-3, 6, 6, device=CUDA))

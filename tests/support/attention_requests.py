@@ -72,12 +72,12 @@ class Requests:
         moved = {name: getattr(self.metadata, name).to(device) for name in METADATA_TENSORS}
         self.metadata = replace(self.metadata, **moved)
 
-    def run(self, padding: int = 0, backend: AttentionBackend | None = None) -> Tensor:
+    def run(self, padding: int = 0, backend: AttentionBackend | None = None, sinks: Tensor | None = None) -> Tensor:
         """Through the op, as a model calls it."""
         q = torch.cat([*self.queries, self.queries[0].new_ones(padding, *self.queries[0].shape[1:])])
         new = [kv[:, kv.shape[1] - len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
         k, v = (torch.cat([kv[side] for kv in new] + [new[0].new_ones(padding, *new[0].shape[2:])]) for side in (0, 1))
-        with forward_context([LayerContext(self.metadata, self.cache, self.spec, backend)]):
+        with forward_context([LayerContext(self.metadata, self.cache, self.spec, backend, sinks)]):
             out: Tensor = torch.ops.eagleray.attention(q, k, v, 0)
         return out
 

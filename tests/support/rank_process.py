@@ -25,6 +25,7 @@ from eagleray.models.layers import RMSNorm, Rotary
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
 from eagleray.workers.context import AttentionMetadata, LayerContext, forward_context
+from support.sink_llama import run_worker  # and its family
 
 Tasks = dict[str, Callable[..., Any]]
 
@@ -80,7 +81,10 @@ class Paged:
             max_query_len=max(batch.values()),
             max_seq_len=max(seq_lens),
         )
-        layers = [LayerContext(metadata, cache, spec) for cache, spec in zip(self.caches, self.specs, strict=True)]
+        layers = [
+            LayerContext(metadata, cache, layer.spec, sinks=layer.sinks)
+            for cache, layer in zip(self.caches, self.model.attentions, strict=True)
+        ]
         return torch.tensor(positions), layers
 
     def run(self, batch: dict[int, list[int]]) -> dict[int, Tensor]:
@@ -225,6 +229,15 @@ def _without_bias(name: str) -> Callable[[CausalLM], None]:
     return alter
 
 
+def _sinks(change: Callable[[Tensor], Tensor]) -> Callable[[CausalLM], None]:
+    def alter(model: CausalLM) -> None:
+        for layer in attention_layers(model):
+            assert layer.sinks is not None
+            layer.sinks.copy_(change(layer.sinks))
+
+    return alter
+
+
 def _windows_swapped(model: CausalLM) -> None:
     layers = attention_layers(model)
     windows = [layer.spec.sliding_window for layer in layers]
@@ -257,6 +270,8 @@ ALTERATIONS: dict[str, Callable[[CausalLM], None]] = {
     "windows in the other layers": _windows_swapped,
     "no window": _spec(sliding_window=None),
     "no attention soft cap": _spec(logits_soft_cap=None),
+    "no sinks": _sinks(lambda sinks: torch.full_like(sinks, -torch.inf)),
+    "sinks of the next head": _sinks(lambda sinks: sinks.roll(-1)),
     "no final soft cap": _without_final_cap,
     "scale of the head size": lambda model: _spec(scale=model.config.head_size**-0.5)(model),
     "no q norm": _without_norm("q_norm"),
@@ -273,7 +288,9 @@ ALTERATIONS: dict[str, Callable[[CausalLM], None]] = {
     "no rope scaling": _without_rope_scaling,
     "silu for gelu": _silu,
 }
-TASKS: Tasks = {task.__name__: task for task in (collectives, compiled_collectives, logits, greedy, compile_counts)}
+TASKS: Tasks = {
+    task.__name__: task for task in (collectives, compiled_collectives, logits, greedy, compile_counts, run_worker)
+}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers import attention
+from eagleray.workers import attention, flash_attention
 from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
 from support.attention_requests import Requests
 
@@ -36,6 +36,23 @@ SPECS = {
 def test_the_op_computes_attention(name: str, lengths: list[tuple[int, int]]) -> None:
     requests = Requests(lengths, SPECS[name])
     torch.testing.assert_close(requests.run(), requests.expected(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_sinks_join_the_softmax(name: str) -> None:
+    """Each head's own: from one that takes nothing to one that takes all."""
+    requests = Requests(MIXED, SPECS[name])
+    sinks = torch.linspace(-10, 20, requests.spec.num_heads)
+    torch.testing.assert_close(requests.run(sinks=sinks), requests.expected(sinks), atol=1e-5, rtol=1e-5)
+
+
+def test_flash_attention_is_not_for_layers_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a Hopper GPU with its package here."""
+    monkeypatch.setattr(flash_attention, "flash_attn_with_kvcache", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda")
+    assert flash_attention.supports(spec(), torch.bfloat16, cuda)
+    assert not flash_attention.supports(spec(has_sinks=True), torch.bfloat16, cuda)
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "window and soft cap"])

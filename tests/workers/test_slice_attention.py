@@ -33,7 +33,7 @@ else:
         return Requests(lengths, of, block_size=block_size, device=DEVICE.type, **options)
 
     def check(requests: Requests, constants: LaunchConstants = SMALL, sinks: Tensor | None = None) -> None:
-        out = requests.run(backend=partial(slice_attention, constants=constants, sinks=sinks))
+        out = requests.run(backend=partial(slice_attention, constants=constants), sinks=sinks)
         limit = TOLERANCE[out.dtype]
         torch.testing.assert_close(out.float().cpu(), requests.expected(sinks), atol=limit, rtol=limit)
 
@@ -98,9 +98,11 @@ else:
         """As a split of it: not contiguous."""
         requests = requests_of(MIXED, spec())
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, of: AttentionSpec) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, of: AttentionSpec, sinks: Tensor | None = None
+        ) -> Tensor:
             merged = torch.cat((q, torch.full_like(q, torch.nan)), dim=1)
-            return slice_attention(merged[:, : q.shape[1]], k, v, metadata, of, constants=SMALL)
+            return slice_attention(merged[:, : q.shape[1]], k, v, metadata, of, sinks, constants=SMALL)
 
         torch.testing.assert_close(requests.run(backend=attend).cpu(), requests.expected(), atol=2e-5, rtol=2e-5)
 

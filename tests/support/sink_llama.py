@@ -1,0 +1,83 @@
+"""A Llama whose heads have sinks: a family that only tests know, since no family of ours has them.
+
+Importing this registers it, so that it loads and runs as any other.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
+from eagleray.models.loader import load_model
+from eagleray.models.registry import ARCHITECTURES
+from eagleray.parallel.group import TPGroup
+from eagleray.workers import worker
+from eagleray.workers.config import WorkerConfig
+from eagleray.workers.triton_here import INTERPRETED
+from support.inline_engine import InlineEngine
+
+NAME = "SinkLlamaForCausalLM"
+ARCHITECTURES[NAME] = f"{__name__}:{NAME}"
+
+
+class SinkAttention(LlamaAttention):
+    has_sinks = True
+
+
+class SinkLlamaDecoderLayer(LlamaDecoderLayer):
+    attention_class = SinkAttention
+
+
+class SinkLlamaForCausalLM(LlamaForCausalLM):
+    layer_class = SinkLlamaDecoderLayer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a worker made of some prompts."""
+
+    token_ids: list[list[int]]
+    captured: tuple[bool, bool]  # whether decodes, and mixed steps, ran as graphs would
+
+
+def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: bool) -> Run:
+    """Greedy tokens after prompts that run in slices of seven tokens beside requests that are decoding.
+
+    With `in_kernels`, which wants Triton's interpreter, both of our kernels attend, else plain PyTorch.
+    """
+    if not in_kernels:
+        with patch.object(worker, "runs_triton", lambda device: False):
+            return _run(tp, path, prompts)
+    assert INTERPRETED
+    from eagleray.workers.slice_attention import slice_attention  # the interpreter only
+
+    with patch.object(worker, "choose_backend", lambda *layer: slice_attention):  # as on GPUs
+        return _run(tp, path, prompts)
+
+
+def _run(tp: TPGroup, path: str, prompts: list[list[int]]) -> Run:
+    limits: dict[str, Any] = {"block_size": 16, "max_num_seqs": 5, "max_num_batched_tokens": 64}
+    config = WorkerConfig(
+        model=path,
+        device="cpu",
+        dtype="float32",
+        load_format="safetensors",
+        seed=0,
+        max_model_len=64,
+        gpu_memory_utilization=0.9,
+        kv_cache_bytes=None,
+        compile=False,
+        threads=None,
+        **limits,
+    )
+    model = load_model(path, tp=tp, dtype=torch.float32, device=torch.device("cpu"))
+    rank = worker.Worker(config, model, tp, 60)
+    engine = InlineEngine(Scheduler(num_blocks=60, max_slice_tokens=7, **limits), rank, 2)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt, 4 + index % 3, temperature=0.0)
+    engine.run()
+    captured = rank._graphs is not None, rank._mixed_graphs is not None
+    return Run([engine.token_ids(index) for index in range(len(prompts))], captured)
