@@ -1,10 +1,11 @@
 """Paged attention for one query token per request, split over the keys, in Triton: for CUDA, or Triton's interpreter.
 
-A request's keys are cut in sections of 2,048 keys or more, at most 16 of them, and each section in eight chunks, at
-places that its own length decides. Softmax runs over a chunk; chunks are merged to sections one after the other, and
-sections to the result all at once. Whether a chunk or a section is one program's piece of work depends on how much of
-the batch's work it is, but both go through the same operations in the same order: a request's result is the same to the
-bit in any batch for which `launch_constants` are the same, that is, of any size from some requests on.
+A request's keys are cut in sections of much the same length, one for every 2,048 keys but at most 16, and each section
+in eight chunks, at places that the request's own length decides. Softmax runs over a chunk; chunks are merged to
+sections one after the other, and sections to the result all at once. Whether a chunk or a section is one program's
+piece of work depends on how much of the batch's work it is, but both go through the same operations in the same order:
+a request's result is the same to the bit in any batch for which `launch_constants` are the same, that is, of any size
+from some requests on.
 
 The plan, who does which piece, is made on the GPU from the lengths, once per step; all layers with the same heads and
 window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
@@ -28,7 +29,7 @@ from eagleray.workers.decode_attention_kernels import (
     plan_kernel,
 )
 
-SECTION = 2048  # keys, at least
+SECTION = 2048  # keys, at most until there are `MAX_SECTIONS`
 COMBINING_PROGRAMS = 1024
 FEW_PAIRS = 64  # of request and KV head
 _LOG2_E = log2(2.718281828459045)
@@ -41,7 +42,7 @@ class LaunchConstants:
     tile: int = 32  # keys per iteration; a power of two, from 16 to a chunk
     num_warps: int = 4
     num_stages: int = 3
-    programs_per_sm: int = 5  # that run at once: the registers are shared out accordingly
+    programs_per_sm: int = 4  # that run at once: the registers are shared out accordingly
     lanes: int = 360  # pieces that together read at full speed: a section that is more than 1 in so many is cut
     worth_cutting: int = 512  # keys of a request; with fewer, cutting costs more than it brings
 
@@ -68,8 +69,7 @@ class DecodeWorkspace:
     max_seq_len: int
     num_sms: int
     header: Tensor  # [2] int32
-    starts: Tensor  # [max_requests + 1] int32
-    ratios: Tensor  # [max_requests] int32
+    requests: Tensor  # [max_requests, 4] int32
     work: Tensor  # [max_pieces, FIELDS] int32
     partial: Tensor  # [max_pieces, heads, head_size] float32
     partial_ml: Tensor  # [max_pieces, heads, 2] float32
@@ -94,7 +94,7 @@ def workspace_bytes(
 ) -> int:
     """What `allocate_workspace` takes on the device."""
     pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
-    return 4 * (3 + 2 * max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
+    return 4 * (2 + 4 * max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
 
 
 def allocate_workspace(
@@ -112,8 +112,7 @@ def allocate_workspace(
         max_seq_len=max_seq_len,
         num_sms=sms,
         header=torch.zeros(2, dtype=torch.int32, device=device),
-        starts=torch.zeros(max_requests + 1, dtype=torch.int32, device=device),
-        ratios=torch.zeros(max_requests, dtype=torch.int32, device=device),
+        requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
         work=torch.zeros(pieces, int(FIELDS), dtype=torch.int32, device=device),
         partial=torch.empty(pieces, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
         partial_ml=torch.empty(pieces, spec.num_heads, 2, dtype=torch.float32, device=device),
@@ -149,7 +148,7 @@ def plan_decode(
 ) -> None:
     """Share out the work of one step: `seq_lens` is `[n]` int32 and `rows` `[n]` int64, both contiguous."""
     n = seq_lens.shape[0]
-    assert n < workspace.starts.shape[0], "the workspace is for fewer requests"
+    assert n <= workspace.requests.shape[0], "the workspace is for fewer requests"
     assert seq_lens.dtype == torch.int32
     assert rows is None or rows.dtype == torch.int64
     constants = workspace.constants(spec, n)
@@ -157,8 +156,7 @@ def plan_decode(
         seq_lens,
         rows,
         workspace.header,
-        workspace.starts,
-        workspace.ratios,
+        workspace.requests,
         workspace.work,
         n,
         triton.cdiv(constants.lanes, spec.num_kv_heads),
@@ -167,9 +165,9 @@ def plan_decode(
         WINDOW=spec.sliding_window or 0,
         TILE=constants.tile,
         SECTION=SECTION,
-        N_PAD=max(16, triton.next_power_of_2(workspace.starts.shape[0] - 1)),  # one kernel for batches of all sizes
+        N_PAD=max(16, triton.next_power_of_2(workspace.requests.shape[0])),  # one kernel for batches of all sizes
         PDL=OVERLAP,
-        num_warps=4,
+        num_warps=8,
         launch_pdl=OVERLAP,
     )
 
@@ -241,8 +239,7 @@ def attend_planned(
         out,
         sinks,
         workspace.header,
-        workspace.starts,
-        workspace.ratios,
+        workspace.requests,
         workspace.partial,
         workspace.partial_ml,
         heads_each,

@@ -20,8 +20,7 @@ def plan_kernel(
     seq_lens,  # [n] int32
     rows,  # [n] int64, only if HAS_ROWS
     header,  # [2] int32: pieces of work, and how many of their turns were taken
-    starts,  # [n + 1] int32: first piece of each request
-    ratios,  # [n] int32: in how many pieces each of its sections is cut
+    requests,  # [n, 4] int32: first piece, pieces, in how many each section is cut, keys of the longest piece
     work,  # [pieces, FIELDS] int32: 2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk
     n,
     lanes,
@@ -33,7 +32,10 @@ def plan_kernel(
     N_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. A section is one piece, or cut in chunks where it is more than its share of all the work."""
+    """One program. A section is one piece, or cut in chunks where it is more than its share of all the work.
+
+    Long pieces come first: short ones fill the gaps at the end.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -44,18 +46,30 @@ def plan_kernel(
         lowest = tl.maximum(seq_len - WINDOW, 0)
     origin = lowest // TILE * TILE
     span = seq_len - origin
-    section = tl.full([N_PAD], SECTION, tl.int32)
-    for _ in tl.static_range(12):  # 2048 * 16 keys doubled so often is more than any context
-        section = tl.where(section * MAX_SECTIONS < span, section * 2, section)
+    sections = tl.minimum((span + SECTION - 1) // SECTION, MAX_SECTIONS)
+    least: tl.constexpr = CHUNKS * TILE
+    even = ((span + sections - 1) // tl.maximum(sections, 1) + least - 1) // least * least
+    section = tl.where(sections > 1, even, SECTION)
     is_long = tl.minimum(section, span).to(tl.int64) * lanes > tl.sum(span, 0)
     ratio = tl.where(is_long & (span > worth_cutting), CHUNKS, 1)
     size = section // ratio
     count = (span + size - 1) // size
-    start = tl.cumsum(count, 0) - count
-    tl.store(starts + request, start, mask=request < n)
-    tl.store(starts + n, tl.sum(count, 0))
+    longest = tl.minimum(size, span)
+    tl.store(requests + request * 4 + 1, count, mask=request < n)
+    tl.store(requests + request * 4 + 2, ratio, mask=request < n)
+    tl.store(requests + request * 4 + 3, longest, mask=request < n)
+    tl.debug_barrier()
+    start = tl.zeros_like(count)
+    for first in range(0, n, 32):
+        other = first + tl.arange(0, 32)
+        other_count = tl.load(requests + other * 4 + 1, mask=other < n, other=0)
+        other_longest = tl.load(requests + other * 4 + 3, mask=other < n, other=0)
+        is_before = (other_longest[None, :] > longest[:, None]) | (
+            (other_longest[None, :] == longest[:, None]) & (other[None, :] < request[:, None])
+        )
+        start += tl.sum(tl.where(is_before, other_count[None, :], 0), 1)
+    tl.store(requests + request * 4, start, mask=request < n)
     tl.store(header, tl.sum(count, 0))
-    tl.store(ratios + request, ratio, mask=request < n)
     row = request.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows + request, mask=request < n, other=0)
@@ -242,8 +256,7 @@ def combine_kernel(
     out,  # [n, heads, HEAD_SIZE]
     sinks,
     header,
-    starts,
-    ratios,
+    requests,
     partial,
     partial_ml,
     heads_each,
@@ -261,8 +274,11 @@ def combine_kernel(
     request, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads_each
     if request + first == 0:
         tl.store(header + 1, 0)  # turns begin anew with the next layer
-    start, ratio = tl.load(starts + request), tl.load(ratios + request)
-    count = tl.load(starts + request + 1) - start
+    start, count, ratio = (
+        tl.load(requests + request * 4),
+        tl.load(requests + request * 4 + 1),
+        tl.load(requests + request * 4 + 2),
+    )
     dim = tl.arange(0, HEAD_PAD)
     if count > 1 or (FILLS and count == 0):
         for head in range(first, tl.minimum(first + heads_each, HEADS)):

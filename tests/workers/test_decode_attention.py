@@ -57,7 +57,7 @@ else:
         workspace = allocate_workspace(4, 300, batch.spec, DEVICE, LaunchConstants(lanes=4, worth_cutting=0))
         for lens, ratios in (([250, 100, 90, 20], [8, 1, 1, 1]), ([90, 90, 90, 20], [1, 1, 1, 1]), ([9], [8])):
             ours.plan_decode(workspace, torch.tensor(lens, dtype=torch.int32, device=DEVICE), batch.spec)
-            assert workspace.ratios[: len(lens)].tolist() == ratios
+            assert workspace.requests[: len(lens), 2].tolist() == ratios
 
     def test_a_result_does_not_depend_on_the_other_requests() -> None:
         batch = decodes([180, 300, 40], spec())
@@ -113,5 +113,5 @@ else:
     @pytest.mark.parametrize("sizes", [(3, 700), (40, 5000), (256, 131072)])
     def test_the_workspace_takes_what_it_says(sizes: tuple[int, int]) -> None:
         workspace = allocate_workspace(*sizes, spec(), DEVICE)
-        tensors = (getattr(workspace, name) for name in ("header", "starts", "ratios", "work", "partial", "partial_ml"))
+        tensors = (getattr(workspace, name) for name in ("header", "requests", "work", "partial", "partial_ml"))
         assert sum(tensor.nbytes for tensor in tensors) == ours.workspace_bytes(*sizes, spec())
