@@ -47,6 +47,11 @@ class _InFlight:
     num_tokens: int
 
 
+def headroom(num_blocks: int) -> int:
+    """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
+    return max(1, num_blocks // 100)
+
+
 class Scheduler:
     """Turns requests into steps, and step outputs into news. Any number of steps may be in flight.
 
@@ -271,7 +276,8 @@ class Scheduler:
         num_cached = len(cached) * self._block_size
         num_tokens = min(request.num_runnable_tokens - num_cached, plan.budget, self._max_slice_tokens)
         missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
-        if self.pool.num_free - self.pool.num_free_among(cached) < missing + self._headroom():
+        spare = headroom(self.pool.num_blocks) if self._running else 0
+        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
             return False
         self.pool.share(cached)
         request.block_ids = cached + self.pool.take(missing)
@@ -291,10 +297,6 @@ class Scheduler:
             return []
         request.hash_full_blocks(self._block_size)
         return self.pool.match(request.block_hashes[: (len(request.token_ids) - 1) // self._block_size])
-
-    def _headroom(self) -> int:
-        """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
-        return max(1, self.pool.num_blocks // 100) if self._running else 0
 
     @staticmethod
     def _row_start(request: Request) -> RowStart:

@@ -83,9 +83,8 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=count,
         nargs="+",
-        default=[1, 64, 256],
         metavar="N",
-        help="requests at once; several are profiled in turn (default: 1 64 256)",
+        help="requests at once; several are profiled in turn (default: as many of 1 64 256 as fit)",
     )
     decodes.add_argument(
         "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
