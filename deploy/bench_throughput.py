@@ -17,7 +17,7 @@ from eagleray.deploy.bench_arguments import bench_params
 from eagleray.deploy.engine import chat_templates, measured_engine
 from eagleray.deploy.load import Load, Planned
 from eagleray.deploy.metrics import RequestTimes, ServingFigures, Spread, serving_figures
-from eagleray.deploy.prompts import in_chat, read_tasks
+from eagleray.deploy.prompts import in_chat, read_file
 from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import Lengths, due_times, random_prompts
 
@@ -34,7 +34,7 @@ TIMES = {
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError` for what cannot be run before the engine starts."""
     config = engine_config(arguments)
-    check_writable(arguments.output_json)
+    check_writable(arguments.output_json, "--output-json")
     limits = {name: milliseconds / 1000 for name, milliseconds in arguments.goodput}
     planned = plan(arguments, config)
     err = Console(stderr=True)
@@ -90,7 +90,7 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
     """The file's prompts, through the chat template if the model has one, as `eagleray generate` does it."""
     if arguments.input_len is not None or arguments.input_len_sigma:
         raise ValueError("--dataset brings its own prompts; leave out --input-len and --input-len-sigma")
-    tasks = read_tasks([], arguments.dataset)
+    tasks = read_file(arguments.dataset, "--dataset")
     if arguments.num_prompts is not None and arguments.num_prompts > len(tasks):
         raise ValueError(
             f"--num-prompts is {arguments.num_prompts}, but {arguments.dataset} holds {len(tasks)}; lower it"

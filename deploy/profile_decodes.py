@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     _make(arguments.output_dir)
     summary = arguments.output_dir / "profile.json"
     bench_params(arguments, 1)  # and so is what this refuses
-    check_writable(summary)
+    check_writable(summary, "--output-dir")
     err, out = Console(stderr=True), Console(file=sys.stdout)
     cases = []
     with measured_engine(config, err) as (engine, front_end):

@@ -36,27 +36,37 @@ def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
         raise ValueError(f"there are prompts both as arguments and in --file {file}; give one or the other")
     for prompt in prompts:
         check_text(prompt)  # an argument that is not UTF-8
-    tasks = [Task(prompt=prompt) for prompt in prompts] or _read(file)
-    if not tasks:
+    if prompts:
+        return [Task(prompt=prompt) for prompt in prompts]
+    if file is not None:
+        return read_file(file, "--file")
+    if not (tasks := _standard_input()):
         raise ValueError("there is no prompt; give one as an argument, with --file, or on standard input")
     return tasks
 
 
-def _read(file: Path | None) -> list[Task]:
-    if file is not None and str(file) != "-":
-        return parse_lines(_text(file).split("\n"), str(file))
-    if sys.stdin is None or sys.stdin.isatty():
-        return []
-    return parse_lines(sys.stdin, "standard input")
+def read_file(file: Path, option: str) -> list[Task]:
+    """The prompts of a file that `option` names, where - is standard input.
+
+    Raises `ValueError`, which names the option, when there is none or a line cannot be read.
+    """
+    tasks = _standard_input() if str(file) == "-" else parse_lines(_text(file, option).split("\n"), f"{option} {file}")
+    if not tasks:
+        raise ValueError(f"{option} {file} holds no prompt; give one a line")
+    return tasks
 
 
-def _text(file: Path) -> str:
+def _standard_input() -> list[Task]:
+    return [] if sys.stdin is None or sys.stdin.isatty() else parse_lines(sys.stdin, "standard input")
+
+
+def _text(file: Path, option: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"--file {file} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{option} {file} cannot be read: {error.strerror}; name a file of prompts") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--file {file} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{option} {file} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def parse_lines(lines: Iterable[str], origin: str) -> list[Task]:

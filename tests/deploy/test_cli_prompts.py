@@ -85,6 +85,13 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         read_tasks([], file)
 
 
+def test_a_file_without_prompts_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"--file .*prompts\.txt holds no prompt"):
+        read_tasks([], file)
+
+
 def test_a_chat_puts_the_system_message_first_and_leaves_token_ids_alone() -> None:
     system = {"role": "system", "content": "be brief"}
     assert in_chat(Task(prompt="hello"), None).messages == [HELLO]

@@ -112,6 +112,7 @@ def test_the_steps_in_which_a_batch_fills_are_foretold(
         ),
         ("--output-dir {folder} --batch-size 1 999 --context-len 9", "--batch-size is 999"),
         ("--output-dir {folder}/file/x --context-len 9", "cannot be made: Not a directory"),
+        ("--output-dir {folder} --context-len 9", "--output-dir: {folder}/profile.json cannot be written: Is a dir"),
         ("--context-len 9", "required: --output-dir"),
     ],
 )
@@ -119,10 +120,11 @@ def test_what_cannot_be_profiled_is_refused_before_anything_starts(
     demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "profile.json").mkdir()
     try:
         code: object = cli.main(["profile", str(demo_model_dir), *SMALL, *words.format(folder=tmp_path).split()])
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message.format(folder=tmp_path) in err
