@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from eagleray.cluster.sampling_params import SamplingParams
@@ -68,6 +69,7 @@ def add_throughput(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--goodput",
         type=limit,
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME:MS",
@@ -120,6 +122,17 @@ def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingPara
     """So many tokens exactly, drawn as asked. Raises `ValueError` for values out of range."""
     drawn = {name: getattr(arguments, name) for name in SAMPLED_BY if hasattr(arguments, name)}
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **drawn)
+
+
+def goodput_limits(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Milliseconds by name. Raises `ValueError` for a name with two limits."""
+    limits: dict[str, float] = {}
+    for name, milliseconds in pairs:
+        if name in limits:
+            both = f"{name}:{limits[name]:g} and {name}:{milliseconds:g}"
+            raise ValueError(f"--goodput has {both}; give one limit for each of {', '.join(LIMITABLE)}")
+        limits[name] = milliseconds
+    return limits
 
 
 def count(text: str) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.resolve import check_model
 from eagleray.deploy.arguments import engine_config
-from eagleray.deploy.bench_arguments import bench_params
+from eagleray.deploy.bench_arguments import bench_params, goodput_limits
 from eagleray.deploy.engine import chat_templates, measured_engine
 from eagleray.deploy.load import Load, Planned
 from eagleray.deploy.metrics import RequestTimes, ServingFigures, Spread, serving_figures
@@ -35,16 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError` for what cannot be run before the engine starts."""
     config = engine_config(arguments)
     check_writable(arguments.output_json, "--output-json")
-    limits = {name: milliseconds / 1000 for name, milliseconds in arguments.goodput}
+    limits = goodput_limits(arguments.goodput)
     planned = plan(arguments, config)
     err = Console(stderr=True)
     with measured_engine(config, err) as (engine, front_end):
         load = Load(engine, front_end)
         load.run(_warm_ups(planned, arguments.num_warmups, engine.info.vocab_size))
         requests = _run(load, planned, err)
-        figures = serving_figures(requests, limits)
+        figures = serving_figures(requests, {name: most / 1000 for name, most in limits.items()})
         content = record("bench throughput", arguments, config, engine.info, [asdict(figures)])
-    Console(file=sys.stdout).print(rates_table(figures, arguments.goodput), "", times_table(figures), sep="\n")
+    Console(file=sys.stdout).print(rates_table(figures, limits), "", times_table(figures), sep="\n")
     write(arguments.output_json, content)
     return _report_failures(requests)
 
@@ -129,8 +130,8 @@ def _run(load: Load, planned: list[Planned], err: Console) -> list[RequestTimes]
         return load.run(planned, on_end=lambda ended: progress.advance(task, len(ended)))
 
 
-def rates_table(figures: ServingFigures, goodput: list[tuple[str, float]]) -> Table:
-    """What was done, and how much of it in a second."""
+def rates_table(figures: ServingFigures, goodput: Mapping[str, float]) -> Table:
+    """What was done, and how much of it in a second. `goodput` are milliseconds."""
     shown = Table(show_header=False, show_edge=False, box=None, padding=(0, 2, 0, 0))
     rates = [
         (
@@ -143,7 +144,7 @@ def rates_table(figures: ServingFigures, goodput: list[tuple[str, float]]) -> Ta
         ("total tokens/s", f"{figures.total_tokens_per_s:.1f}"),
     ]
     if figures.goodput_requests_per_s is not None:
-        limits = ", ".join(f"{name} {most:g} ms" for name, most in goodput)
+        limits = ", ".join(f"{name} {most:g} ms" for name, most in goodput.items())
         rates.append(("goodput requests/s", f"{figures.goodput_requests_per_s:.2f} within {limits}"))
     for name, value in rates:
         shown.add_row(name, value)

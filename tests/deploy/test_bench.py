@@ -59,7 +59,7 @@ def test_throughput_of_a_dataset_counts_its_tokens(
 ) -> None:
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text('Hello\n{"prompt": [1, 2, 3]}\n{"messages": [{"role": "user", "content": "Hello"}]}\n')
-    words = f"--dataset {dataset} --output-len 4 --goodput ttft:100000 tpot:100000 --num-warmups 0"
+    words = f"--dataset {dataset} --output-len 4 --goodput ttft:100000 --goodput tpot:90000 --num-warmups 0"
     (case,) = bench("throughput", demo_model_dir, words, tmp_path / "throughput.json")["cases"]
     tokenizer = Tokenizer.from_dir(demo_model_dir)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
@@ -70,6 +70,7 @@ def test_throughput_of_a_dataset_counts_its_tokens(
     assert case["time_to_first_token_s"]["p99"] <= case["latency_s"]["p99"]
     shown = capsys.readouterr().out
     assert "3 of 3" in shown
+    assert "within ttft 100000 ms, tpot 90000 ms" in shown
     assert "inter-token latency" in shown
 
 
@@ -97,6 +98,8 @@ def test_requests_arrive_at_their_rate_and_no_tokenizer_is_needed(config_only: P
         ("throughput --input-len 9 --request-rate 0", "--request-rate is 0"),
         ("throughput --goodput tfft:3", "the names are ttft, tpot, e2el"),
         ("throughput --goodput ttft:-3", "'ttft:-3' is no limit such as ttft:200"),
+        ("throughput --input-len 9 --goodput ttft:3 tpot:5 ttft:4", "--goodput has ttft:3 and ttft:4; give one limit"),
+        ("throughput --input-len 9 --goodput ttft:3 --goodput ttft:4", "--goodput has ttft:3 and ttft:4; give one"),
         ("throughput --dataset x --input-len 3", "leave out --input-len"),
         ("throughput --dataset /nowhere", "--dataset /nowhere cannot be read"),
         ("throughput --dataset {folder}", "--dataset {folder} cannot be read: Is a directory"),
