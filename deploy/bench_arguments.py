@@ -95,7 +95,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         "--num-steps", type=count, default=20, metavar="N", help="steps to profile, give or take two (default: 20)"
     )
     decodes.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="Chrome traces and figures go there"
+        "--output-dir", type=folder, required=True, metavar="DIR", help="Chrome traces and figures go there"
     )
     _add_seed(parser)
     _add_engine_and_sampling(parser, positional=True)
@@ -153,6 +153,13 @@ def _at_least(text: str, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return value
+
+
+def folder(text: str) -> Path:
+    """Not the empty text of an unset variable, which would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no directory; name one, or . for the working directory")
+    return Path(text)
 
 
 def limit(text: str) -> tuple[str, float]:

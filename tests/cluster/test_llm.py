@@ -218,6 +218,13 @@ def test_closing_closes_the_engine(llm: LLM, engine: LocalEngine) -> None:
     assert engine.closed
 
 
+async def test_a_profile_needs_the_name_of_a_directory(llm: LLM, async_llm: AsyncLLM) -> None:
+    with pytest.raises(ValueError, match="directory is ''; name one"):
+        llm.start_profile("")
+    with pytest.raises(ValueError, match="directory is ''; name one"):
+        await async_llm.start_profile("")
+
+
 HELLO = [{"role": "user", "content": "Hello"}]
 CALLS: dict[str, Callable[[LLM], object]] = {
     "generate": lambda llm: llm.generate("a", use_tqdm=False),
