@@ -57,7 +57,12 @@ def read_file(file: Path, option: str) -> list[Task]:
 
 
 def _standard_input() -> list[Task]:
-    return [] if sys.stdin is None or sys.stdin.isatty() else parse_lines(sys.stdin, "standard input")
+    if sys.stdin is None or sys.stdin.isatty():
+        return []
+    try:
+        return parse_lines(sys.stdin, "standard input")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it to UTF-8") from error
 
 
 def _text(file: Path, option: str) -> str:
@@ -70,21 +75,36 @@ def _text(file: Path, option: str) -> str:
 
 
 def parse_lines(lines: Iterable[str], origin: str) -> list[Task]:
-    """A task for every line that is not blank; a line that begins with `{` is a JSON object."""
+    """A task for every line that is not blank; a line that begins with `{` is a JSON object.
+
+    Raises `ValueError`, which names the line, for the first that cannot be read.
+    """
     tasks = []
     for number, line in enumerate(lines, 1):
+        place = f"{origin}, line {number}"
         if line.lstrip().startswith("{"):
-            tasks.append(_from_json(line.strip(), f"{origin}, line {number}"))
+            tasks.append(_from_json(line.strip(), place))
         elif line.strip():
+            _check_text(line, place)
             tasks.append(Task(prompt=line.rstrip("\r\n")))
     return tasks
+
+
+def _check_text(text: str, place: str) -> None:
+    """Half of a surrogate pair could not even be shown, beside the answers of all others."""
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _from_json(text: str, place: str) -> Task:
     try:
         entry = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} begins with {{ but is no JSON object ({error}); {FORMS}") from error
+        characters = json.dumps(entry, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, lists ever deeper
+        raise ValueError(f"{place} begins with {{ but cannot be read as JSON ({error}); {FORMS}") from error
+    _check_text(characters, place)
     match entry:
         case {"prompt": str() | [*_] as prompt} if len(entry) == 1 and _is_prompt(prompt):
             return Task(prompt=prompt)
