@@ -26,7 +26,7 @@ class AsyncLLM:
     """An engine and its streaming front end, used from one event loop.
 
     One task reads the engine's news; each request keeps only its latest state, so a slow consumer gets several steps in
-    one output and memory stays bounded.
+    one output and memory stays bounded. Once it is closed, whatever needs the engine raises `RuntimeError`.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class AsyncLLM:
         self._profiled: dict[int, asyncio.Event] = {}  # of each start or stop of a profile that somebody awaits
         self._reader: asyncio.Task[None] | None = None  # runs from the first request on
         self._failure: str | None = None
+        self._closed = False
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -80,6 +81,7 @@ class AsyncLLM:
         Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
         gone. Without `request_id` requests are numbered.
         """
+        self._check_open()
         self._check_alive()
         generation = self._front_end.prepare(prompt, sampling_params or SamplingParams(), request_id, priority)
         news = self._submit(generation)
@@ -106,31 +108,40 @@ class AsyncLLM:
         **template_options: Any,
     ) -> AsyncIterator[RequestOutput]:
         """As `generate`, for a conversation; `template_options` are `Tokenizer.apply_chat_template`'s."""
+        self._check_open()
         prompt = chat_prompt(self.tokenizer, messages, template_options)
         return self.generate(prompt, sampling_params, request_id, priority=priority)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator yields a last output with finish_reason "abort". Unknown ids are ignored."""
+        self._check_open()
         generation = self._front_end.running(request_id)
         if generation is not None:
             self._abort(generation)
 
     async def start_profile(self, directory: str | Path) -> None:
         """As `LLM.start_profile`; requests that run go on."""
+        self._check_open()
         await self._profile(self._front_end.start_profile(directory))
 
     async def stop_profile(self) -> list[Path]:
         """As `LLM.stop_profile`; requests that run go on once the traces are written."""
+        self._check_open()
         return await self._profile(self._front_end.stop_profile())
 
     def close(self) -> None:
-        """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests."""
+        """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests.
+
+        Closing twice does nothing.
+        """
+        self._closed = True
         self._fail("the front end was closed")
         if self._reader is not None:
             self._reader.cancel()
         self._engine.close()
 
     async def __aenter__(self) -> Self:
+        self._check_open()
         return self
 
     async def __aexit__(
@@ -206,6 +217,10 @@ class AsyncLLM:
         self._front_end.forget()
         for news in (*self._news.values(), *self._profiled.values()):
             news.set()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this AsyncLLM is closed; make a new one")
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -102,7 +102,12 @@ class FrontEnd:
         return list(changed.values()), aborts
 
     def start_profile(self, directory: str | Path) -> StartProfile:
-        """What to send the engine so that its ranks profile. A relative directory is this process's own."""
+        """What to send the engine so that its ranks profile. A relative directory is this process's own.
+
+        Raises `ValueError` for an empty name, which would be the working directory.
+        """
+        if not str(directory):
+            raise ValueError(f"directory is {directory!r}; name one for the traces, or '.' for the working directory")
         return StartProfile(next(self._profile_ids), str(Path(directory).expanduser().absolute()))
 
     def stop_profile(self) -> StopProfile:

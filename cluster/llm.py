@@ -25,7 +25,10 @@ WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 
 
 class LLM:
-    """An engine and its front end in one; close it or use it as a context manager."""
+    """An engine and its front end in one; close it or use it as a context manager.
+
+    Once it is closed, whatever needs the engine raises `RuntimeError`.
+    """
 
     def __init__(
         self,
@@ -41,15 +44,20 @@ class LLM:
         With `skip_tokenizer_init` prompts are token ids and outputs have no text.
         Raises `ValueError` for what the user gave and `EngineStartError` when the cluster or a rank fails.
         """
-        self._engine: EngineLink
-        self._engine, self._front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+        engine, front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+        self._set_up(engine, front_end)
 
     @classmethod
     def attach(cls, engine: EngineLink, front_end: FrontEnd) -> Self:
         """A front end for an engine that runs already; `close` closes the link."""
         llm = cls.__new__(cls)
-        llm._engine, llm._front_end = engine, front_end
+        llm._set_up(engine, front_end)
         return llm
+
+    def _set_up(self, engine: EngineLink, front_end: FrontEnd) -> None:
+        self._engine = engine
+        self._front_end = front_end
+        self._closed = False
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -75,6 +83,7 @@ class LLM:
         outputs with it: its finish_reason is "error", its `error` the cause, and the log says so. `use_tqdm` shows a
         progress bar. Raises `ValueError` for what the user gave and `EngineDeadError` if the engine is gone.
         """
+        self._check_open()
         all_prompts = prompt_list(prompts)
         all_params = _params_list(sampling_params, len(all_prompts))
         generations = [
@@ -100,6 +109,7 @@ class LLM:
 
         `template_options` are `Tokenizer.apply_chat_template`'s, and variables of the template.
         """
+        self._check_open()
         prompts = [chat_prompt(self.tokenizer, chat, template_options) for chat in conversations(messages)]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
@@ -108,6 +118,7 @@ class LLM:
 
         Raises `ValueError` if a profile runs already or a rank cannot write into `directory`, which is made if need be.
         """
+        self._check_open()
         self._profile(self._front_end.start_profile(directory))
 
     def stop_profile(self) -> list[Path]:
@@ -115,19 +126,26 @@ class LLM:
 
         Waits for that and returns the files. Raises `ValueError` if no profile runs or one cannot be written.
         """
+        self._check_open()
         return self._profile(self._front_end.stop_profile())
 
     def close(self) -> None:
-        """End the engine."""
+        """End the engine. Closing twice does nothing."""
+        self._closed = True
         self._engine.close()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed; make a new one")
 
     def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
         self._engine.send(message)

@@ -3,9 +3,11 @@
 from array import array
 from dataclasses import dataclass, field
 
+import msgspec
+
 from eagleray.cluster.block_pool import ROOT, hash_block
 from eagleray.cluster.messages import EngineRequest
-from eagleray.workers.wire import Sampling
+from eagleray.workers.wire import RowStart, Sampling, TokenLogprobs
 
 FrontEndId = bytes
 
@@ -79,6 +81,30 @@ class Request:
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.num_prompt_tokens + self.max_tokens else None
+
+    def take_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those not delivered yet, of `logprobs` that begin at prompt token `start + 1`.
+
+        A preempted request computes some of them twice.
+        """
+        owed = logprobs[self.num_prompt_logprobs - start :]
+        self.num_prompt_logprobs += len(owed)
+        return owed
+
+    def row_start(self) -> RowStart:
+        """What the ranks are told when a row becomes this request's."""
+        sampling = self.sampling
+        if sampling.prompt_logprobs is not None and not self.wants_prompt_logprobs:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        assert self.row is not None
+        return RowStart(
+            row=self.row,
+            token_ids=self.token_ids.tobytes(),
+            num_prompt_tokens=self.num_prompt_tokens,
+            block_ids=self.block_ids.copy(),
+            sampling=sampling,
+            num_computed_tokens=self.num_computed_tokens,
+        )
 
     def hash_full_blocks(self, block_size: int) -> None:
         """Bring `block_hashes` up to date with the committed tokens."""

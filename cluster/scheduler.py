@@ -5,46 +5,23 @@ import logging
 from array import array
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
-
-import msgspec
 
 from eagleray.cluster.block_pool import BlockPool
 from eagleray.cluster.caution import Caution
 from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
+from eagleray.cluster.plan import InFlight, Plan
 from eagleray.cluster.request import FrontEndId, Request
-from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
+from eagleray.workers.wire import Step, StepOutput
 
 logger = logging.getLogger(__name__)
 
 News = tuple[FrontEndId, Tokens]
 
 
-# One request's part of a step: (request, row, first position, whether it samples).
-# A bare tuple, because 256 are made while the ranks wait.
-Slice = tuple[Request, int, int, bool]
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A step in the making."""
-
-    budget: int
-    slices: list[Slice] = field(default_factory=list)
-    uneven: dict[int, int] = field(default_factory=dict)  # row -> number of tokens, where it is not one
-    starts: list[RowStart] = field(default_factory=list)
-    blocks: dict[int, list[int]] = field(default_factory=dict)
-    preempted: bool = False
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """A step whose output is due."""
-
-    step: int
-    slices: list[Slice]
-    num_tokens: int
+def headroom(num_blocks: int) -> int:
+    """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
+    return max(1, num_blocks // 100)
 
 
 class Scheduler:
@@ -74,7 +51,7 @@ class Scheduler:
         self._requests: dict[tuple[FrontEndId, int], Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []  # a heap; finished requests in it are skipped
         self._running: list[Request] = []  # in order; the last is preempted first
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._restart = False  # the next step is the first after one that ran out of memory
         self._num_steps = 0
         self._num_arrived = 0
@@ -168,7 +145,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Fill the token budget: running requests first, then waiting ones. None if nothing can run now."""
         max_tokens = self._caution.max_tokens
-        plan = _Plan(max_tokens)
+        plan = Plan(max_tokens)
         self._continue_running(plan)
         if not plan.preempted:
             self._admit_waiting(plan)
@@ -176,19 +153,14 @@ class Scheduler:
             return None
         plan.slices.sort(key=itemgetter(1))
         self._num_steps += 1
-        self._in_flight.append(_InFlight(self._num_steps, plan.slices, max_tokens - plan.budget))
+        self._in_flight.append(InFlight(self._num_steps, plan.slices, max_tokens - plan.budget))
         stopped, self._stopped_rows = self._stopped_rows, []
         if len(plan.slices) < len(self._running):
-            self._rest(plan)
+            plan.rest(self._running)
         restart, self._restart = self._restart, False
         return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
 
-    def _rest(self, plan: _Plan) -> None:
-        """Live rows that are not in the plan run nothing."""
-        ran = {row for _, row, _, _ in plan.slices}
-        plan.uneven.update((r.row, 0) for r in self._running if r.row is not None and r.row not in ran)
-
-    def _continue_running(self, plan: _Plan) -> None:
+    def _continue_running(self, plan: Plan) -> None:
         """Most requests decode one token, with nothing to look after until `quiet_until`: those are done at once."""
         add = plan.slices.append
         num_quiet = 0
@@ -208,7 +180,7 @@ class Scheduler:
                 self._run(request, num_tokens, plan)
         plan.budget -= num_quiet
 
-    def _grow(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
+    def _grow(self, request: Request, num_tokens: int, plan: Plan) -> bool:
         """Give a running request the blocks of its next tokens; False if it had to be preempted itself."""
         missing = -(-(request.num_computed_tokens + num_tokens) // self._block_size) - len(request.block_ids)
         if missing <= 0:
@@ -231,7 +203,7 @@ class Scheduler:
         self._num_preemptions += 1
         heapq.heappush(self._waiting, (*request.order, request))
 
-    def _run(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+    def _run(self, request: Request, num_tokens: int, plan: Plan) -> None:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
@@ -256,7 +228,7 @@ class Scheduler:
             self.pool.publish(request.block_ids[index], request.block_hashes[index])
         request.num_published = num_full
 
-    def _admit_waiting(self, plan: _Plan) -> None:
+    def _admit_waiting(self, plan: Plan) -> None:
         while self._waiting and self._free_rows and plan.budget > 0 and len(self._running) < self._caution.max_requests:
             request = self._waiting[0][-1]
             if not request.finished:
@@ -265,20 +237,21 @@ class Scheduler:
                 insort(self._running, request, key=attrgetter("order"))
             heapq.heappop(self._waiting)
 
-    def _admit(self, request: Request, plan: _Plan) -> bool:
+    def _admit(self, request: Request, plan: Plan) -> bool:
         """Start a waiting request in a row if its first slice finds blocks."""
         cached = self._find_prefix(request)
         num_cached = len(cached) * self._block_size
         num_tokens = min(request.num_runnable_tokens - num_cached, plan.budget, self._max_slice_tokens)
         missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
-        if self.pool.num_free - self.pool.num_free_among(cached) < missing + self._headroom():
+        spare = headroom(self.pool.num_blocks) if self._running else 0
+        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
             return False
         self.pool.share(cached)
         request.block_ids = cached + self.pool.take(missing)
         request.num_computed_tokens = num_cached
         request.num_published = len(cached)
         request.row = heapq.heappop(self._free_rows)
-        plan.starts.append(self._row_start(request))
+        plan.starts.append(request.row_start())
         self._num_prefix_hit_tokens += num_cached
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_cached
@@ -291,25 +264,6 @@ class Scheduler:
             return []
         request.hash_full_blocks(self._block_size)
         return self.pool.match(request.block_hashes[: (len(request.token_ids) - 1) // self._block_size])
-
-    def _headroom(self) -> int:
-        """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
-        return max(1, self.pool.num_blocks // 100) if self._running else 0
-
-    @staticmethod
-    def _row_start(request: Request) -> RowStart:
-        sampling = request.sampling
-        if sampling.prompt_logprobs is not None and not request.wants_prompt_logprobs:
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        assert request.row is not None
-        return RowStart(
-            row=request.row,
-            token_ids=request.token_ids.tobytes(),
-            num_prompt_tokens=request.num_prompt_tokens,
-            block_ids=request.block_ids.copy(),
-            sampling=sampling,
-            num_computed_tokens=request.num_computed_tokens,
-        )
 
     # ---- a step is done
 
@@ -327,7 +281,7 @@ class Scheduler:
                 continue
             tokens = Tokens(request.id)
             if output.prompt_logprobs and row in output.prompt_logprobs:
-                self._take_prompt_logprobs(request, start, output.prompt_logprobs[row], tokens)
+                tokens.prompt_logprobs = request.take_prompt_logprobs(start, output.prompt_logprobs[row])
             if token_id is not None:
                 if output.logprobs and row in output.logprobs:
                     tokens.logprobs.append(output.logprobs[row])
@@ -336,12 +290,6 @@ class Scheduler:
                 continue
             news.append((request.front_end, tokens))
         return news
-
-    @staticmethod
-    def _take_prompt_logprobs(request: Request, start: int, logprobs: list[TokenLogprobs], tokens: Tokens) -> None:
-        """`logprobs` begin at prompt token `start + 1`; a preempted request computes some of them twice."""
-        tokens.prompt_logprobs = logprobs[request.num_prompt_logprobs - start :]
-        request.num_prompt_logprobs += len(tokens.prompt_logprobs)
 
     def _commit(self, request: Request, token_id: int, tokens: Tokens) -> None:
         if len(request.token_ids) == request.num_prompt_tokens:
@@ -353,7 +301,7 @@ class Scheduler:
 
     # ---- a step ran out of memory
 
-    def _begin_anew(self, failed: _InFlight, cause: str) -> list[News]:
+    def _begin_anew(self, failed: InFlight, cause: str) -> list[News]:
         """The step did not run, nor will those behind it: all requests go back to their committed tokens and wait.
 
         What runs next is smaller. A request whose single token does not fit by itself ends with an error.

@@ -22,10 +22,12 @@ class StartReport(msgspec.Struct, frozen=True):
     def of(cls, loaded: Sequence[Loaded], ready: Sequence[Ready]) -> "StartReport":
         """What the ranks know of it."""
         seconds = {part: max(rank.seconds[part] for rank in loaded) for part in loaded[0].seconds}
+        num_graphs = ready[0].num_graphs
+        graphs = {GRAPHS: max(rank.seconds for rank in ready)} if num_graphs else {}  # no part of a start without them
         return cls(
-            seconds=seconds | {GRAPHS: max(rank.seconds for rank in ready)},
+            seconds=seconds | graphs,
             weight_bytes=max(rank.weight_bytes for rank in loaded),
-            num_graphs=ready[0].num_graphs,
+            num_graphs=num_graphs,
             graph_bytes=max(rank.graph_bytes for rank in ready),
             attention=ready[0].attention,
         )
@@ -47,7 +49,7 @@ class StartReport(msgspec.Struct, frozen=True):
         if part == WEIGHTS:
             size = self.weight_bytes / 1e9
             return f" ({size:.1f} GB, {size / max(seconds, 1e-3):.1f} GB/s)"
-        if part == GRAPHS and self.num_graphs:
+        if part == GRAPHS:
             return f" ({self.num_graphs} sizes, {self.graph_bytes / 1e9:.1f} GB)"
         return ""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from eagleray.cluster.sampling_params import SamplingParams
@@ -68,6 +69,7 @@ def add_throughput(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--goodput",
         type=limit,
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME:MS",
@@ -83,9 +85,8 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=count,
         nargs="+",
-        default=[1, 64, 256],
         metavar="N",
-        help="requests at once; several are profiled in turn (default: 1 64 256)",
+        help="requests at once; several are profiled in turn (default: as many of 1 64 256 as fit)",
     )
     decodes.add_argument(
         "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
@@ -94,7 +95,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         "--num-steps", type=count, default=20, metavar="N", help="steps to profile, give or take two (default: 20)"
     )
     decodes.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="Chrome traces and figures go there"
+        "--output-dir", type=folder, required=True, metavar="DIR", help="Chrome traces and figures go there"
     )
     _add_seed(parser)
     _add_engine_and_sampling(parser, positional=True)
@@ -123,6 +124,17 @@ def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingPara
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **drawn)
 
 
+def goodput_limits(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Milliseconds by name. Raises `ValueError` for a name with two limits."""
+    limits: dict[str, float] = {}
+    for name, milliseconds in pairs:
+        if name in limits:
+            both = f"{name}:{limits[name]:g} and {name}:{milliseconds:g}"
+            raise ValueError(f"--goodput has {both}; give one limit for each of {', '.join(LIMITABLE)}")
+        limits[name] = milliseconds
+    return limits
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     return _at_least(text, 1)
@@ -141,6 +153,13 @@ def _at_least(text: str, least: int) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return value
+
+
+def folder(text: str) -> Path:
+    """Not the empty text of an unset variable, which would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no directory; name one, or . for the working directory")
+    return Path(text)
 
 
 def limit(text: str) -> tuple[str, float]:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = engine_config(arguments)
     check_batches(config, arguments.batch_size, arguments.input_len + arguments.output_len)
     bench_params(arguments, arguments.output_len)  # so that what it refuses is refused now
-    check_writable(arguments.output_json)
+    check_writable(arguments.output_json, "--output-json")
     vocab_size = check_model(config).vocab_size
     err = Console(stderr=True)
     with measured_engine(config, err) as (engine, front_end):

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,11 +14,11 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.resolve import check_model
 from eagleray.deploy.arguments import engine_config
-from eagleray.deploy.bench_arguments import bench_params
+from eagleray.deploy.bench_arguments import bench_params, goodput_limits
 from eagleray.deploy.engine import chat_templates, measured_engine
 from eagleray.deploy.load import Load, Planned
 from eagleray.deploy.metrics import RequestTimes, ServingFigures, Spread, serving_figures
-from eagleray.deploy.prompts import in_chat, read_tasks
+from eagleray.deploy.prompts import in_chat, read_file
 from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import Lengths, due_times, random_prompts
 
@@ -34,17 +35,17 @@ TIMES = {
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError` for what cannot be run before the engine starts."""
     config = engine_config(arguments)
-    check_writable(arguments.output_json)
-    limits = {name: milliseconds / 1000 for name, milliseconds in arguments.goodput}
+    check_writable(arguments.output_json, "--output-json")
+    limits = goodput_limits(arguments.goodput)
     planned = plan(arguments, config)
     err = Console(stderr=True)
     with measured_engine(config, err) as (engine, front_end):
         load = Load(engine, front_end)
         load.run(_warm_ups(planned, arguments.num_warmups, engine.info.vocab_size))
         requests = _run(load, planned, err)
-        figures = serving_figures(requests, limits)
+        figures = serving_figures(requests, {name: most / 1000 for name, most in limits.items()})
         content = record("bench throughput", arguments, config, engine.info, [asdict(figures)])
-    Console(file=sys.stdout).print(rates_table(figures, arguments.goodput), "", times_table(figures), sep="\n")
+    Console(file=sys.stdout).print(rates_table(figures, limits), "", times_table(figures), sep="\n")
     write(arguments.output_json, content)
     return _report_failures(requests)
 
@@ -90,7 +91,7 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
     """The file's prompts, through the chat template if the model has one, as `eagleray generate` does it."""
     if arguments.input_len is not None or arguments.input_len_sigma:
         raise ValueError("--dataset brings its own prompts; leave out --input-len and --input-len-sigma")
-    tasks = read_tasks([], arguments.dataset)
+    tasks = read_file(arguments.dataset, "--dataset")
     if arguments.num_prompts is not None and arguments.num_prompts > len(tasks):
         raise ValueError(
             f"--num-prompts is {arguments.num_prompts}, but {arguments.dataset} holds {len(tasks)}; lower it"
@@ -129,8 +130,8 @@ def _run(load: Load, planned: list[Planned], err: Console) -> list[RequestTimes]
         return load.run(planned, on_end=lambda ended: progress.advance(task, len(ended)))
 
 
-def rates_table(figures: ServingFigures, goodput: list[tuple[str, float]]) -> Table:
-    """What was done, and how much of it in a second."""
+def rates_table(figures: ServingFigures, goodput: Mapping[str, float]) -> Table:
+    """What was done, and how much of it in a second. `goodput` are milliseconds."""
     shown = Table(show_header=False, show_edge=False, box=None, padding=(0, 2, 0, 0))
     rates = [
         (
@@ -143,7 +144,7 @@ def rates_table(figures: ServingFigures, goodput: list[tuple[str, float]]) -> Ta
         ("total tokens/s", f"{figures.total_tokens_per_s:.1f}"),
     ]
     if figures.goodput_requests_per_s is not None:
-        limits = ", ".join(f"{name} {most:g} ms" for name, most in goodput)
+        limits = ", ".join(f"{name} {most:g} ms" for name, most in goodput.items())
         rates.append(("goodput requests/s", f"{figures.goodput_requests_per_s:.2f} within {limits}"))
     for name, value in rates:
         shown.add_row(name, value)

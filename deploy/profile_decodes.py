@@ -13,10 +13,10 @@ from rich.table import Table
 
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.bench_arguments import bench_params
-from eagleray.deploy.bench_latency import check_batches
 from eagleray.deploy.engine import measured_engine
 from eagleray.deploy.load import WAKE_S, Load, Planned
 from eagleray.deploy.metrics import RequestTimes
+from eagleray.deploy.profile_sizes import WARM_UP, ProfileSizes
 from eagleray.deploy.profile_trace import Share, StepProfile, read_trace, step_profile
 from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import random_prompts
@@ -24,9 +24,7 @@ from eagleray.deploy.workload import random_prompts
 if TYPE_CHECKING:
     from eagleray.cluster.engine_client import EngineClient
     from eagleray.cluster.front_end import FrontEnd
-    from eagleray.cluster.messages import EngineInfo
 
-WARM_UP = 10  # decodes of all requests before the first one counts
 NUM_TOP = 15  # kernels to show
 NUMBERS_WIDTH = 40  # of their columns, with the lines between
 
@@ -44,17 +42,18 @@ class ProfileCase:
 def run(arguments: argparse.Namespace) -> int:
     """Profile, print, write. Raises `ValueError` for what cannot be run."""
     config = engine_config(arguments)
-    num_decodes = WARM_UP + 2 * arguments.num_steps
-    check_batches(config, arguments.batch_size, arguments.context_len + 2 * num_decodes)
+    sizes = ProfileSizes(
+        batch_sizes=arguments.batch_size, context_len=arguments.context_len, num_steps=arguments.num_steps
+    )
+    sizes.fitting(config)  # what can be refused now is refused now
     _make(arguments.output_dir)
     summary = arguments.output_dir / "profile.json"
-    bench_params(arguments, 1)  # so that what it refuses is refused now
-    check_writable(summary)
+    bench_params(arguments, 1)  # and so is what this refuses
+    check_writable(summary, "--output-dir")
     err, out = Console(stderr=True), Console(file=sys.stdout)
     cases = []
     with measured_engine(config, err) as (engine, front_end):
-        check_room(engine.info, max(arguments.batch_size), arguments.context_len + 2 * num_decodes)
-        for batch_size in arguments.batch_size:
+        for batch_size in sizes.fitting(config, engine.info):
             with err.status(f"profiling batch size {batch_size}"):
                 case = _profile(engine, front_end, arguments, batch_size)
             out.print(*report(case, arguments.context_len, out.width), sep="\n")
@@ -69,16 +68,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output-dir {folder} cannot be made: {error.strerror}; name another") from error
-
-
-def check_room(engine: "EngineInfo", batch_size: int, num_tokens: int) -> None:
-    """Raise `ValueError` unless all requests fit the KV cache together: else they would not all decode at once."""
-    blocks_each = -(-num_tokens // engine.block_size)
-    if batch_size * blocks_each > engine.num_blocks:
-        raise ValueError(
-            f"--batch-size {batch_size} needs {batch_size * blocks_each} KV blocks of {engine.block_size} tokens, but "
-            f"there are {engine.num_blocks}; lower it or --context-len, or raise --kv-cache-bytes"
-        )
 
 
 def _profile(
@@ -115,7 +104,9 @@ def _decode(load: Load, requests: Sequence[RequestTimes], num_tokens: int) -> No
     while min(len(request.tokens) for request in requests) < num_tokens:
         if load.receive(WAKE_S):
             errors = {request.error for request in requests if request.error}
-            raise RuntimeError(f"a request ended before its profile: {', '.join(errors) or 'the model is full'}")
+            if not errors:
+                raise ValueError("a request outgrew the model before its profile ended; lower --context-len")
+            raise RuntimeError(f"a request failed before its profile ended: {', '.join(errors)}")
 
 
 def report(case: ProfileCase, context_len: int, width: int) -> list[Table | str]:

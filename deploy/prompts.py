@@ -36,45 +36,75 @@ def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
         raise ValueError(f"there are prompts both as arguments and in --file {file}; give one or the other")
     for prompt in prompts:
         check_text(prompt)  # an argument that is not UTF-8
-    tasks = [Task(prompt=prompt) for prompt in prompts] or _read(file)
-    if not tasks:
+    if prompts:
+        return [Task(prompt=prompt) for prompt in prompts]
+    if file is not None:
+        return read_file(file, "--file")
+    if not (tasks := _standard_input()):
         raise ValueError("there is no prompt; give one as an argument, with --file, or on standard input")
     return tasks
 
 
-def _read(file: Path | None) -> list[Task]:
-    if file is not None and str(file) != "-":
-        return parse_lines(_text(file).split("\n"), str(file))
+def read_file(file: Path, option: str) -> list[Task]:
+    """The prompts of a file that `option` names, where - is standard input.
+
+    Raises `ValueError`, which names the option, when there is none or a line cannot be read.
+    """
+    tasks = _standard_input() if str(file) == "-" else parse_lines(_text(file, option).split("\n"), f"{option} {file}")
+    if not tasks:
+        raise ValueError(f"{option} {file} holds no prompt; give one a line")
+    return tasks
+
+
+def _standard_input() -> list[Task]:
     if sys.stdin is None or sys.stdin.isatty():
         return []
-    return parse_lines(sys.stdin, "standard input")
+    try:
+        return parse_lines(sys.stdin, "standard input")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it to UTF-8") from error
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, option: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ValueError(f"--file {file} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{option} {file} cannot be read: {error.strerror}; name a file of prompts") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"--file {file} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{option} {file} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def parse_lines(lines: Iterable[str], origin: str) -> list[Task]:
-    """A task for every line that is not blank; a line that begins with `{` is a JSON object."""
+    """A task for every line that is not blank; a line that begins with `{` is a JSON object.
+
+    Raises `ValueError`, which names the line, for the first that cannot be read.
+    """
     tasks = []
     for number, line in enumerate(lines, 1):
+        place = f"{origin}, line {number}"
         if line.lstrip().startswith("{"):
-            tasks.append(_from_json(line.strip(), f"{origin}, line {number}"))
+            tasks.append(_from_json(line.strip(), place))
         elif line.strip():
+            _check_text(line, place)
             tasks.append(Task(prompt=line.rstrip("\r\n")))
     return tasks
+
+
+def _check_text(text: str, place: str) -> None:
+    """Half of a surrogate pair could not even be shown, beside the answers of all others."""
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _from_json(text: str, place: str) -> Task:
     try:
         entry = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} begins with {{ but is no JSON object ({error}); {FORMS}") from error
+        characters = json.dumps(entry, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, lists ever deeper
+        raise ValueError(f"{place} begins with {{ but cannot be read as JSON ({error}); {FORMS}") from error
+    _check_text(characters, place)
     match entry:
         case {"prompt": str() | [*_] as prompt} if len(entry) == 1 and _is_prompt(prompt):
             return Task(prompt=prompt)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 OF_THE_ENGINE = ("max_model_len", "vocab_size", "block_size", "num_blocks", "device", "dtype")
 
 
-def check_writable(file: Path | None) -> None:
-    """Raise `ValueError` now for a file that could not be written after a long run."""
+def check_writable(file: Path | None, option: str) -> None:
+    """Raise `ValueError` now for a file that could not be written after a long run; `option` asked for it."""
     if file is None:
         return
     is_new = not file.exists()
@@ -27,7 +27,7 @@ def check_writable(file: Path | None) -> None:
         if is_new:
             file.unlink()
     except OSError as error:
-        raise ValueError(f"--output-json {file} cannot be written: {error.strerror}; name another file") from error
+        raise ValueError(f"{option}: {file} cannot be written: {error.strerror}; name another") from error
 
 
 def record(

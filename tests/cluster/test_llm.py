@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,53 @@ def test_closing_closes_the_engine(llm: LLM, engine: LocalEngine) -> None:
     with llm:
         assert not engine.closed
     assert engine.closed
+
+
+async def test_a_profile_needs_the_name_of_a_directory(llm: LLM, async_llm: AsyncLLM) -> None:
+    with pytest.raises(ValueError, match="directory is ''; name one"):
+        llm.start_profile("")
+    with pytest.raises(ValueError, match="directory is ''; name one"):
+        await async_llm.start_profile("")
+
+
+HELLO = [{"role": "user", "content": "Hello"}]
+CALLS: dict[str, Callable[[LLM], object]] = {
+    "generate": lambda llm: llm.generate("a", use_tqdm=False),
+    "generate nothing": lambda llm: llm.generate([]),
+    "generate what is refused": lambda llm: llm.generate(None),  # type: ignore[arg-type]
+    "chat": lambda llm: llm.chat(HELLO),
+    "start_profile": lambda llm: llm.start_profile("traces"),
+    "stop_profile": lambda llm: llm.stop_profile(),
+    "with": lambda llm: llm.__enter__(),
+}
+ASYNC_CALLS: dict[str, Callable[[AsyncLLM], Awaitable[object]]] = {
+    "generate": lambda llm: collect(llm.generate("a")),
+    "chat": lambda llm: collect(llm.chat(HELLO)),
+    "abort": lambda llm: llm.abort("mine"),
+    "start_profile": lambda llm: llm.start_profile("traces"),
+    "stop_profile": lambda llm: llm.stop_profile(),
+    "with": lambda llm: llm.__aenter__(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_closed_engine_can_do_nothing_and_says_so(llm: LLM, call: Callable[[LLM], object]) -> None:
+    for _ in range(2):
+        llm.close()
+    with pytest.raises(RuntimeError, match="this LLM is closed; make a new one"):
+        call(llm)
+    assert llm.tokenizer is not None
+
+
+@pytest.mark.parametrize("call", ASYNC_CALLS.values(), ids=ASYNC_CALLS.keys())
+async def test_a_closed_async_engine_can_do_nothing_and_says_so(
+    async_llm: AsyncLLM, call: Callable[[AsyncLLM], Awaitable[object]]
+) -> None:
+    for _ in range(2):
+        async_llm.close()
+    with pytest.raises(RuntimeError, match="this AsyncLLM is closed; make a new one"):
+        await call(async_llm)
+    assert async_llm.tokenizer is not None
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ def test_the_slowest_rank_counts_for_each_part_and_the_parts_add_up() -> None:
 
 
 def test_without_graphs_none_are_mentioned() -> None:
-    report = StartReport.of(LOADED, [Ready(0.1, 0, 0, "plain PyTorch")])
-    assert "graphs 0.1" in report.line()
-    assert "sizes" not in report.line()
+    report = StartReport.of(LOADED, [Ready(0.1, 0, 0, "plain PyTorch")]).within({"Ray": 3.0}, 10.0)
+    assert report.line() == (
+        "ready in 10.0 s: Ray 3.0, joining 1.2, weights 4.0 (16.0 GB, 4.0 GB/s), memory profile 1.5, rest 0.3"
+    )
 
 
 def test_the_room_is_told_in_tokens() -> None:

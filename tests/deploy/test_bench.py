@@ -59,7 +59,7 @@ def test_throughput_of_a_dataset_counts_its_tokens(
 ) -> None:
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text('Hello\n{"prompt": [1, 2, 3]}\n{"messages": [{"role": "user", "content": "Hello"}]}\n')
-    words = f"--dataset {dataset} --output-len 4 --goodput ttft:100000 tpot:100000 --num-warmups 0"
+    words = f"--dataset {dataset} --output-len 4 --goodput ttft:100000 --goodput tpot:90000 --num-warmups 0"
     (case,) = bench("throughput", demo_model_dir, words, tmp_path / "throughput.json")["cases"]
     tokenizer = Tokenizer.from_dir(demo_model_dir)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
@@ -70,6 +70,7 @@ def test_throughput_of_a_dataset_counts_its_tokens(
     assert case["time_to_first_token_s"]["p99"] <= case["latency_s"]["p99"]
     shown = capsys.readouterr().out
     assert "3 of 3" in shown
+    assert "within ttft 100000 ms, tpot 90000 ms" in shown
     assert "inter-token latency" in shown
 
 
@@ -92,22 +93,31 @@ def test_requests_arrive_at_their_rate_and_no_tokenizer_is_needed(config_only: P
         ("latency --batch-size 4 300", "--batch-size is 300, but --max-num-seqs lets 256"),
         ("latency --batch-size 0", "'0' is no whole number of at least 1"),
         ("latency --input-len 200 --output-len 100", "input and output are 300 tokens together"),
-        ("latency --output-json /nowhere/x.json", "/nowhere/x.json cannot be written: No such file"),
+        ("latency --output-json /nowhere/x.json", "--output-json: /nowhere/x.json cannot be written: No such file"),
         ("throughput --input-len 200 --output-len 100", "a request has 200 tokens in and 100 out"),
         ("throughput --input-len 9 --request-rate 0", "--request-rate is 0"),
         ("throughput --goodput tfft:3", "the names are ttft, tpot, e2el"),
         ("throughput --goodput ttft:-3", "'ttft:-3' is no limit such as ttft:200"),
+        ("throughput --input-len 9 --goodput ttft:3 tpot:5 ttft:4", "--goodput has ttft:3 and ttft:4; give one limit"),
+        ("throughput --input-len 9 --goodput ttft:3 --goodput ttft:4", "--goodput has ttft:3 and ttft:4; give one"),
         ("throughput --dataset x --input-len 3", "leave out --input-len"),
-        ("throughput --dataset /nowhere", "/nowhere cannot be read"),
+        ("throughput --dataset /nowhere", "--dataset /nowhere cannot be read"),
+        ("throughput --dataset {folder}", "--dataset {folder} cannot be read: Is a directory"),
+        ("throughput --dataset {folder}/binary", "--dataset {folder}/binary is not UTF-8"),
+        ("throughput --dataset {folder}/empty", "--dataset {folder}/empty holds no prompt"),
+        ("throughput --dataset {folder}/odd", "--dataset {folder}/odd, line 2 is"),
         ("throughput --input-len 9 --temperature -1", "temperature is -1"),
         ("speed", "invalid choice: 'speed'"),
         ("", "required: COMMAND"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
-    config_only: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+    config_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
-    kind, *others = words.split() or [""]
+    (tmp_path / "binary").write_bytes(b"\xff")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "odd").write_text('Hello\n{"prompt": 5}\n')
+    kind, *others = words.format(folder=tmp_path).split() or [""]
     command = ["bench", kind, "--model", str(config_only), *SMALL, *others] if kind else ["bench"]
     try:
         code: object = cli.main(command)
@@ -115,4 +125,4 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
         code = end.code
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message.format(folder=tmp_path) in err

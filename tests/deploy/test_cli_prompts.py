@@ -63,6 +63,8 @@ def test_json_lines_hold_text_token_ids_or_messages() -> None:
     "line",
     [
         '{"prompt": "hi"',
+        '{"prompt": [' + "9" * 5000 + "]}",
+        '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
         "{}",
         '{"prompt": 5}',
         '{"prompt": [1, "a"]}',
@@ -72,16 +74,42 @@ def test_json_lines_hold_text_token_ids_or_messages() -> None:
         '{"messages": ["hi"]}',
         '{"messages": [{"role": "user"}]}',
     ],
+    ids=lambda line: line[:30],
 )
 def test_a_line_that_cannot_be_read_is_named(line: str) -> None:
     with pytest.raises(ValueError, match=r"p\.jsonl, line 2 .*give \{\"prompt\""):
         parse_lines(["fine", line], "p.jsonl")
 
 
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "\\ud800"}', '{"messages": [{"role": "user", "content": "a\\udfff"}]}', "bad \udcff"]
+)
+def test_a_line_with_what_is_no_character_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: the text holds .* which is no character; give UTF-8 text"):
+        parse_lines(["fine", line], "p.jsonl")
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    assert parse_lines(['{"prompt": "\\ud83d\\ude00"}'], "x") == [Task(prompt="\U0001f600")]
+
+
+def test_standard_input_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"fine\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"standard input is not UTF-8 text: .* convert it"):
+        read_tasks([], None)
+
+
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     file = tmp_path / "prompts.bin"
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"prompts\.bin is not UTF-8"):
+        read_tasks([], file)
+
+
+def test_a_file_without_prompts_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"--file .*prompts\.txt holds no prompt"):
         read_tasks([], file)
 
 

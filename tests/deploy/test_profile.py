@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from eagleray.cluster.scheduler import Scheduler
 from eagleray.deploy import cli
+from eagleray.deploy.profile_sizes import fill_steps
 from eagleray.deploy.profile_trace import ORDER, read_trace, step_profile
+from support.inline_engine import InlineEngine
+from support.toy_rank import ToyRank
 
 SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes", "20000000"]
 
@@ -43,15 +47,73 @@ def test_a_batch_that_the_cache_cannot_hold_is_refused(
 ) -> None:
     words = ["--context-len", "150", "--num-steps", "2", "--batch-size", "9", "--output-dir", str(tmp_path)]
     assert cli.main(["profile", str(demo_model_dir), *SMALL, *words]) == 2
-    assert "--batch-size 9 needs" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "--batch-size 9 with --context-len 150 needs 109 KV blocks of 16 tokens, but there are 27" in shown
+    assert "lower the first to 2 or" in shown
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_of_the_default_batch_sizes_those_run_that_fit(
+    demo_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--context-len", "150", "--num-steps", "2", "--output-dir", str(tmp_path)]
+    assert cli.main(["profile", str(demo_model_dir), *SMALL, *words]) == 0
+    cases = json.loads((tmp_path / "profile.json").read_text())["cases"]
+    assert [case["batch_size"] for case in cases] == [1]
+    left_out = [message for message in caplog.messages if "is left out" in message]
+    assert [message.split(":")[0] for message in left_out] == [
+        "batch size 64 is left out",
+        "batch size 256 is left out",
+    ]
+    assert "lower the first to 2 or" in left_out[0]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("batch_size", "context_len", "max_step_tokens", "max_slice_tokens"),
+    [(1, 5, 8, None), (8, 64, 8, None), (8, 64, 20, None), (8, 64, 20, 3), (8, 64, 1000, 16), (9, 50, 32, 31)],
+)
+def test_the_steps_in_which_a_batch_fills_are_foretold(
+    batch_size: int, context_len: int, max_step_tokens: int, max_slice_tokens: int | None, depth: int
+) -> None:
+    """Never too few: the first request must not outgrow the model. And hardly too many where slices are not short."""
+    num_blocks, block_size = 400, 4
+    scheduler = Scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=batch_size,
+        max_num_batched_tokens=max_step_tokens,
+        max_slice_tokens=max_slice_tokens,
+        enable_prefix_caching=False,
+    )
+    engine = InlineEngine(scheduler, ToyRank(num_blocks, block_size), depth)
+    for index in range(batch_size):
+        engine.add(index, [index + 1] * context_len, max_tokens=250, temperature=0.0)
+    num_steps = 0
+    while not all(engine.token_ids(index) for index in range(batch_size)):
+        engine.turn()
+        num_steps += 1
+    foretold = fill_steps(batch_size, context_len, max_step_tokens, max_slice_tokens)
+    assert len(engine.token_ids(0)) <= num_steps <= foretold
+    if max_slice_tokens is None:
+        assert foretold <= num_steps + -(-context_len // max_step_tokens)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--output-dir {folder} --context-len 250", "together, but the model holds 256"),
+        ("--output-dir {folder} --context-len 250", "may grow to 352 tokens before the profile ends"),
+        ("--output-dir {folder} --context-len 256", "--context-len is 256, but the model holds 256"),
+        (
+            "--output-dir {folder} --context-len 64 --num-steps 2 --batch-size 1 8 --max-num-seqs 8 "
+            "--max-num-batched-tokens 8",
+            "with --batch-size 8, --context-len 64 and --num-steps 2 a request may grow to 273 tokens before the "
+            "profile ends, but the model holds 256; raise --max-model-len to 273 or",
+        ),
         ("--output-dir {folder} --batch-size 1 999 --context-len 9", "--batch-size is 999"),
         ("--output-dir {folder}/file/x --context-len 9", "cannot be made: Not a directory"),
+        ("--output-dir {folder} --context-len 9", "--output-dir: {folder}/profile.json cannot be written: Is a dir"),
+        ("--output-dir= --context-len 9", "--output-dir: '' is no directory; name one"),
         ("--context-len 9", "required: --output-dir"),
     ],
 )
@@ -59,10 +121,11 @@ def test_what_cannot_be_profiled_is_refused_before_anything_starts(
     demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "profile.json").mkdir()
     try:
         code: object = cli.main(["profile", str(demo_model_dir), *SMALL, *words.format(folder=tmp_path).split()])
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message.format(folder=tmp_path) in err

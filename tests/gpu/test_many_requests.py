@@ -15,6 +15,7 @@ from eagleray.workers.kv_cache import block_bytes
 from support.gpu import needs_gpus
 from support.mixed_requests import MixedRequest, mixed_requests
 from support.rank_pool import RunRanks
+from support.worker_config import worker_config
 
 pytestmark = [needs_gpus(1), pytest.mark.timeout(600)]
 
@@ -88,20 +89,9 @@ def test_all_end_and_nothing_is_left(model_dir: Path, size: int) -> None:
     assert reasons.count("abort") > COUNT // 10
 
 
-def worker_config(model_dir: Path) -> WorkerConfig:
-    return WorkerConfig(
-        model=str(model_dir),
-        device=DEVICE,
-        dtype="bfloat16",
-        load_format="dummy",
-        seed=0,
-        max_model_len=1024,
-        block_size=BLOCK_SIZE,
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        compile=False,
-        threads=None,
-        **ROWS,
+def config_of(model_dir: Path) -> WorkerConfig:
+    return worker_config(
+        max_model_len=1024, block_size=BLOCK_SIZE, model=str(model_dir), device=DEVICE, dtype="bfloat16", **ROWS
     )
 
 
@@ -109,7 +99,7 @@ def worker_config(model_dir: Path) -> WorkerConfig:
 def test_all_ranks_have_the_same_outputs(model_dir: Path, size: int, run_gpu_ranks: RunRanks) -> None:
     """A scheduler beside rank 0 sends every rank the same steps; each has its own tokens and log-probabilities."""
     first, *others = run_gpu_ranks(
-        "many_requests", size, config=worker_config(model_dir), num_blocks=NUM_BLOCKS, count=COUNT
+        "many_requests", size, config=config_of(model_dir), num_blocks=NUM_BLOCKS, count=COUNT
     )
     assert all(other["digest"] == first["digest"] for other in others)
     assert first["left"] == (0, 0, 0, 0)

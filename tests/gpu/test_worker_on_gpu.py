@@ -26,6 +26,7 @@ from eagleray.workers.worker import Worker
 from support.gpu import needs_gpus
 from support.inline_engine import InlineEngine
 from support.teacher import root_mean_square
+from support.worker_config import worker_config
 
 pytestmark = needs_gpus(1)
 
@@ -84,20 +85,8 @@ def load(folder: Path, dtype: torch.dtype) -> CausalLM:
 
 
 def config_of(dtype: str) -> WorkerConfig:
-    return WorkerConfig(
-        model="",
-        device=DEVICE,
-        dtype=dtype,
-        load_format="dummy",
-        seed=0,
-        max_model_len=MAX_LEN,
-        block_size=128,
-        max_num_seqs=40,
-        max_num_batched_tokens=8192,
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        compile=False,
-        threads=None,
+    return worker_config(
+        max_model_len=MAX_LEN, block_size=128, max_num_seqs=40, max_num_batched_tokens=8192, device=DEVICE, dtype=dtype
     )
 
 

@@ -12,9 +12,9 @@ from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers import worker
-from eagleray.workers.config import WorkerConfig
 from support.inline_engine import InlineEngine
 from support.interpreter import INTERPRETED, run_in_interpreter
+from support.worker_config import worker_config
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -54,20 +54,8 @@ else:
         return model
 
     def make_worker(model: CausalLM) -> worker.Worker:
-        config = WorkerConfig(
-            model="",
-            device="cpu",
-            dtype="float32",
-            load_format="dummy",
-            seed=0,
-            max_model_len=MAX_LEN,
-            block_size=16,
-            max_num_seqs=MAX_ROWS,
-            max_num_batched_tokens=64,
-            gpu_memory_utilization=0.9,
-            kv_cache_bytes=None,
-            compile=False,
-            threads=None,
+        config = worker_config(
+            max_model_len=MAX_LEN, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, dtype="float32"
         )
         return worker.Worker(config, model, TPGroup(), NUM_BLOCKS)
 

@@ -17,11 +17,11 @@ from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
 from eagleray.workers.step_guard import StepGuard
 from eagleray.workers.wire import Step
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
+from support.worker_config import worker_config
 
 CPU = torch.device("cpu")
 ROWS, NUM_BLOCKS = 16, 300
@@ -53,21 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
 
 
 def make_guard(model: CausalLM, *, alone: bool = True) -> StepGuard:
-    config = WorkerConfig(
-        model="",
-        device="cpu",
-        dtype="float64",
-        load_format="dummy",
-        seed=0,
-        max_model_len=160,
-        block_size=4,
-        max_num_seqs=ROWS,
-        max_num_batched_tokens=128,
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        compile=False,
-        threads=None,
-    )
+    config = worker_config(max_model_len=160, block_size=4, max_num_seqs=ROWS, max_num_batched_tokens=128)
     return StepGuard(Worker(config, model, TPGroup(), NUM_BLOCKS), max_rows=ROWS, alone=alone, device=CPU)
 
 

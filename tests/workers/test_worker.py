@@ -19,6 +19,7 @@ from eagleray.workers.config import WorkerConfig
 from eagleray.workers.memory import num_blocks_that_fit, run_largest_step
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
+from support.worker_config import worker_config
 
 VOCAB_SIZE = 200
 MAX_LEN = 160
@@ -53,27 +54,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     return model
 
 
-def worker_config(**changes: Any) -> WorkerConfig:
-    defaults: dict[str, Any] = {
-        "model": "",
-        "device": "cpu",
-        "dtype": "float64",
-        "load_format": "dummy",
-        "seed": 0,
-        "max_model_len": MAX_LEN,
-        "block_size": 4,
-        "max_num_seqs": 40,
-        "max_num_batched_tokens": 256,
-        "gpu_memory_utilization": 0.9,
-        "kv_cache_bytes": None,
-        "compile": False,
-        "threads": None,
-    }
-    return WorkerConfig(**(defaults | changes))
+def config_of(**others: Any) -> WorkerConfig:
+    return worker_config(max_model_len=MAX_LEN, block_size=4, max_num_seqs=40, max_num_batched_tokens=256, **others)
 
 
 def make_engine(model: CausalLM, *, depth: int = 1, num_blocks: int = 2000, **options: Any) -> InlineEngine:
-    config = worker_config()
+    config = config_of()
     scheduler = Scheduler(
         num_blocks=num_blocks,
         block_size=config.block_size,
@@ -204,9 +190,9 @@ def test_a_step_that_was_lost_is_noticed(model: CausalLM) -> None:
 
 def test_the_kv_cache_takes_the_bytes_it_is_given(model: CausalLM) -> None:
     each = 2 * 2 * 8 * 8 * 4 * 2  # key and value, heads, head size, bytes of float64, tokens of a block, layers
-    config = worker_config(kv_cache_bytes=10 * each + each - 1)
+    config = config_of(kv_cache_bytes=10 * each + each - 1)
     assert num_blocks_that_fit(config, model, TPGroup()) == 10
 
 
 def test_the_largest_step_runs(model: CausalLM) -> None:
-    run_largest_step(worker_config(), model, TPGroup())
+    run_largest_step(config_of(), model, TPGroup())

@@ -1,0 +1,99 @@
+"""Which batches `eagleray profile` can run: all requests decode side by side, and none outgrows the model before."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.resolve import check_model
+from eagleray.cluster.scheduler import headroom
+
+if TYPE_CHECKING:
+    from eagleray.cluster.messages import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 10  # decodes of all requests before the first one counts
+BATCH_SIZES = (1, 64, 256)  # as many as fit, where none are asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSizes:
+    """What is asked for."""
+
+    batch_sizes: Sequence[int] | None
+    context_len: int
+    num_steps: int
+
+    def fitting(self, config: EngineConfig, engine: "EngineInfo | None" = None) -> list[int]:
+        """The sizes to run; without an engine, those that would do if its KV cache were large enough.
+
+        Raises `ValueError` for a size that was asked for and does not fit, and if not even the smallest of
+        `BATCH_SIZES` does.
+        """
+        fit: list[int] = []
+        for size in self.batch_sizes or BATCH_SIZES:
+            try:
+                self._check_length(config, size)
+                if engine is not None:
+                    self._check_room(config, engine, size)
+            except ValueError as error:
+                if self.batch_sizes or not fit:
+                    raise
+                if engine is not None:
+                    logger.info("batch size %d is left out: %s", size, error)
+            else:
+                fit.append(size)
+        return fit
+
+    def _check_length(self, config: EngineConfig, batch_size: int) -> None:
+        if batch_size > config.max_num_seqs:
+            raise ValueError(
+                f"--batch-size is {batch_size}, but --max-num-seqs lets {config.max_num_seqs} requests run at once; "
+                "raise the second or lower the first"
+            )
+        of_model = check_model(config).max_position_embeddings
+        limit = config.max_model_len or of_model
+        if self.context_len >= limit:
+            raise ValueError(f"--context-len is {self.context_len}, but the model holds {limit} tokens; lower it")
+        if (most := self._most_tokens(config, batch_size)) > limit:
+            way_out = f"raise --max-model-len to {most}" if most <= of_model else "raise --max-num-batched-tokens"
+            raise ValueError(
+                f"with --batch-size {batch_size}, --context-len {self.context_len} and --num-steps {self.num_steps} a "
+                f"request may grow to {most} tokens before the profile ends, but the model holds {limit}; {way_out} or "
+                "lower one of the three"
+            )
+
+    def _check_room(self, config: EngineConfig, engine: "EngineInfo", batch_size: int) -> None:
+        """All requests must fit the KV cache together: else they would not all decode at once."""
+        blocks_each = -(-self._most_tokens(config, batch_size) // engine.block_size)
+        spare = headroom(engine.num_blocks)
+        needed = batch_size * blocks_each + (spare if batch_size > 1 else 0)
+        if needed > engine.num_blocks:
+            most = max(1, (engine.num_blocks - spare) // blocks_each)
+            raise ValueError(
+                f"--batch-size {batch_size} with --context-len {self.context_len} needs {needed} KV blocks of "
+                f"{engine.block_size} tokens, but there are {engine.num_blocks}; lower the first to {most} or the "
+                "second, or raise --kv-cache-bytes"
+            )
+
+    def _most_tokens(self, config: EngineConfig, batch_size: int) -> int:
+        """What a request may come to have. Of the decodes that are waited for there is room for as many again, since
+        steps go on while a profile starts and ends.
+        """
+        fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_slice_tokens)
+        return self.context_len + fill + 2 * (WARM_UP + 2 * self.num_steps)
+
+
+def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_slice_tokens: int | None = None) -> int:
+    """So many steps at most until every prompt has run; the first request decodes a token in nearly each of them.
+
+    Prompts run in order and get what decodes leave of a step's budget. Only where slices are short may a step leave
+    some of it, and there are no more such steps than one prompt has slices. `batch_size` is at most `max_step_tokens`.
+    """
+    num_steps = num_tokens = 0
+    while num_tokens < batch_size * context_len:
+        num_tokens += max_step_tokens - num_tokens // context_len
+        num_steps += 1
+    return num_steps + -(-context_len // (max_slice_tokens or max_step_tokens))
