@@ -1,9 +1,12 @@
 """The line of a terminal that shows how far a start is."""
 
+import logging
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
@@ -23,10 +26,13 @@ def shown_start(config: EngineConfig, console: Console) -> Iterator[started.OnPr
     if not console.file.isatty():
         yield started.unheard
         return
-    with _line(console) as line:
+    with ExitStack() as shown:
+        file = console.file
+        line = shown.enter_context(_line(console))
+        shown.enter_context(_logged_above(file))
         name = Path(config.model).name
         _begin(line, name, phase="")
-        yield partial(_show, line, name)
+        yield partial(_show, shown, line, name)
 
 
 def _line(console: Console) -> Progress:
@@ -44,6 +50,21 @@ def _line(console: Console) -> Progress:
     )
 
 
+@contextmanager
+def _logged_above(file: IO[str]) -> Iterator[None]:
+    """Loggers that hold the terminal itself write to the line's `sys.stderr` meanwhile."""
+    loggers = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    held = [each for each in handlers if isinstance(each, logging.StreamHandler) and each.stream is file]
+    for handler in held:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in held:
+            handler.setStream(file)
+
+
 def _begin(line: Progress, name: str, phase: str) -> None:
     """Each phase is a task with a time of its own."""
     for task in line.task_ids:
@@ -51,9 +72,9 @@ def _begin(line: Progress, name: str, phase: str) -> None:
     line.add_task(phase, total=None, name=name, size="")
 
 
-def _show(line: Progress, name: str, progress: started.Progress) -> None:
+def _show(shown: ExitStack, line: Progress, name: str, progress: started.Progress) -> None:
     if progress.phase == started.READY:
-        line.stop()
+        shown.close()
         return
     if progress.phase != line.tasks[0].description:
         _begin(line, name, progress.phase)

@@ -1,6 +1,7 @@
 """How far a start is: put together from what the ranks tell, and shown on a terminal."""
 
 import io
+import logging
 import os
 import pty
 import select
@@ -126,16 +127,20 @@ def test_what_is_logged_meanwhile_stands_above_and_a_failure_leaves_no_line(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", terminal.file)
+    logger = logging.getLogger("somebody's own")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler()])  # which holds on to the terminal
 
     def failing() -> None:
         with shown_start(CONFIG, Console(stderr=True, width=80, color_system=None)) as on_progress:
             on_progress(Progress(PROCESSES))
             print("a warning", file=sys.stderr)
+            logger.warning("another")
             raise KeyError
 
     with pytest.raises(KeyError):
         failing()
-    assert terminal.screen() == ["a warning"]
+    logger.warning("later")
+    assert terminal.screen() == ["a warning", "another", "later"]
 
 
 def test_nothing_is_written_where_there_is_no_terminal() -> None:
