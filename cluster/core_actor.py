@@ -9,17 +9,24 @@ from eagleray.cluster.executor import RayExecutor
 from eagleray.cluster.messages import EngineInfo
 from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.channel import Hub
+from eagleray.workers.channel import Endpoint, Hub
 
 
 class CoreActor:
     """`start` brings the ranks up, `run` serves until shutdown or failure. The ranks end with this actor."""
 
-    def start(self, config: EngineConfig, device: str, group: PlacementGroup, front_end_node: str) -> EngineInfo:
-        """Start the ranks. Raises `EngineStartError` with the cause."""
+    def start(
+        self,
+        config: EngineConfig,
+        device: str,
+        group: PlacementGroup,
+        front_end_node: str,
+        listener: Endpoint,
+    ) -> EngineInfo:
+        """Start the ranks, which tell the `listener` how far they are. Raises `EngineStartError` with the cause."""
         model = check_model(config)
         worker = worker_config(config, model, device)
-        executor = RayExecutor(worker, group, timeout_s=config.start_timeout_s)
+        executor = RayExecutor(worker, group, timeout_s=config.start_timeout_s, listener=listener)
         same_node = ray.get_runtime_context().get_node_id() == front_end_node
         front_ends = Hub(None if same_node else ray.util.get_node_ip_address())
         self._core = EngineCore(

@@ -18,10 +18,12 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core_actor import CoreActor
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
-from eagleray.cluster.placement import choose_device, connect, place
+from eagleray.cluster.placement import address_for, choose_device, connect, place
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
+from eagleray.cluster.start_watch import StartWatch
 from eagleray.workers.channel import Peer, milliseconds
+from eagleray.workers.started import PROCESSES, RAY, READY, OnProgress, Progress, unheard
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +52,24 @@ class EngineClient:
         self._finalizer = weakref.finalize(self, _remove, core, group)  # for an owner that forgets to close
 
     @classmethod
-    def start(cls, config: EngineConfig) -> "EngineClient":
-        """Start an engine and wait until it is ready.
+    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard) -> "EngineClient":
+        """Start an engine and wait until it is ready. `on_progress` hears each phase in this thread, "ready" last.
 
         Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
         a rank fails; then nothing is left running.
         """
         begin = time.monotonic()
         check_model(config)
+        on_progress(Progress(RAY))
         connect(config)
         connected = time.monotonic()
+        on_progress(Progress(PROCESSES))
         device = choose_device(config)
         group = place(config, device)
         core = _create_core(group)
         try:
-            node = ray.get_runtime_context().get_node_id()
-            started = core.start.remote(config, device, group, node)
-            info: EngineInfo = ray.get(started, timeout=config.start_timeout_s + START_MARGIN_S)
+            info = _start_core(core, config, device, group, on_progress)
+            on_progress(Progress(READY))
         except ray.exceptions.GetTimeoutError:
             _remove(core, group)
             raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
@@ -161,7 +164,7 @@ class EngineClient:
 
 def _with_whole_start(info: EngineInfo, ray_seconds: float, total: float) -> EngineInfo:
     """The core's report, with what happened before its ranks were prepared."""
-    before = {"Ray": ray_seconds, "processes and imports": max(0.0, total - ray_seconds - info.seconds_prepared)}
+    before = {RAY: ray_seconds, PROCESSES: max(0.0, total - ray_seconds - info.seconds_prepared)}
     return msgspec.structs.replace(info, start=info.start.within(before, total))
 
 
@@ -169,6 +172,22 @@ def _create_core(group: PlacementGroup) -> Any:
     """Beside rank 0, so that steps stay on the node; it takes no resources of its own."""
     strategy = PlacementGroupSchedulingStrategy(group, 0)
     return ray.remote(max_restarts=0)(CoreActor).options(num_cpus=0, scheduling_strategy=strategy).remote()
+
+
+def _start_core(
+    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress
+) -> EngineInfo:
+    """Raises what the core raises, and `GetTimeoutError`."""
+    deadline = time.monotonic() + config.start_timeout_s + START_MARGIN_S
+    watch = StartWatch(group.bundle_count, on_progress, address_for(group))
+    try:
+        node = ray.get_runtime_context().get_node_id()
+        started = core.start.remote(config, device, group, node, watch.endpoint)
+        watch.wait(Calls([started]), deadline)
+        info: EngineInfo = ray.get(started, timeout=max(0.0, deadline - time.monotonic()))
+        return info
+    finally:
+        watch.close()
 
 
 def _remove(core: Any, group: PlacementGroup) -> None:

@@ -16,7 +16,7 @@ from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.resolve import check_capacity
 from eagleray.cluster.start_report import StartReport
 from eagleray.workers.actor import RankActor
-from eagleray.workers.channel import Hub, PeerGoneError
+from eagleray.workers.channel import Endpoint, Hub, PeerGoneError
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.started import Loaded, RankHost, Ready
 from eagleray.workers.wire import Goodbye, Profile, Profiled, RankMessage, RankReport, Step, StepOutput
@@ -47,16 +47,17 @@ class Executor(Protocol):
 class RayExecutor:
     """One actor per bundle of a placement group. Constructed, every rank has its share and its KV cache and waits.
 
-    Raises `EngineStartError` with the failing rank's own error if one does not get there within `timeout_s`.
+    Meanwhile the ranks tell the `listener` how far they are. Raises `EngineStartError` with the failing rank's own
+    error if one does not get there within `timeout_s`.
     """
 
-    def __init__(self, config: WorkerConfig, group: PlacementGroup, *, timeout_s: float) -> None:
+    def __init__(self, config: WorkerConfig, group: PlacementGroup, *, timeout_s: float, listener: Endpoint) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(RankReport).decode
         self._profiled: list[Profiled] = []  # of ranks that have answered before the others
         self._names = [b"rank %d" % rank for rank in range(group.bundle_count)]
-        self._ranks = _create_actors(config, group)
+        self._ranks = _create_actors(config, group, listener)
         try:
             self.hosts: list[RankHost] = self._call("prepare")
             prepared = time.monotonic()
@@ -151,7 +152,7 @@ class RayExecutor:
             ray.kill(rank)
 
 
-def _create_actors(config: WorkerConfig, group: PlacementGroup) -> list[ActorHandle[Any]]:
+def _create_actors(config: WorkerConfig, group: PlacementGroup, listener: Endpoint) -> list[ActorHandle[Any]]:
     actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
     bundles = group.bundle_specs
     return [
@@ -159,6 +160,6 @@ def _create_actors(config: WorkerConfig, group: PlacementGroup) -> list[ActorHan
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-        ).remote(rank, len(bundles), config)
+        ).remote(rank, len(bundles), config, listener)
         for rank, bundle in enumerate(bundles)
     ]

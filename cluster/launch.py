@@ -4,10 +4,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from rich.console import Console
+
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation_config import eos_token_ids
+from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
 
@@ -19,7 +22,9 @@ def launch(
     skip_tokenizer_init: bool,
     options: dict[str, Any],
 ) -> tuple[EngineClient, FrontEnd]:
-    """Start an engine and wait for it. What is wrong with the options or the tokenizer is said before anything starts.
+    """Start an engine and wait for it, with a line on the terminal while that takes.
+
+    What is wrong with the options or the tokenizer is said before anything starts.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
@@ -38,6 +43,7 @@ def launch(
     eos = eos_token_ids(folder, text)
     if text is not None:
         Thread(target=text.prepare, name="tokenizer").start()
-    engine = EngineClient.start(config)
+    with shown_start(config, Console(stderr=True)) as on_progress:
+        engine = EngineClient.start(config, on_progress)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
     return engine, FrontEnd(text, limits, config.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
@@ -85,6 +85,12 @@ def place(config: EngineConfig, device: str) -> PlacementGroup:
         raise
     remove_placement_group(group)
     raise EngineStartError(_no_room(config, bundle))
+
+
+def address_for(group: PlacementGroup) -> str | None:
+    """The address by which all nodes of a placed group reach this process, or None if they are all this node."""
+    nodes = set(placement_group_table(group)["bundles_to_node_id"].values())
+    return None if nodes == {ray.get_runtime_context().get_node_id()} else ray.util.get_node_ip_address()
 
 
 def _no_room(config: EngineConfig, bundle: Resources) -> str:

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from eagleray.workers.started import Loaded, Ready
-
-GRAPHS, MEMORY_PROFILE, WEIGHTS = "graphs", "memory profile", "weights"
+from eagleray.workers.started import GRAPHS, WEIGHTS, Loaded, Ready
 
 
 class StartReport(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TextIO
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.arguments import Parser
@@ -142,8 +142,16 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _log_to_stderr(debug: bool) -> None:
-    logging.basicConfig(format="eagleray: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="eagleray: %(message)s", level=logging.WARNING, handlers=[_ToStderr()])
     logging.getLogger("eagleray").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """To whatever `sys.stderr` is by then: while a bar is shown there, lines are written above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.setStream(sys.stderr)
+        super().emit(record)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.start_display import shown_start
 
 if TYPE_CHECKING:
     from eagleray.cluster.async_llm import AsyncLLM
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
-    """Start an engine, with a word on the terminal while that takes; close it whatever happens."""
+    """Start an engine, with a line on the terminal while that takes; close it whatever happens."""
     with _starting(config, err):
-        from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the word that says so
-
-        engine = AsyncLLM(**asdict(config))
+        from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the line that says so
+    engine = AsyncLLM(**asdict(config))
     try:
         yield engine
     finally:
@@ -39,10 +39,10 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
     with _starting(config, err):
         from eagleray.cluster.launch import launch
 
-        options = asdict(config)
-        model, size = options.pop("model"), options.pop("tensor_parallel_size")
-        no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
-        engine, front_end = launch(model, size, None, no_tokenizer, options)
+    options = asdict(config)
+    model, size = options.pop("model"), options.pop("tensor_parallel_size")
+    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
+    engine, front_end = launch(model, size, None, no_tokenizer, options)
     try:
         yield engine, front_end
     finally:
@@ -51,9 +51,9 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
 
 @contextmanager
 def _starting(config: EngineConfig, err: Console) -> Iterator[None]:
+    """The same line that `launch` shows, for as long as what it needs is imported."""
     logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
-    ranks = f"{config.tensor_parallel_size} rank{'s' * (config.tensor_parallel_size > 1)}"
-    with err.status(f"starting {ranks} with {config.model}"):
+    with shown_start(config, err):
         yield
 
 

@@ -1,6 +1,6 @@
 """Build one rank's shard of a model and fill it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,28 +28,34 @@ def load_model(
     load_format: str = "safetensors",
     seed: int = 0,
     streamed: bool | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
     """This rank's shard of the model in directory `path`, in eval mode and without gradients.
 
     A rank reads only its own bytes of the safetensors files; `streamed`, which is the default on CUDA, several threads
     do. "dummy" needs `config.json` only and makes random weights
-    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. Raises `ValueError`
+    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. `on_bytes` hears, in
+    this thread, how many bytes of the shard's weights are there and how many there will be. Raises `ValueError`
     for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
     config = ModelConfig.from_dir(path)
     model = build_model(config, tp=tp, dtype=dtype, device=device)
+    count = _counter(model, on_bytes)
     if load_format == "dummy":
         for name, piece in checkpoint_pieces(model):
             dummy.fill(name, piece, seed)
+            count(piece.target.nbytes)
         return model
-    stream = WeightStream(device) if streamed or (streamed is None and device.type == "cuda") else None
+    stream = WeightStream(device, on_bytes=count) if streamed or (streamed is None and device.type == "cuda") else None
     with Checkpoint(path, stream) as checkpoint:
         loaded = set()
         for name, piece in checkpoint_pieces(model):
             checkpoint.load(name, piece)
             loaded.add(name)
+            if stream is None:  # which counts by itself, when they are there
+                count(piece.target.nbytes)
         checkpoint.check_left_over(loaded | _superfluous(config))
     return model
 
@@ -67,6 +73,19 @@ def checkpoint_pieces(model: torch.nn.Module) -> Iterator[tuple[str, Piece]]:
         if isinstance(layer, HasPieces):
             for piece in layer.pieces():
                 yield piece.path(path), piece
+
+
+def _counter(model: torch.nn.Module, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Takes the bytes that have come, and tells the sum of all so far and of all there will be."""
+    done, total = 0, sum(piece.target.nbytes for _, piece in checkpoint_pieces(model))
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+
+    return count
 
 
 def _superfluous(config: ModelConfig) -> set[str]:

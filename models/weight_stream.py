@@ -6,6 +6,7 @@ mapped: of a tensor that is cut by columns a thread copies a strided view in one
 
 import json
 import mmap
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -37,12 +38,19 @@ class WeightStream:
     """Fills pieces, in any order, until it is finished."""
 
     def __init__(
-        self, device: torch.device, *, num_threads: int = NUM_THREADS, buffer_bytes: int = BUFFER_BYTES
+        self,
+        device: torch.device,
+        *,
+        num_threads: int = NUM_THREADS,
+        buffer_bytes: int = BUFFER_BYTES,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> None:
+        """`on_bytes` hears of each part how many bytes of weights it was, from `finish` and in its thread."""
         self._device = device
+        self._on_bytes = on_bytes
         self._buffer_bytes = buffer_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
-        self._parts: list[Future[None]] = []
+        self._parts: list[Future[int]] = []
         self._own = local()  # of each thread: its lane
         self._lanes: list[_Lane] = []
         self._files: dict[Path, _MappedFile] = {}
@@ -58,17 +66,21 @@ class WeightStream:
             part = slice(start, start + rows)
             self._parts.append(self._threads.submit(self._copy, source[part], dtype, target[part]))
 
-    def _copy(self, source: Bytes, dtype: torch.dtype, target: Tensor) -> None:
+    def _copy(self, source: Bytes, dtype: torch.dtype, target: Tensor) -> int:
+        """Returns how many bytes of weights are filled, or on their way."""
         if not hasattr(self._own, "lane"):
             self._own.lane = _Lane(self._device)
             self._lanes.append(self._own.lane)
         self._own.lane.copy(source, dtype, target)
+        return target.nbytes
 
     def finish(self) -> None:
         """Wait until all pieces are there. Raises what a thread raised."""
         try:
             for part in self._parts:
-                part.result()
+                nbytes = part.result()
+                if self._on_bytes is not None:
+                    self._on_bytes(nbytes)
             for lane in self._lanes:
                 lane.wait()
         finally:

@@ -10,7 +10,8 @@ import ray
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.reporter import Reporter
-from eagleray.workers.started import Loaded, RankHost, Ready
+from eagleray.workers.start_teller import StartTeller
+from eagleray.workers.started import GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
 from eagleray.workers.wire import Goodbye, Profile, RankMessage
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ CUDA_ENVIRONMENT = {
 # Triton keeps what it has compiled in TRITON_CACHE_DIR, or else in ~/.triton/cache. Nothing here changes or clears it:
 # a folder that outlives the rank makes the next start some seconds shorter.
 REPORTER_CHECK_S = 0.5
-LOAD_PARTS = ("joining", "weights", "memory profile")
+LOAD_PARTS = (JOINING, WEIGHTS, MEMORY_PROFILE)
 
 
 class RankActor:
@@ -35,10 +36,12 @@ class RankActor:
     torch's libraries read must be set before.
     """
 
-    def __init__(self, rank: int, size: int, config: WorkerConfig) -> None:
+    def __init__(self, rank: int, size: int, config: WorkerConfig, listener: Endpoint) -> None:
+        """The `listener` is told how far the start is."""
         self._rank = rank
         self._size = size
         self._config = config
+        self._teller = StartTeller(rank, listener)
         self._store: Any = None
         self._model: Any = None
         self._tp: Any = None
@@ -82,11 +85,13 @@ class RankActor:
         from eagleray.workers.memory import num_blocks_that_fit
         from eagleray.workers.out_of_memory import explained
 
+        self._teller.begin(JOINING)
         times = [time.monotonic()]
         if store_port is not None and self._store is None:
             self._store = TCPStore(ip, store_port, self._size, is_master=False)
         self._tp = init_tp_group(self._rank, self._size, self._store, self._device)
         times.append(time.monotonic())
+        self._teller.begin(WEIGHTS)
         remedy = "raise tensor_parallel_size, or end what else runs there"
         with explained("the weights", remedy, self._device):
             self._model = load_model(
@@ -96,10 +101,12 @@ class RankActor:
                 device=self._device,
                 load_format=self._config.load_format,
                 seed=self._config.seed,
+                on_bytes=self._teller.count,
             )
             if self._device.type == "cuda":
                 torch.cuda.synchronize()  # dummy weights are still being made
         times.append(time.monotonic())
+        self._teller.begin(MEMORY_PROFILE)
         num_blocks = num_blocks_that_fit(self._config, self._model, self._tp)
         times.append(time.monotonic())
         parts = zip(LOAD_PARTS, times, times[1:], strict=False)
@@ -124,11 +131,13 @@ class RankActor:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
         from eagleray.workers.profiler import RankProfiler
 
+        self._teller.begin(GRAPHS)
         worker, ready = self._worker(num_blocks)
         profiler = RankProfiler(self._rank, next(self._model.parameters()).device)
         decode = msgspec.msgpack.Decoder(RankMessage).decode
         hub = Peer(endpoint, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
+        self._teller.close()
         reporter = Reporter(endpoint) if self._rank == 0 else None
         while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
             if isinstance(message, Profile):

@@ -1,6 +1,28 @@
 """What a rank reports of its start. Importing this needs no torch."""
 
+from collections.abc import Callable
+
 import msgspec
+
+# The phases of a start, in order; the first two and the last are known without the ranks.
+RAY, PROCESSES, JOINING, WEIGHTS = "Ray", "processes and imports", "joining", "weights"
+MEMORY_PROFILE, GRAPHS, READY = "memory profile", "graphs", "ready"
+PHASES = (RAY, PROCESSES, JOINING, WEIGHTS, MEMORY_PROFILE, GRAPHS, READY)
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a start is. A `total` of 0 says that nobody counts what this phase does."""
+
+    phase: str  # one of PHASES
+    done: int = 0  # bytes of weights
+    total: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def unheard(_: Progress) -> None:
+    """The `OnProgress` of a start that nobody watches."""
 
 
 class RankHost(msgspec.Struct, frozen=True):

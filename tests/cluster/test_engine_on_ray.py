@@ -24,8 +24,9 @@ from eagleray.cluster.resolve import worker_config
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.submission import ModelLimits
 from eagleray.models.config import ModelConfig
-from eagleray.models.loader import load_model
+from eagleray.models.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.started import PHASES, WEIGHTS, Progress
 from eagleray.workers.wire import TRACE_NUM_STEPS
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
@@ -123,6 +124,42 @@ def test_a_rank_that_fails_to_load_says_why_once(tmp_path: Path) -> None:
     assert "model.safetensors" in str(error.value)
     assert "Traceback" not in str(error.value)
     assert "\n" not in str(error.value)
+    assert_nothing_is_left()
+
+
+def test_phases_of_a_start_are_heard_in_order_with_all_bytes(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    whole = load_model(
+        model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=3
+    )
+    save_file({name: piece.target.clone() for name, piece in checkpoint_pieces(whole)}, tmp_path / "model.safetensors")
+    heard: list[Progress] = []
+    EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append).close()
+    assert list(dict.fromkeys(progress.phase for progress in heard)) == list(PHASES)
+    places = [(PHASES.index(progress.phase), progress.done) for progress in heard]
+    assert places == sorted(places)
+    (size,) = {progress.total for progress in heard if progress.total}
+    weights = sum(tensor.nbytes for name, tensor in whole.named_parameters())
+    norms = sum(tensor.nbytes for name, tensor in whole.named_parameters() if "norm" in name)
+    assert size == weights + norms  # of which every rank has all
+    assert Progress(WEIGHTS, size, size) in heard
+
+
+def test_a_start_that_fails_is_never_ready_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
+    heard: list[Progress] = []
+    with pytest.raises(EngineStartError, match=r"^rank [01]: .*model.embed_tokens.weight"):
+        EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append)
+    assert heard[-1] == Progress(WEIGHTS)
+    assert_nothing_is_left()
+
+
+def test_ranks_that_take_too_long_to_start_are_refused_with_the_option_to_raise(model_dir: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(EngineStartError, match="raise start_timeout_s"):
+        start(model_dir, tensor_parallel_size=2, start_timeout_s=0.1)
+    assert time.monotonic() - begin < 30
     assert_nothing_is_left()
 
 

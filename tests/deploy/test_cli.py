@@ -1,6 +1,8 @@
 """The command line: what it accepts, what it says about itself, and how it complains."""
 
 import argparse
+import io
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -217,6 +219,15 @@ def test_an_exception_becomes_one_line_and_an_exit_code(
 ) -> None:
     assert cli.guarded(fails_with(error), argparse.Namespace(debug=False)) == code
     assert words in complaint(capsys)
+
+
+def test_logs_go_to_what_standard_error_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert cli.main(["generate", "--model", "/no/such/model", "hello"]) == cli.MISUSED
+    later = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", later)
+    logging.getLogger("eagleray.x").warning("look")
+    assert later.getvalue() == "eagleray: look\n"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

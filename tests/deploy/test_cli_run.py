@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.screen import screen
+
 EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
 # A Ray of its own, whatever else runs on the machine; one thread for each rank leaves room on two cores.
 ENVIRONMENT = os.environ | {
@@ -36,12 +38,13 @@ pytestmark = pytest.mark.usefixtures("demo_model_dir")
 
 
 class Terminal:
-    """A process on a pseudo-terminal. `seen` is all it wrote, without escape sequences."""
+    """A process on a pseudo-terminal. `sent` is all it wrote, `seen` the same without escape sequences."""
 
     def __init__(self, file: int, process: "subprocess.Popen[bytes]") -> None:
         self._file = file
         self.process = process
         self.seen = ""
+        self.sent = ""
 
     def wait_for(self, pattern: str, start: int = 0) -> int:
         """Read until `pattern` occurs after `start`; returns where its first occurrence ends."""
@@ -67,6 +70,7 @@ class Terminal:
             read = os.read(self._file, 65536)
         except OSError:  # Linux's end of file on a pseudo-terminal
             return False
+        self.sent += read.decode(errors="replace")
         self.seen += ESCAPES.sub("", read.decode(errors="replace"))
         return bool(read)
 
@@ -126,6 +130,11 @@ def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures()
     with on_a_terminal("generate", *OPTIONS, *words) as terminal:
         assert terminal.wait_for_end() == 0
     seen = terminal.seen
+    start = seen[: seen.index("eagleray: engine ready")]
+    phases = ("Ray", "processes and imports", "joining", "weights", "memory profile", "graphs")
+    assert re.search(".*".join(f"starting SmolLM2-135M-Instruct {phase} 0:0" for phase in phases), start, re.DOTALL)
+    assert re.search(r"\d/\d{3}\.\d MB", start)
+    assert screen(terminal.sent)[0].startswith("eagleray: engine ready")  # and nothing of the progress above or beside
     counts = {int(count) for count in re.findall(r"(\d+) tokens · ", seen)}
     assert len(counts) >= 4  # the bar moved while tokens came
     assert "2 requests · " in seen

@@ -1,6 +1,7 @@
 """What a rank reads from a checkpoint, what it says when something is wrong with one, and weights made up."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,24 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def tensors(path: Path) -> dict[str, Tensor]:
     return load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_bytes_are_counted_up_to_all_of_the_shard(path: Path, load_format: str) -> None:
+    counts: list[tuple[int, int, int]] = []
+    model = load(
+        path,
+        TPGroup(1, 2),
+        load_format=load_format,
+        dtype=torch.bfloat16,
+        on_bytes=lambda done, total: counts.append((done, total, threading.get_ident())),
+    )
+    size = sum(weights.nbytes for weights in model.parameters())
+    assert {(total, thread) for _, total, thread in counts} == {(size, threading.get_ident())}
+    done = [done for done, _, _ in counts]
+    assert done == sorted(set(done))
+    assert len(done) > 10
+    assert done[-1] == size
 
 
 def split(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,0 +1,38 @@
+"""Tells how far this rank's start is, while it goes on."""
+
+import time
+
+import msgspec
+
+from eagleray.workers.channel import Endpoint, Peer
+from eagleray.workers.started import Progress
+
+PAUSE_S = 0.1  # between counts of one phase
+
+
+class StartTeller:
+    """Every phase at once, counts only now and then. Nothing here waits for whoever listens at `endpoint`."""
+
+    def __init__(self, rank: int, endpoint: Endpoint) -> None:
+        self._hub = Peer(endpoint, b"rank %d" % rank)
+        self._phase = ""
+        self._quiet_until = 0.0
+
+    def begin(self, phase: str) -> None:
+        """The next phase, one of `PHASES`."""
+        self._phase = phase
+        self._tell(Progress(phase))
+
+    def count(self, done: int, total: int) -> None:
+        """How much of this phase is done; the whole of it is always told."""
+        now = time.monotonic()
+        if done == total or now >= self._quiet_until:
+            self._quiet_until = now + PAUSE_S
+            self._tell(Progress(self._phase, done, total))
+
+    def _tell(self, progress: Progress) -> None:
+        self._hub.send(msgspec.msgpack.encode(progress))
+
+    def close(self) -> None:
+        """The start is over."""
+        self._hub.close()
