@@ -43,8 +43,8 @@ class LaunchConstants:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 4  # that run at once: the registers are shared out accordingly
-    lanes: int = 360  # pieces that together read at full speed: a section that is more than 1 in so many is cut
-    worth_cutting: int = 512  # keys of a request; with fewer, cutting costs more than it brings
+    lanes: int = 480  # pieces that together read at full speed: a section that is more than 1 in so many is cut
+    worth_cutting: int = 256  # keys of a request; with fewer, cutting costs more than it brings
 
     @property
     def num_registers(self) -> int:
@@ -55,9 +55,9 @@ class LaunchConstants:
 def launch_constants(spec: AttentionSpec, num_requests: int) -> LaunchConstants:
     """What was the fastest on an H200: large tiles for few pieces of work, many programs for many."""
     if spec.head_size > 128:
-        return LaunchConstants(programs_per_sm=3, lanes=180)
+        return LaunchConstants(programs_per_sm=2, lanes=240)
     if num_requests * spec.num_kv_heads <= FEW_PAIRS:
-        return LaunchConstants(tile=64, programs_per_sm=3)
+        return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2)
     return LaunchConstants()
 
 

@@ -224,25 +224,43 @@ def attend_kernel(
 
 
 @triton.jit
+def _part(
+    partial, partial_ml, start, index, count, head,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
+):  # fmt: skip
+    """The maximum, sum and weighted values of one head in pieces `index` of a request, empty from `count` on."""
+    dim = tl.arange(0, HEAD_PAD)
+    valid = index < count
+    part = (start + index).to(tl.int64) * HEADS + head
+    m = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
+    l = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)  # noqa: E741
+    mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
+    return m, l, tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def sum_sections(
     partial, partial_ml, sinks, start, ratio, count, head,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
-    SECTIONS: tl.constexpr,
+    SECTIONS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One head's mean `[HEAD_PAD]` over up to `SECTIONS` sections: chunks to sections in order, then all at once."""
-    section, dim = tl.arange(0, SECTIONS), tl.arange(0, HEAD_PAD)
+    """One head's mean `[HEAD_PAD]` over up to `SECTIONS` sections: chunks to sections in order, then all at once.
+
+    With `AT_ONCE` all chunks are asked for before the first has come, which takes registers.
+    """
+    section = tl.arange(0, SECTIONS) * ratio
     m = tl.full([SECTIONS], float("-inf"), tl.float32)
     l = tl.zeros([SECTIONS], tl.float32)  # noqa: E741
     acc = tl.zeros([SECTIONS, HEAD_PAD], tl.float32)
-    for j in range(ratio):
-        index = section * ratio + j
-        valid = index < count
-        part = (start + index).to(tl.int64) * HEADS + head
-        m_next = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
-        l_next = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)
-        mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
-        acc_next = tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
-        m, l, acc = merge(m, l, acc, m_next, l_next, acc_next)  # noqa: E741
+    if AT_ONCE:
+        for j in tl.static_range(CHUNKS):
+            end = tl.where(j < ratio, count, 0)
+            part = _part(partial, partial_ml, start, section + j, end, head, HEADS, HEAD_SIZE, HEAD_PAD)
+            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
+    else:
+        for j in range(ratio):
+            part = _part(partial, partial_ml, start, section + j, count, head, HEADS, HEAD_SIZE, HEAD_PAD)
+            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
     m_all = tl.max(m, 0)
     weight = tl.exp2(m - m_all)
     l_all = tl.sum(l * weight, 0)
@@ -286,12 +304,12 @@ def combine_kernel(
             if count > ratio:
                 mean = sum_sections(
                     partial, partial_ml, sinks, start, ratio, count, head,
-                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS, False,
                 )  # fmt: skip
             elif count > 1:
                 mean = sum_sections(
                     partial, partial_ml, sinks, start, ratio, count, head,
-                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1, True,
                 )  # fmt: skip
             place = out + (request * HEADS + head) * HEAD_SIZE + dim
             tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)
