@@ -82,7 +82,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProfile:
-    """The mean of a trace's steps. Where streams or threads overlap, groups add up to more than the step."""
+    """The mean of a trace's steps. Where threads of the CPU overlap, groups add up to more than the step.
+
+    Kernels are launched while the one before still runs, and wait for it: what overlaps counts for who began first.
+    """
 
     num_steps: int
     on_device: bool  # kernels; otherwise ops of the CPU
@@ -112,7 +115,7 @@ def step_profile(trace: dict[str, Any], num_steps: int | None = None) -> StepPro
     if count < 1:
         raise ValueError("the trace holds no step; profile while requests run")
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    spans = [_kernel(event) for event in events if event.get("cat") in ON_DEVICE]
+    spans = list(_kernels([event for event in events if event.get("cat") in ON_DEVICE]))
     on_device = bool(spans)
     if not on_device:
         spans = list(_own_times([event for event in events if event.get("cat") in ON_HOST]))
@@ -157,9 +160,14 @@ def union(spans: Iterable[Span]) -> float:
     return total
 
 
-def _kernel(event: dict[str, Any]) -> Span:
-    start, duration = float(event["ts"]), float(event["dur"])
-    return Span(event["name"], group_of(event["name"]), start, start + duration, duration)
+def _kernels(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
+    """Each with the time for which it was the first of those that ran."""
+    reached = float("-inf")
+    for event in sorted(events, key=lambda event: float(event["ts"])):
+        start = float(event["ts"])
+        end = start + float(event["dur"])
+        yield Span(event["name"], group_of(event["name"]), start, end, max(0.0, end - max(start, reached)))
+        reached = max(reached, end)
 
 
 def _own_times(events: Sequence[dict[str, Any]]) -> Iterator[Span]:

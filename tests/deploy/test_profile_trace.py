@@ -52,8 +52,8 @@ def test_kernels_are_grouped_and_gaps_are_idle() -> None:
         Share("attention", 0.5, 10.0, 10.0),
         Share("collectives", 0.5, 10.0, 10.0),
         Share("sampling", 0.0, 0.0, 0.0),
-        Share("rest", 1.0, 12.5, 12.5),
-        Share("idle", 0.0, 20.0, 20.0),  # 160 to 170, 190 to 200, 260 to 280; the copy and the sum overlap by 5
+        Share("rest", 1.0, 10.0, 10.0),  # the copy and the sum overlap by 5
+        Share("idle", 0.0, 20.0, 20.0),  # 160 to 170, 190 to 200, 260 to 280
     ]
 
 
@@ -81,9 +81,18 @@ def test_kernels_are_summed_by_name_with_the_longest_first() -> None:
         "one_shot_all_reduce_kernel",
     }
     assert kernels[4:] == [
-        Share("Memcpy DtoH", 0.5, 7.5, 7.5),
         Share("vectorized_elementwise_kernel[CUDAFunctor_add]", 0.5, 5.0, 5.0),
+        Share("Memcpy DtoH", 0.5, 5.0, 5.0),
     ]
+
+
+def test_a_kernel_that_waits_for_the_one_before_counts_from_its_end() -> None:
+    """Programmatic dependent launch: each begins while the last still runs, one even ends before."""
+    profile = step_profile(
+        trace(event("a", 0, 10), event("b", 2, 20), event("c", 3, 7), event("d", 20, 10), num_steps=1)
+    )
+    assert {share.name: share.us for share in profile.kernels} == {"a": 10.0, "b": 12.0, "c": 0.0, "d": 8.0}
+    assert sum(share.us for share in profile.groups) == profile.step_us == 30.0
 
 
 def test_without_kernels_ops_count_for_what_they_do_themselves() -> None:

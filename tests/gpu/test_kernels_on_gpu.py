@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.workers.attention import backend_name, choose_backend, reference_attention
@@ -175,3 +177,22 @@ def test_sinks_of_single_tokens(backend: Any) -> None:
         decode.plan(requests.metadata.seq_lens)
         backend = decode.attend
     check_op(requests, backend, torch.linspace(-3, 6, 6, device=CUDA))
+
+
+def test_kernels_are_compiled_ahead_without_a_launch() -> None:
+    from eagleray.models import kernels  # these import Triton, which is not everywhere
+    from eagleray.workers.compile_ahead import compile_ahead
+
+    compiled: list[object] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **known: compiled.append(known)
+    try:
+        gate_up = torch.randn(3, 2 * 176, dtype=torch.float16, device=CUDA)
+        outs: list[Tensor] = []
+        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))]) == len(compiled) == 1
+        assert not outs[0].any()
+        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))]) == 0
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        torch.testing.assert_close(kernels.silu_mul(gate_up).float(), F.silu(gate) * up, atol=1e-2, rtol=1e-2)
+        assert len(compiled) == 1
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
