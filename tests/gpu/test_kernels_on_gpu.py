@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+import triton
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.workers.attention import backend_name, choose_backend, reference_attention
