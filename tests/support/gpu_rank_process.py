@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.loader import load_model
-from eagleray.parallel.exchange import MAX_ROWS, MAX_ROWS_AT_ONCE
+from eagleray.parallel.exchange import MAX_ROWS, has_owners
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.actor import CUDA_ENVIRONMENT
 from eagleray.workers.channel import Endpoint, Hub, Peer
@@ -103,7 +103,8 @@ def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> lis
     for rows, size in shapes:
         x = torch.zeros(rows, size, dtype=dtype, device=device_of(tp.rank))
         residual, weight = draw(tp, rows * size, dtype, 77)[0].view(rows, size), draw(tp, size, dtype, 78)[0]
-        own = slice(tp.rank, None, tp.size) if MAX_ROWS_AT_ONCE < rows <= MAX_ROWS else slice(None)
+        has_own = rows <= MAX_ROWS and has_owners(rows, size * dtype.itemsize, tp.size)
+        own = slice(tp.rank, None, tp.size) if has_own else slice(None)
         tp.sum_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
