@@ -131,7 +131,7 @@ class Worker:
             return PendingOutput(step.step, slices.rows, self._decode(self._graphs, slices), {})
         batch = self._rows.gather(slices)
         hidden = self._run_mixed(batch)
-        prompt_logprobs = self._prompt_logprobs(slices, batch, hidden)
+        prompt_logprobs = self._prompt_logprobs(slices, hidden)
         sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
         return PendingOutput(step.step, slices.rows[slices.samples], sampled, prompt_logprobs)
 
@@ -222,17 +222,19 @@ class Worker:
         self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
         return replace(sampled, token_ids=token_ids)
 
-    def _prompt_logprobs(self, slices: Slices, batch: Batch, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, slices: Slices, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of each prompt token whose predecessor is in this batch, for the rows that ask."""
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        begin = 0
-        for row, start, end in zip(slices.rows.tolist(), slices.starts.tolist(), slices.ends.tolist(), strict=True):
-            num_top = self._sampling.host[row].prompt_logprobs
+        asked = [self._sampling.host[row].prompt_logprobs for row in slices.rows.tolist()]
+        begins = (slices.ends - slices.starts).cumsum() - (slices.ends - slices.starts)
+        for line, num_top in enumerate(asked):
+            if num_top is None:
+                continue
+            row, start, end, begin = (int(of[line]) for of in (slices.rows, slices.starts, slices.ends, begins))
             length = min(end, int(self._rows.num_prompt_tokens[row]) - 1) - start
-            if num_top is not None and length > 0:
+            if length > 0:
                 targets = self._rows.tokens[row, start + 1 : start + 1 + length].long()
                 logprobs[row] = self._score(hidden[begin : begin + length], targets, num_top)
-            begin += end - start
         return logprobs
 
     def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:

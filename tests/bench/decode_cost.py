@@ -121,6 +121,8 @@ def plot(figures: str, picture: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="requests", ylabel="milliseconds per decode step")
     axes.set_title("One decode step (dotted: the time that reading weights and KV cache takes)")
     axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend()
     plt.savefig(picture, dpi=120, bbox_inches="tight")
