@@ -52,9 +52,7 @@ class EngineClient:
         self._finalizer = weakref.finalize(self, _remove, core, room)  # for an owner that forgets to close
 
     @classmethod
-    def start(
-        cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None
-    ) -> "EngineClient":
+    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
         """Start an engine and wait until it is ready. `on_progress` hears each phase in this thread, "ready" last.
 
         Without `room` the engine reserves its own.

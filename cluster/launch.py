@@ -28,7 +28,8 @@ def launch(
 ) -> tuple[EngineClient, FrontEnd]:
     """Start an engine and wait for it, with a line on the terminal while that takes.
 
-    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. What is wrong with the options or the tokenizer is said before anything starts.
+    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. What is wrong with the
+    options or the tokenizer is said before anything starts.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """

@@ -45,7 +45,6 @@ def build(args: ServeArgs) -> serve.Application:
     if scaling is not None:
         scaling = {"target_ongoing_requests": max(1, engine.max_num_seqs // 2)} | scaling
     deployment = serve.deployment(
-        serve.ingress()(Replica),
         name="eagleray",
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[bundle] * engine.tensor_parallel_size,
@@ -59,7 +58,8 @@ def build(args: ServeArgs) -> serve.Application:
         max_surge_percent=args.max_surge_percent,
         **({"num_replicas": args.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
     )
-    return deployment.bind(args)
+    application: serve.Application = deployment(serve.ingress()(Replica)).bind(args)
+    return application
 
 
 class Replica:

@@ -30,9 +30,7 @@ class ServeArgs(BaseModel):
         256, ge=0, description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429"
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
-    drain_timeout_s: float = Field(
-        60.0, gt=0, description="seconds that requests may go on once a replica is to stop"
-    )
+    drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")
     stall_timeout_s: float = Field(
         300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
     )

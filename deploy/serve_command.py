@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 END_S = 30.0  # how long the end may take beyond drain_timeout_s
+DELETE_S = 15.0  # of these, how long Serve may take to take the application away
+POLL_S = 0.1
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 FORCED = 1
 
@@ -112,17 +115,31 @@ def _deployed(args: ServeArgs, site: Site) -> Iterator[str]:
         _run(build(args), site)
         yield site.url(_here(site))
     finally:
-        serve.delete(site.name)
+        _drain(site.name, args.drain_timeout_s + DELETE_S)
         if ours:
             serve.shutdown()
 
 
+def _drain(name: str, timeout_s: float) -> None:
+    """Delete the application and wait: Serve sends it no more requests, and kills replicas after drain_timeout_s."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        return  # told to end before Serve was there
+    serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
 def _run(application: "Application", site: Site) -> None:
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
     try:
         serve.run(application, name=site.name, route_prefix=site.route_prefix)
-    except RuntimeError as error:
+    except (RuntimeError, RayServeException) as error:
         raise EngineStartError(str(error)) from None
 
 
@@ -141,11 +158,8 @@ def _check_site(site: Site) -> bool:
             f"Ray Serve already listens at {options.host}:{options.port} on this cluster, not at "
             f"{site.host}:{site.port}; give --host {options.host} --port {options.port}"
         )
-    for name, application in serve.status().applications.items():
-        if name == site.name:
-            raise ValueError(f"there is an application {name!r} on this cluster; choose another --name")
-        if application.route_prefix == site.route_prefix:
-            raise ValueError(f"the application {name!r} has {site.route_prefix}; choose another --route-prefix")
+    if site.name in serve.status().applications:
+        raise ValueError(f"there is an application {site.name!r} on this cluster; choose another --name")
     return False
 
 

@@ -61,7 +61,7 @@ class Metrics:
     """The figures of one replica. Those of all of them are what Ray collects, each with its replica as a label."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a time stamp beside every counter, which nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a time stamp beside every counter
         self._registry = every = CollectorRegistry()
         self._running = Gauge("eagleray_requests_running", "Sequences that the last step ran.", every)
         self._waiting = Gauge("eagleray_requests_waiting", "Sequences that wait for a row or for memory.", every)
@@ -77,9 +77,7 @@ class Metrics:
         self._generation_tokens = Counter(
             "eagleray_generation_tokens_total", "Tokens that were generated for ended requests.", every
         )
-        self._requests = Counter(
-            "eagleray_requests_total", "Sequences that ended, and why.", every, ("finish_reason",)
-        )
+        self._requests = Counter("eagleray_requests_total", "Sequences that ended, and why.", every, ("finish_reason",))
         self._first_token_s = Histogram(
             "eagleray_time_to_first_token_seconds", "From a prompt's arrival to its first token.", every, TIME_BUCKETS_S
         )
