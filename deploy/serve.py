@@ -18,10 +18,11 @@ from eagleray.cluster.launch import launch
 from eagleray.cluster.placement import Room, choose_device, rank_resources, room_here
 from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
-from eagleray.deploy.openai.app import Served, make_app
+from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
+from eagleray.deploy.openai.served import Served
 from eagleray.deploy.serve_args import ServeArgs
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""What an OpenAI-compatible server is made of."""
+"""OpenAI's HTTP API over an `AsyncLLM`; knows nothing of Ray Serve."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
 
 RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
@@ -25,9 +26,9 @@ class ApiKeys:
         if scope["type"] == "lifespan" or not self._digests or self._knows(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            message = "no valid API key; send one as `Authorization: Bearer KEY`"
-            headers = {"www-authenticate": "Bearer"}
-            await refuse(send, 401, message, "invalid_request_error", "invalid_api_key", headers)
+            message = "there is no valid API key; send one as `Authorization: Bearer KEY`"
+            error = ApiError(401, message, code="invalid_api_key")
+            await refuse(send, error, {"www-authenticate": "Bearer"})
         else:
             await send({"type": "websocket.close", "code": 1008})
 
@@ -55,7 +56,7 @@ class BodyLimit:
             body = await self._read(receive)
         if body is None:
             message = f"the body is longer than {self._max_bytes} bytes; send less, or raise max_body_bytes"
-            await refuse(send, 413, message, "invalid_request_error", "body_too_large", {"connection": "close"})
+            await refuse(send, ApiError(413, message, code="body_too_large"), {"connection": "close"})
         else:
             await self._app(scope, _replay(body, receive), send)
 
@@ -90,8 +91,8 @@ class BoundedQueue:
             await self._app(scope, receive, send)
         elif self.num_requests >= self._max_requests:
             message = f"{self.num_requests} requests run or wait here already; retry in a while"
-            headers = {"retry-after": str(RETRY_AFTER_S)}
-            await refuse(send, 429, message, "rate_limit_error", "queue_full", headers)
+            error = ApiError(429, message, "rate_limit_error", code="queue_full")
+            await refuse(send, error, {"retry-after": str(RETRY_AFTER_S)})
         else:
             self.num_requests += 1
             try:

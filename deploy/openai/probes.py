@@ -5,6 +5,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.deploy.openai.admission import route_path
+from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import answer, refuse
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,6 +32,6 @@ class Probes:
         try:
             self._check()
         except RuntimeError as error:  # `EngineDeadError`, or an engine that is closed
-            await refuse(send, 503, str(error), "server_error", "engine_dead")
+            await refuse(send, ApiError(503, str(error), "server_error", code="engine_dead"))
         else:
             await answer(send, 200, b"", "text/plain")

@@ -1,20 +1,19 @@
-"""An answer without the application: an error in OpenAI's shape, from pure ASGI."""
+"""An answer without the application, from pure ASGI."""
 
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from starlette.types import Send
 
+from eagleray.deploy.openai.errors import ApiError
+
 NONE: Mapping[str, str] = MappingProxyType({})
 
 
-async def refuse(
-    send: Send, status: int, message: str, kind: str, code: str | None, headers: Mapping[str, str] = NONE
-) -> None:
+async def refuse(send: Send, error: ApiError, headers: Mapping[str, str] = NONE) -> None:
     """Send an error as the whole answer."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    await answer(send, status, json.dumps({"error": error}).encode(), "application/json", headers)
+    body = error.reply().model_dump_json().encode()
+    await answer(send, error.status, body, "application/json", headers)
 
 
 async def answer(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] = NONE) -> None:

@@ -7,6 +7,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class RequestIds:
                 await self._app(scope, receive, answered)
             else:
                 message = "X-Request-Id is not 1 to 128 letters, digits or ._:-; send another, or none"
-                await refuse(answered, 400, message, "invalid_request_error", "invalid_request_id")
+                await refuse(answered, ApiError(400, message, code="invalid_request_id"))
         finally:
             seconds = time.monotonic() - begin
             logger.info("request %s: %s %r %d in %.3f s", request_id, scope["method"], scope["path"], status, seconds)
