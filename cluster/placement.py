@@ -38,23 +38,25 @@ class Room:
             remove_placement_group(self.group)
 
 
-def connect(config: EngineConfig, num_engines: int = 1) -> None:
+def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     """Join the Ray cluster that `ray start` made here or that RAY_ADDRESS names; else start one for this process alone.
 
-    One that is started has room for this many engines on CPU. Raises `EngineStartError` if the cluster cannot be
-    reached.
+    One that is started has room for this many engines on CPU, and ends with this process; returns whether it is such a
+    one. Raises `EngineStartError` if the cluster cannot be reached.
     """
     if ray.is_initialized():
-        return
+        return False
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
+    address = os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local"
     try:
-        _init(os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local", config, num_engines, options)
+        _init(address, config, num_engines, options)
     except ConnectionError as error:
         raise EngineStartError(
             f"the Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')!r} cannot be reached ({error}); start it, "
             "or unset RAY_ADDRESS"
         ) from error
+    return address == "local"
 
 
 def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:

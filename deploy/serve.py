@@ -51,7 +51,7 @@ def build(args: ServeArgs) -> serve.Application:
         placement_group_bundles=[bundle] * engine.tensor_parallel_size,
         placement_group_strategy="PACK",
         max_ongoing_requests=max_requests + SPARE_REQUESTS,
-        max_queued_requests=max(1, args.max_queued_requests),
+        max_queued_requests=max_requests + SPARE_REQUESTS,  # at a proxy, while no replica has room or none is there
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         health_check_period_s=args.health_check_period_s,
         graceful_shutdown_timeout_s=args.drain_timeout_s,

@@ -38,12 +38,16 @@ class ToldToEnd(BaseException):
 
 
 class End:
-    """The first signal asks for an end, which then has a limited time; the second ends the process at once."""
+    """The first signal asks for an end, which then has a limited time; the second ends the process at once.
+
+    Between `begin` and `wait` it interrupts whatever runs with `ToldToEnd`. Before that Ray starts, which cannot be
+    interrupted without leaving half of it behind.
+    """
 
     def __init__(self, bound_s: float) -> None:
         self._bound_s = bound_s
         self._told = threading.Event()
-        self._waits = False
+        self._interrupts = False
         self.code = 0
 
     def listen(self) -> None:
@@ -51,9 +55,15 @@ class End:
         for number in EXIT_CODES:
             signal.signal(number, self._hear)
 
+    def begin(self) -> None:
+        """From now on a signal interrupts; if there was one, it does so here."""
+        self._interrupts = True
+        if self._told.is_set():
+            raise ToldToEnd
+
     def wait(self) -> None:
         """Sleep until a signal comes."""
-        self._waits = True
+        self._interrupts = False
         self._told.wait()
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -64,7 +74,7 @@ class End:
         late = threading.Timer(self._bound_s, os._exit, [FORCED])
         late.daemon = True
         late.start()
-        if not self._waits:
+        if self._interrupts:
             raise ToldToEnd
 
 
@@ -74,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     end = End(args.drain_timeout_s + END_S)
     end.listen()
     try:
-        with _on_ray(args, end), _deployed(args, site) as url:
+        with _on_ray(args, end) as private, _deployed(args, site, private) as url:
             urllib.request.urlopen(f"{url}/health", timeout=args.engine.start_timeout_s).close()
             print(f"{args.model_name} answers at {url}/v1", flush=True)
             end.wait()
@@ -85,24 +95,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _on_ray(args: ServeArgs, end: End) -> Iterator[None]:
-    """Join or start Ray for as long as the command runs."""
+def _on_ray(args: ServeArgs, end: End) -> Iterator[bool]:
+    """Join or start Ray for as long as the command runs; gives whether it ends with the command."""
     import ray
 
     from eagleray.cluster.placement import connect
 
     quiet_ray()
     try:
-        connect(args.engine, args.max_replicas)
+        private = connect(args.engine, args.max_replicas)
         end.listen()  # Ray's own handler of SIGTERM would end the process
-        yield
+        end.begin()
+        yield private
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def _deployed(args: ServeArgs, site: Site) -> Iterator[str]:
-    """The application's address, for as long as it is to run. What was started for it ends with it."""
+def _deployed(args: ServeArgs, site: Site, private: bool) -> Iterator[str]:
+    """The application's address, for as long as it is to run. On a Ray that others use, Serve ends if it began here."""
     from ray import serve
 
     from eagleray.deploy.serve import build
@@ -116,7 +127,7 @@ def _deployed(args: ServeArgs, site: Site) -> Iterator[str]:
         yield site.url(_here(site))
     finally:
         _drain(site.name, args.drain_timeout_s + DELETE_S)
-        if ours:
+        if ours and not private:
             serve.shutdown()
 
 
