@@ -159,7 +159,7 @@ async def test_the_queue_knows_its_paths_below_a_mount() -> None:
 async def test_an_id_goes_in_comes_back_and_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "eagleray")
     async with client(RequestIds(length_of_body, reply=True)) as http:
-        reply = await http.post("/a\nb", headers={"X-Request-Id": "a.b-C_1"})
+        reply = await http.post("/a%0Ab", headers={"X-Request-Id": "a.b-C_1"})
         assert reply.headers["x-request-id"] == reply.headers["request-id-seen"] == "a.b-C_1"
         made = await http.get("/")
         assert made.headers["x-request-id"] == made.headers["request-id-seen"] != "a.b-C_1"
