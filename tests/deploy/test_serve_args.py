@@ -14,7 +14,9 @@ from support.tiny_model import write_tiny_model
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path)
+    return path
 
 
 def parsed(*words: str) -> argparse.Namespace:

@@ -31,7 +31,9 @@ PATIENCE_S = 150.0
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path)
+    return path
 
 
 @contextmanager

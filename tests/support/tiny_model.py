@@ -1,40 +1,43 @@
-"""A checkpoint that a server can offer: a few random layers, and a tokenizer of bytes with a chat template."""
+"""A checkpoint of a few thousand random weights whose tokens are the bytes of a text."""
 
+import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from support.random_checkpoint import make_model
 
-SPECIAL = ["<s>", "</s>"]
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+START, END = "<|start|>", "<|end|>"
+SPECIAL = (START, END)
+END_ID = 257
+VOCAB_SIZE = 258
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}"
+    "{% if not (continue_final_message and loop.last) %}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{{ mood }}{% endif %}"
+)
 
 
-def write_tiny_model(path: Path, max_model_len: int = 4096) -> Path:
-    """Write it to `path`; 2 KV heads, so that 2 ranks have one each."""
-    byte_names = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {name: index for index, name in enumerate(SPECIAL + byte_names)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    model = make_model(
-        {
-            "model_type": "llama",
-            "vocab_size": len(vocabulary),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": max_model_len,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "tie_word_embeddings": True,
-        }
-    )
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+def write_tiny_model(path: Path) -> None:
+    """A Llama of one layer: ids 0 to 255 are bytes, 256 starts a message and 257 ends one, and the answer."""
+    options = {
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "eos_token_id": END_ID,
+        "bos_token_id": 256,
+    }
+    make_model(options).save_pretrained(path)
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"bos_token": START, "eos_token": END, "chat_template": CHAT_TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
