@@ -18,17 +18,18 @@ logger = logging.getLogger(__name__)
 Resources = dict[str, float]
 
 
-def connect(config: EngineConfig) -> None:
+def connect(config: EngineConfig, num_engines: int = 1) -> None:
     """Join the Ray cluster that `ray start` made here or that RAY_ADDRESS names; else start one for this process alone.
 
-    Raises `EngineStartError` if the cluster cannot be reached.
+    One that is started has room for this many engines on CPU. Raises `EngineStartError` if the cluster cannot be
+    reached.
     """
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        _init(os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local", config, options)
+        _init(os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local", config, num_engines, options)
     except ConnectionError as error:
         raise EngineStartError(
             f"the Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')!r} cannot be reached ({error}); start it, "
@@ -36,9 +37,9 @@ def connect(config: EngineConfig) -> None:
         ) from error
 
 
-def _init(address: str, config: EngineConfig, options: dict[str, Any]) -> None:
+def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:
     if address == "local":  # its logical CPUs are ours to choose: as many as the ranks ask for
-        wanted = ceil(config.tensor_parallel_size * config.cpus_per_rank)
+        wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
     ray.init(address=address, **options)
 

@@ -40,6 +40,11 @@ COMMANDS = {
         "eagleray.deploy.arguments:add_chat",
         "eagleray.deploy.chat:run",
     ),
+    "batch": Command(
+        "answer a file of OpenAI requests; a job that was killed goes on where it stopped",
+        "eagleray.deploy.batch_arguments:add_batch",
+        "eagleray.deploy.batch:run",
+    ),
     "bench latency": Command(
         "measure how long batches of one size take",
         "eagleray.deploy.bench_arguments:add_latency",
