@@ -8,6 +8,7 @@ from typing import Any
 
 def row(index: int, **body: Any) -> dict[str, Any]:
     """A completion or a conversation in turn, greedy; `body` changes it."""
+    what: dict[str, Any]
     if index % 2:
         url, what = "/v1/completions", {"prompt": f"Number {index} is"}
     else:
