@@ -131,7 +131,12 @@ def test_a_submitted_job_runs_to_its_end_with_objects_for_files(
     """`file://` goes the way of every object store: fetched, kept in the work directory, uploaded."""
     (tmp_path / "work").mkdir()
     places = f"file://{input}", f"file://{tmp_path}/out.jsonl"
-    batch = Batch(*places, model, cluster.environment, ("--work-dir", str(tmp_path / "work"), "--replicas", "auto", "--cpus-per-rank", "4"))
+    batch = Batch(
+        *places,
+        model,
+        cluster.environment,
+        ("--work-dir", str(tmp_path / "work"), "--replicas", "auto", "--cpus-per-rank", "4"),
+    )
     options = ["--address", cluster.dashboard, "--submission-id", "my-batch", "--"]
     run = subprocess.run(
         [SUBMIT, *options, *batch.words],
