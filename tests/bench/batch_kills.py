@@ -37,7 +37,7 @@ def main() -> None:
         start, work = measured(whole)
         print(f"without kills: {start:.1f} s up to the first row, {work:.1f} s from there", flush=True)
         batch = Batch(str(file), f"{folder}/killed.jsonl", model, cluster.environment)
-        rows_at_kills = kills(batch, arguments.kills, start + 1.8 * work / arguments.kills, arguments.seed)
+        rows_at_kills = kills(batch, arguments.kills, start, work, arguments.seed)
         code, err = batch.run()
         assert code == 0, err
         expected = texts(read_results(Path(whole.output)))
@@ -63,14 +63,16 @@ def measured(batch: Batch) -> tuple[float, float]:
     return first - begin, time.monotonic() - first
 
 
-def kills(batch: Batch, count: int, seconds: float, seed: int) -> list[int]:
-    """Rows in the partial file after each kill, up to so many seconds after the job's start.
+def kills(batch: Batch, count: int, start: float, work: float, seed: int) -> list[int]:
+    """Rows in the partial file after each kill. A job that is done before its moment is no kill, and ends this.
 
-    A job that is done before its moment is no kill, and ends this.
+    Every fourth comes within the seconds of a start, counted from the job's own; the others follow its first new row.
     """
     rng, found = random.Random(seed), []
     for number in range(count):
-        if not batch.kill_once(_after(rng.uniform(0, seconds))):
+        early = number % 4 == 0
+        delay = rng.uniform(0, start if early else 2 * work / count)
+        if not batch.kill_once(_after(delay, batch, 0 if early else batch.num_written + 1)):
             break
         partial = Path(f"{batch.output}.partial")
         found.append(partial.read_bytes().count(b"\n") if partial.exists() else 0)
@@ -78,9 +80,16 @@ def kills(batch: Batch, count: int, seconds: float, seed: int) -> list[int]:
     return found
 
 
-def _after(delay: float) -> Callable[[], bool]:
-    due = time.monotonic() + delay
-    return lambda: time.monotonic() >= due
+def _after(delay: float, batch: Batch, num_bytes: int) -> Callable[[], bool]:
+    """So many seconds after the partial file has this size."""
+    since: list[float] = []
+
+    def due() -> bool:
+        if not since and batch.num_written >= num_bytes:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() >= since[0] + delay
+
+    return due
 
 
 if __name__ == "__main__":

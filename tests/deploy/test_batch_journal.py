@@ -184,7 +184,7 @@ def test_lines_are_those_of_the_file_and_ids_that_come_again_are_seen(tmp_path: 
 
 def test_an_input_that_changes_while_it_is_read_is_noticed(input: Path, known: Survey) -> None:
     before = input.read_text()
-    for changed in (before + "{}\n", before.replace("row 3", "row 9"), before[: before.rindex("{", 0, -200)]):
+    for changed in (before + "{}\n", before.replace("row 3", "row 9"), before[: before.rindex("\n", 0, -1) + 1]):
         input.write_text(changed)
         with pytest.raises(ValueError, match="changed while it was read"):
             list(read_lines(input, known))
