@@ -34,8 +34,10 @@ class Places:
                 "that outlasts the job with --work-dir, where results are kept until the end"
             )
         folder = work_dir if work_dir is not None else Path(output).absolute().parent
-        if not folder.is_dir():
-            raise ValueError(f"there is no directory {folder} to keep results in; make it")
+        parents = [folder] if is_remote(output) else [folder, Path(output).absolute().parent]
+        for parent in parents:
+            if not parent.is_dir():
+                raise ValueError(f"there is no directory {parent} to keep results in; make it")
         for place in (input, output):
             if is_remote(place):
                 _open(place)  # what is missing is said before anything else is done
@@ -64,14 +66,32 @@ class Places:
         return bool(files.exists(path))
 
     def publish(self, partial: Path) -> None:
-        """Make the output of the partial file: by a rename, or by an upload after which the file is removed."""
+        """Make the output of the partial file: by a rename, or by an upload after which the file is removed.
+
+        Raises `ValueError` if an object store refuses it.
+        """
         if is_remote(self.output):
             files, path = _open(self.output)
-            files.put_file(str(partial), path)
+            try:
+                files.put_file(str(partial), path)
+            except Exception as error:  # every file system has errors of its own
+                raise ValueError(
+                    f"the output {self.output} cannot be written: {error or type(error).__name__}; all results are in "
+                    f"{partial}: mend it and run the same command again"
+                ) from error
             partial.unlink()
-        else:
+            return
+        folder = Path(self.output).absolute().parent
+        if folder.stat().st_dev == partial.stat().st_dev:
             partial.rename(self.output)
-            sync_directory(Path(self.output).absolute().parent)
+        else:  # a work directory on another disk
+            draft = folder / f"{partial.name}.new"
+            shutil.copyfile(partial, draft)
+            with draft.open("rb") as copied:
+                os.fsync(copied.fileno())
+            draft.rename(self.output)
+            partial.unlink()
+        sync_directory(folder)
 
     def clean(self) -> None:
         """Remove the copy of the input, if there is one."""

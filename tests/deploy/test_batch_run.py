@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +142,32 @@ def test_objects_are_fetched_and_published_whole(tmp_path: Path) -> None:
     missing = Places.of("memory://bucket/none.jsonl", "memory://bucket/out.jsonl", tmp_path)
     with pytest.raises(ValueError, match=r"the input memory://bucket/none\.jsonl cannot be read"):
         missing.fetch()
+
+
+def test_a_work_directory_may_be_on_another_disk(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one disk only")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        places = Places.of("in.jsonl", str(tmp_path / "out.jsonl"), Path(folder))
+        places.partial.write_bytes(b"results\n")
+        places.publish(places.partial)
+        assert list(Path(folder).iterdir()) == []
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("out.jsonl", b"results\n")]
+
+
+def test_results_that_an_object_store_refuses_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = Places.of("in.jsonl", f"file://{tmp_path}/file/out.jsonl", tmp_path)
+    places.partial.write_bytes(b"results\n")
+    with pytest.raises(ValueError, match=r"cannot be written: .*; all results are in .*out\.jsonl\.partial"):
+        places.publish(places.partial)
+    assert places.partial.read_bytes() == b"results\n"
+
+
+def test_directories_are_there_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no directory .*/none to keep results in; make it"):
+        Places.of("in.jsonl", str(tmp_path / "none" / "out.jsonl"), tmp_path)
 
 
 def test_outputs_of_one_name_do_not_meet_in_a_work_directory(tmp_path: Path) -> None:
