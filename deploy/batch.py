@@ -46,8 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
         if places.output_exists() and left:
             raise ValueError(f"the output {places.output} exists; name another, or remove it")
         progress = BatchProgress(err, known.num_rows, done.num_rows, done.num_failed)
-        if left:
-            asyncio.run(_run_rows(file, known, done, journal, progress, config, name, arguments.replicas, err))
+        try:
+            if left:
+                asyncio.run(_run_rows(file, known, done, journal, progress, config, name, arguments.replicas, err))
+        except BaseException:
+            if progress.num_done:
+                logger.info("%d of %d results are kept; the same command goes on", progress.num_done, known.num_rows)
+            raise
         journal.finish(places.publish)
     places.clean()
     err.print(f"{progress.line()} · {places.output}", style="dim", highlight=False, soft_wrap=True)

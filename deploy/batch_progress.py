@@ -20,7 +20,7 @@ class BatchProgress:
         self.num_rows, self.num_done, self.num_failed = num_rows, num_done, num_failed
         self.num_before = num_done
         self.num_tokens = 0
-        self.begin()
+        self._started = self._logged = time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
@@ -33,10 +33,11 @@ class BatchProgress:
             transient=True,
             redirect_stdout=False,
         )
-        self._task = self._bar.add_task(self._figures(), total=num_rows, completed=num_done, left="")
+        self._task = self._bar.add_task(self._figures(), start=False, total=num_rows, completed=num_done, left="")
 
     def begin(self) -> None:
         """Let the clock run from now on."""
+        self._bar.start_task(self._task)
         self._started = self._logged = time.monotonic()
 
     @property

@@ -53,7 +53,7 @@ class BatchRun:
                     return
         finally:
             syncing.cancel()
-        raise EngineDeadError(f"{next(filter(None, deaths))}; what is done is kept: run the same command to go on")
+        raise EngineDeadError(next(filter(None, deaths)))
 
     async def _drive(self, replica: Replica, window: int) -> str | None:
         """Why the replica died, or None once there is no line left to take."""

@@ -104,7 +104,7 @@ async def test_a_replica_that_dies_last_leaves_its_rows_to_those_that_were_done(
 
 
 async def test_the_last_replicas_death_ends_the_job_and_keeps_what_is_done(input: Path) -> None:
-    with pytest.raises(EngineDeadError, match=r"rank 1 is gone.*run the same command to go on"):
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
         await answered(input, [Server(dies_after=3), Server(dies_after=4)], window=5)
     assert len(read_results(input.with_name("out.jsonl.partial"))) == 7
 
