@@ -45,6 +45,11 @@ COMMANDS = {
         "eagleray.deploy.serve_arguments:add_serve",
         "eagleray.deploy.serve_command:run",
     ),
+    "batch": Command(
+        "answer a file of OpenAI requests; a job that was killed goes on where it stopped",
+        "eagleray.deploy.batch_arguments:add_batch",
+        "eagleray.deploy.batch:run",
+    ),
     "bench latency": Command(
         "measure how long batches of one size take",
         "eagleray.deploy.bench_arguments:add_latency",

@@ -37,16 +37,22 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
     A directory without a tokenizer will do: prompts are token ids then.
     """
     with _starting(config, err):
-        from eagleray.cluster.launch import launch
-
-    options = asdict(config)
-    model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
-    engine, front_end = launch(model, size, None, no_tokenizer, options)
+        from eagleray.cluster.launch import launch  # noqa: F401  # as above
+    engine, front_end = launch_as(config)
     try:
         yield engine, front_end
     finally:
         engine.close()
+
+
+def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
+    """`launch` for a config. A directory without a tokenizer will do: prompts are token ids then."""
+    from eagleray.cluster.launch import launch
+
+    options = asdict(config)
+    model, size = options.pop("model"), options.pop("tensor_parallel_size")
+    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
+    return launch(model, size, None, no_tokenizer, options)
 
 
 @contextmanager
