@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,7 +75,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Cumulative outputs, the last one with `finished`. Cancelling or leaving the iteration aborts the request.
 
         Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
@@ -106,7 +106,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         **template_options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation; `template_options` are `Tokenizer.apply_chat_template`'s."""
         self._check_open()
         prompt = chat_prompt(self.tokenizer, messages, template_options)
