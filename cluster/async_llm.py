@@ -68,6 +68,25 @@ class AsyncLLM:
         """The engine's state after its last step."""
         return self._front_end.stats
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return self._front_end.num_running
+
+    def check_health(self, max_silence_s: float) -> None:
+        """Raise `EngineDeadError` if the engine is gone, or if requests run and it has said nothing for this long.
+
+        Call it on the event loop. A death is noticed when it happens, from the first call on, even if nothing runs.
+        """
+        self._check_open()
+        self._check_alive()
+        self._start_reader()
+        if (silence_s := self._front_end.silence_s) > max_silence_s:
+            raise EngineDeadError(
+                f"{self.num_requests} requests run, but the engine has said nothing for {silence_s:.0f} s, longer than "
+                f"{max_silence_s:g} s"
+            )
+
     async def generate(
         self,
         prompt: Prompt,

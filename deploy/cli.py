@@ -40,6 +40,11 @@ COMMANDS = {
         "eagleray.deploy.arguments:add_chat",
         "eagleray.deploy.chat:run",
     ),
+    "serve": Command(
+        "offer a model over HTTP as OpenAI does, on Ray Serve",
+        "eagleray.deploy.serve_arguments:add_serve",
+        "eagleray.deploy.serve_command:run",
+    ),
     "bench latency": Command(
         "measure how long batches of one size take",
         "eagleray.deploy.bench_arguments:add_latency",

@@ -52,7 +52,7 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
 @contextmanager
 def _starting(config: EngineConfig, err: Console) -> Iterator[None]:
     """The same line that `launch` shows, for as long as what it needs is imported."""
-    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
+    quiet_ray()
     with shown_start(config, err):
         yield
 
@@ -70,6 +70,11 @@ def chat_templates(model: str, wanted: bool | None) -> bool:
     if wanted and not has_template:
         raise ValueError(f"the model {model} has no chat template, which --chat, --system and messages need; use --raw")
     return has_template
+
+
+def quiet_ray() -> None:
+    """Keep one remark of Ray's off the terminal."""
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

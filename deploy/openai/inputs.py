@@ -9,7 +9,12 @@ from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 
-RESERVED = frozenset({"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"})
+RESERVED = frozenset(  # what the template's renderer takes for itself
+    {
+        *("self", "messages", "conversations", "tools", "chat_template", "template_kwargs"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    }
+)
 
 
 async def completion_prompts(served: Served, request: CompletionRequest) -> list[TokensPrompt]:

@@ -126,6 +126,8 @@ class TokenizeText(Asked):
 class TokenizeChat(Asked, Conversation):
     """A conversation."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]})
+
 
 def _kind(body: object) -> str:
     return CHAT_TAG if isinstance(body, dict) and "messages" in body else TEXT_TAG
@@ -140,6 +142,6 @@ TokenizeRequest = Annotated[
 class DetokenizeRequest(Asked):
     """Token ids."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [19556, 665]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [72, 101]}]})
 
     tokens: Ids
