@@ -11,7 +11,7 @@ from eagleray.deploy.arguments import Parser
 from eagleray.deploy.bench_arguments import add_serve
 from eagleray.deploy.bench_serve import WORDS, plan
 from eagleray.deploy.metrics import RequestTimes, serving_figures
-from support.http_server import serving
+from support.asgi_server import asgi_server
 from support.slow_server import SlowServer
 
 ON_THE_WAY_S = 0.25  # a crowded machine may take so long from the server's note to the client's
@@ -29,7 +29,7 @@ def bench(url: str, words: str, output: Path, code: int = 0) -> dict[str, Any]:
 def test_figures_are_those_of_what_the_server_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = SlowServer(first_s=0.2, next_s=0.05)
     words = "--num-prompts 4 --input-len 7 --output-len 5 --num-warmups 1 --goodput ttft:100000 tpot:0.001"
-    with serving(server) as url:
+    with asgi_server(server) as url:
         case = bench(url, words, tmp_path / "serve.json")
     warm_up, *measured = server.seen
     assert (case["num_requests"], case["num_failed"], case["errors"]) == (4, 0, {})
@@ -54,7 +54,7 @@ def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "abc")
     server = SlowServer(first_s=0, next_s=0)
     words = "--num-prompts 2 --input-len 4 --output-len 3 --num-warmups 0 --api-key-env SECRET"
-    with serving(server) as url:
+    with asgi_server(server) as url:
         bench(url, f"{words} --vocab-size 9 --temperature 0 --top-k 5", tmp_path / "ids.json")
         bench(url, f"{words} --endpoint chat --no-ignore-eos", tmp_path / "chat.json")
     ids, _, chat, _ = server.seen
@@ -74,7 +74,7 @@ def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_more_than_the_limit_run_and_waiting_for_room_is_no_delay(tmp_path: Path) -> None:
     server = SlowServer(first_s=0.3, next_s=0)
-    with serving(server) as url:
+    with asgi_server(server) as url:
         case = bench(
             url, "--num-prompts 6 --input-len 2 --output-len 1 --max-concurrency 2 --num-warmups 0", tmp_path / "x"
         )
@@ -86,7 +86,7 @@ def test_no_more_than_the_limit_run_and_waiting_for_room_is_no_delay(tmp_path: P
 def test_requests_arrive_when_they_are_due(tmp_path: Path) -> None:
     server = SlowServer(first_s=0, next_s=0)
     words = "--num-prompts 6 --input-len 2 --output-len 1 --request-rate 5 --num-warmups 0"
-    with serving(server) as url:
+    with asgi_server(server) as url:
         bench(url, words, tmp_path / "x")
     parser = Parser()
     add_serve(parser)
@@ -98,7 +98,7 @@ def test_requests_arrive_when_they_are_due(tmp_path: Path) -> None:
 
 def test_failures_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = SlowServer(first_s=0, next_s=0, refused={1: 429, 2: 500, 3: 429}, cut=4)
-    with serving(server) as url:
+    with asgi_server(server) as url:
         words = "--num-prompts 6 --input-len 2 --output-len 2 --max-concurrency 1 --num-warmups 0"
         case = bench(url, words, tmp_path / "x", code=1)
     assert (case["num_requests"], case["num_failed"], case["num_output_tokens"]) == (6, 4, 4)
@@ -112,14 +112,14 @@ def test_failures_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_silent_server_is_a_failure(tmp_path: Path) -> None:
     server = SlowServer(first_s=2, next_s=0)
-    with serving(server) as url:
+    with asgi_server(server) as url:
         words = "--num-prompts 2 --input-len 2 --output-len 2 --num-warmups 0 --timeout 0.2"
         case = bench(url, words, tmp_path / "x", code=1)
     assert case["errors"]["ReadTimeout"]["count"] == 2
 
 
 def test_where_nobody_listens_it_ends_with_the_warm_up(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(SlowServer(first_s=0, next_s=0)) as url:
+    with asgi_server(SlowServer(first_s=0, next_s=0)) as url:
         pass
     assert cli.main(["bench", "serve", "--base-url", url, "--model", "tiny"]) == 1
     out, err = capsys.readouterr()
@@ -154,7 +154,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_sent(
     (tmp_path / "chats").write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n')
     (tmp_path / "ids").write_text('{"prompt": [1, 2]}\n')
     server = SlowServer(first_s=0, next_s=0)
-    with serving(server) as url:
+    with asgi_server(server) as url:
         try:
             given = words.format(folder=tmp_path).split()
             code: object = cli.main(["bench", "serve", "--base-url", url, "--model", "tiny", *given])
