@@ -84,7 +84,7 @@ async def test_a_request_ends_when_its_client_goes_away(
             await asking
     await asyncio.to_thread(server.wait_until, lambda: engine.scheduler.num_unfinished == 0)
     assert engine.rank.num_tokens_run < 1400 * prompts, "it ran to its end"
-    await asyncio.to_thread(server.wait_until, lambda: engine.scheduler.stats().num_used_blocks == 0)
+    await asyncio.to_thread(server.wait_until, server.is_idle)
 
 
 async def _read(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> None:
@@ -105,3 +105,14 @@ async def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(local: tuple[Ser
     whole = await asyncio.to_thread(post, server, "/v1/completions", **body | {"stream": False})
     text = first.choices[0].text + "".join([chunk.choices[0].text async for chunk in stream])
     assert text == whole["choices"][0]["text"]
+
+
+async def test_the_engine_is_seen_to_be_idle_once_the_only_client_has_gone(tiny: Server) -> None:
+    for num_events in range(1, 9):
+        create = tiny.async_openai().completions.create(
+            model="tiny", prompt="On and on", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        async with await create as stream:
+            for _ in range(num_events):
+                await anext(aiter(stream))
+        await asyncio.to_thread(tiny.wait_until, tiny.is_idle)
