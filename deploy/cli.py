@@ -60,6 +60,11 @@ COMMANDS = {
         "eagleray.deploy.bench_arguments:add_throughput",
         "eagleray.deploy.bench_throughput:run",
     ),
+    "bench serve": Command(
+        "measure what a server with OpenAI's API gives to many clients",
+        "eagleray.deploy.bench_arguments:add_serve",
+        "eagleray.deploy.bench_serve:run",
+    ),
     "profile": Command(
         "write torch profiles of decode steps and say what they spend their time on",
         "eagleray.deploy.bench_arguments:add_profile",

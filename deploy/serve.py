@@ -20,6 +20,7 @@ from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.metrics import Metrics
+from eagleray.deploy.openai.playground import Playground
 from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
@@ -90,7 +91,8 @@ class Replica:
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
         app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
-        return Probes(RequestIds(app, reply=False), self.check_health, self._metrics_text)
+        app = Playground(RequestIds(app, reply=False))
+        return Probes(app, self.check_health, self._metrics_text)
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica after three failures. Raises `EngineDeadError`."""

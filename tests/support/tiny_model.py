@@ -18,8 +18,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(path: Path) -> None:
-    """A Llama of one layer: ids 0 to 255 are bytes, 256 starts a message and 257 ends one, and the answer."""
+def write_tiny_model(path: Path, max_model_len: int = 4096) -> Path:
+    """A Llama of one layer, written to `path`: ids 0 to 255 are bytes, 256 starts a message and 257 ends it."""
     options = {
         "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
@@ -28,7 +28,7 @@ def write_tiny_model(path: Path) -> None:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": max_model_len,
         "eos_token_id": END_ID,
         "bos_token_id": 256,
     }
@@ -41,3 +41,4 @@ def write_tiny_model(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
     config = {"bos_token": START, "eos_token": END, "chat_template": CHAT_TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
