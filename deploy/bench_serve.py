@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from eagleray.deploy.workload import due_times, random_prompts
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
+MAX_BUSY = 0.8  # of a core, above which a client is likely to keep events waiting
 WARM_UP_LEN = 32  # tokens, in place of a prompt that is text
 WORDS = (  # a token each in most vocabularies
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -48,11 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
     if failed := _failures(asyncio.run(load.run(warm_ups(arguments, asks)))):
         return _report(failed, "warm-up requests failed")
     with requests_bar(len(asks), Console(stderr=True)) as advance:
+        cpu_s, start = time.process_time(), time.monotonic()
         exchanges = asyncio.run(load.run(asks, advance))
+        busy = (time.process_time() - cpu_s) / (time.monotonic() - start)
     figures = serving_figures((each.times for each in exchanges), {name: ms / 1000 for name, ms in limits.items()})
-    case = asdict(figures) | _about_sending(exchanges)
+    case = asdict(figures) | _about_sending(exchanges) | {"client_busy_share": busy}
     Console(file=sys.stdout).print(rates_table(figures, limits), "", times_table(figures), sep="\n")
     write(arguments.output_json, record("bench serve", arguments, None, None, [case]))
+    if busy > MAX_BUSY:
+        print(
+            f"eagleray: this client computed {busy:.0%} of the time, so some of the times are its own; run several "
+            "side by side, each with a part of the load and a --seed of its own",
+            file=sys.stderr,
+        )
     return _report(_failures(exchanges), f"of {len(exchanges)} requests failed")
 
 

@@ -45,6 +45,7 @@ def test_figures_are_those_of_what_the_server_did(tmp_path: Path, capsys: pytest
     assert case["inter_token_latency_s"]["mean"] == pytest.approx(0.05, abs=ON_THE_WAY_S / 4)
     assert case["goodput_requests_per_s"] == 0
     assert 0 <= case["send_lag_s"]["mean"] < ON_THE_WAY_S
+    assert 0 < case["client_busy_share"] < 1.5
     shown = capsys.readouterr().out
     assert "4 of 4" in shown
     assert "inter-token latency" in shown
