@@ -242,10 +242,14 @@ PROMPTS = st.text(max_size=20) | st.lists(st.integers(-1, 300), max_size=5) | st
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": st.text(max_size=10) | ANY_JSON}
 )
-FIELDS = st.fixed_dictionaries(
-    {"max_tokens": SMALL},
-    optional={name: st.one_of(values, values, values, ANY_JSON) for name, values in PLAUSIBLE.items()},
-)
+
+
+def _fields(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    some = {name: st.one_of(PLAUSIBLE[name], PLAUSIBLE[name], PLAUSIBLE[name], ANY_JSON) for name in names}
+    return st.fixed_dictionaries({"max_tokens": SMALL, **some})
+
+
+FIELDS = st.lists(st.sampled_from(sorted(PLAUSIBLE)), max_size=3, unique=True).flatmap(_fields)  # of more, one is wrong
 REQUESTS = st.one_of(
     st.tuples(st.just("/v1/completions"), st.tuples(FIELDS, st.fixed_dictionaries({"prompt": PROMPTS | ANY_JSON}))),
     st.tuples(
