@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,6 +68,25 @@ class AsyncLLM:
         """The engine's state after its last step."""
         return self._front_end.stats
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return self._front_end.num_running
+
+    def check_health(self, max_silence_s: float) -> None:
+        """Raise `EngineDeadError` if the engine is gone, or if requests run and it has said nothing for this long.
+
+        Call it on the event loop. A death is noticed when it happens, from the first call on, even if nothing runs.
+        """
+        self._check_open()
+        self._check_alive()
+        self._start_reader()
+        if (silence_s := self._front_end.silence_s) > max_silence_s:
+            raise EngineDeadError(
+                f"{self.num_requests} requests run, but the engine has said nothing for {silence_s:.0f} s, longer than "
+                f"{max_silence_s:g} s"
+            )
+
     async def generate(
         self,
         prompt: Prompt,
@@ -75,7 +94,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Cumulative outputs, the last one with `finished`. Cancelling or leaving the iteration aborts the request.
 
         Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
@@ -106,7 +125,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         **template_options: Any,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation; `template_options` are `Tokenizer.apply_chat_template`'s."""
         self._check_open()
         prompt = chat_prompt(self.tokenizer, messages, template_options)

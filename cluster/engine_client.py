@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import ray
 import zmq
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from eagleray.cluster.calls import Calls, describe, is_death
@@ -18,7 +18,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core_actor import CoreActor
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
-from eagleray.cluster.placement import address_for, choose_device, connect, place
+from eagleray.cluster.placement import Room, address_for, choose_device, connect, place
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
@@ -35,7 +35,7 @@ LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on
 class EngineClient:
     """Owns an engine: started with it, closed with it."""
 
-    def __init__(self, info: EngineInfo, core: Any, group: PlacementGroup) -> None:
+    def __init__(self, info: EngineInfo, core: Any, room: Room) -> None:
         self.info = info
         self._running = Calls([core.run.remote()])
         self._dead: str | None = None
@@ -49,11 +49,13 @@ class EngineClient:
         self._num_news = 0
         self._loop: asyncio.AbstractEventLoop | None = None  # on which `areceive` waits
         self._wake = asyncio.Event()
-        self._finalizer = weakref.finalize(self, _remove, core, group)  # for an owner that forgets to close
+        self._finalizer = weakref.finalize(self, _remove, core, room)  # for an owner that forgets to close
 
     @classmethod
-    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard) -> "EngineClient":
+    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
         """Start an engine and wait until it is ready. `on_progress` hears each phase in this thread, "ready" last.
+
+        Without `room` the engine reserves its own.
 
         Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
         a rank fails; then nothing is left running.
@@ -65,19 +67,19 @@ class EngineClient:
         connected = time.monotonic()
         on_progress(Progress(PROCESSES))
         device = choose_device(config)
-        group = place(config, device)
-        core = _create_core(group)
+        room = room or place(config, device)
+        core = _create_core(room.group)
         try:
-            info = _start_core(core, config, device, group, on_progress)
+            info = _start_core(core, config, device, room.group, on_progress)
             on_progress(Progress(READY))
         except ray.exceptions.GetTimeoutError:
-            _remove(core, group)
+            _remove(core, room)
             raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
         except ray.exceptions.RayError as error:
-            _remove(core, group)
+            _remove(core, room)
             raise EngineStartError(describe(error)) from None
         except BaseException:
-            _remove(core, group)
+            _remove(core, room)
             raise
         info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
         logger.info(
@@ -89,7 +91,7 @@ class EngineClient:
             capacity(info.num_blocks, info.block_size, info.start.attention),
         )
         logger.info("%s", info.start.line())
-        return cls(info, core, group)
+        return cls(info, core, room)
 
     def send(self, message: RequestMessage) -> None:
         """Hand a message to the core without waiting. Raises `EngineDeadError` if the core is known to have ended."""
@@ -190,6 +192,6 @@ def _start_core(
         watch.close()
 
 
-def _remove(core: Any, group: PlacementGroup) -> None:
+def _remove(core: Any, room: Room) -> None:
     ray.kill(core)
-    remove_placement_group(group)
+    room.leave()

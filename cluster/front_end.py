@@ -1,7 +1,7 @@
 """The front ends' bookkeeping, without input and output: what to send for a prompt, and what the engine's news mean."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,29 @@ from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request
 from eagleray.cluster.tokenizer import Tokenizer
 
 MAX_PRIORITY = 2**31 - 1
+OnEnd = Callable[[Generation], None]
+
+
+def unwatched(_generation: Generation) -> None:
+    """For those who do not want to hear of every request's end."""
 
 
 class FrontEnd:
     """Tokenises, checks, detokenises, finds stop strings and puts the sequences of a request together."""
 
-    def __init__(self, tokenizer: Tokenizer | None, limits: ModelLimits, seed: int = 0) -> None:
-        """Without a tokenizer prompts are token ids and outputs have no text."""
+    def __init__(
+        self, tokenizer: Tokenizer | None, limits: ModelLimits, seed: int = 0, on_end: OnEnd = unwatched
+    ) -> None:
+        """Without a tokenizer prompts are token ids and outputs have no text.
+
+        `on_end` hears of every request that was taken in, once it has ended, or once the engine is gone.
+        """
         self.tokenizer = tokenizer
         self.stats = EngineStats()  # of the engine, after the last step
         self._limits = limits
         self._seed = seed
+        self._on_end = on_end
+        self._heard = 0.0  # when the engine last said something, or began to have something to say
         self._numbers = count()  # of requests
         self._next_id = 0  # of sequences, as the engine knows them
         self._generations: dict[str, Generation] = {}
@@ -75,6 +87,8 @@ class FrontEnd:
         """Take a request in; what to submit to the engine. Raises `ValueError` if a running request has its id."""
         if generation.request_id in self._generations:
             raise ValueError(f"request_id {generation.request_id!r} is that of a running request; choose another")
+        if not self._generations:
+            self._heard = time.monotonic()
         self._generations[generation.request_id] = generation
         for completion in generation.completions:
             self._live[completion.request.id] = (generation, completion)
@@ -82,7 +96,7 @@ class FrontEnd:
 
     def process(self, news: EngineOutputs) -> tuple[list[Generation], list[int]]:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
-        now = time.monotonic()
+        self._heard = now = time.monotonic()
         self.stats = news.stats
         self._profile_answers |= {answer.id: answer for answer in news.profiles}
         changed: dict[str, Generation] = {}
@@ -99,6 +113,7 @@ class FrontEnd:
                     aborts.append(tokens.id)
                 if generation.finished:
                     del self._generations[generation.request_id]
+                    self._on_end(generation)
         return list(changed.values()), aborts
 
     def start_profile(self, directory: str | Path) -> StartProfile:
@@ -134,17 +149,26 @@ class FrontEnd:
         for engine_id in ids:
             del self._live[engine_id]
         generation.end("abort")
+        self._on_end(generation)
         return ids
 
     def forget(self) -> None:
         """The engine is gone: requests that ran never finish; whoever waits for them is to be told."""
+        lost = list(self._generations.values())
         self._generations.clear()
         self._live.clear()
+        for generation in lost:
+            self._on_end(generation)
 
     @property
     def num_running(self) -> int:
         """Requests that have not ended."""
         return len(self._generations)
+
+    @property
+    def silence_s(self) -> float:
+        """For how long requests have been running without any news; 0 if none runs."""
+        return time.monotonic() - self._heard if self._generations else 0.0
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, where there is one, and its token ids."""

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
-from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.front_end import FrontEnd, OnEnd, unwatched
 from eagleray.cluster.generation_config import eos_token_ids
+from eagleray.cluster.placement import Room
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
@@ -21,10 +22,14 @@ def launch(
     tokenizer: str | Path | None,
     skip_tokenizer_init: bool,
     options: dict[str, Any],
+    *,
+    room: Room | None = None,
+    on_end: OnEnd = unwatched,
 ) -> tuple[EngineClient, FrontEnd]:
     """Start an engine and wait for it, with a line on the terminal while that takes.
 
-    What is wrong with the options or the tokenizer is said before anything starts.
+    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. What is wrong with the
+    options or the tokenizer is said before anything starts.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
@@ -44,6 +49,6 @@ def launch(
     if text is not None:
         Thread(target=text.prepare, name="tokenizer").start()
     with shown_start(config, Console(stderr=True)) as on_progress:
-        engine = EngineClient.start(config, on_progress)
+        engine = EngineClient.start(config, on_progress, room)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
-    return engine, FrontEnd(text, limits, config.seed)
+    return engine, FrontEnd(text, limits, config.seed, on_end)

@@ -3,12 +3,19 @@
 import logging
 import os
 import socket
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
@@ -18,27 +25,43 @@ logger = logging.getLogger(__name__)
 Resources = dict[str, float]
 
 
-def connect(config: EngineConfig) -> None:
+@dataclass(frozen=True)
+class Room:
+    """A placement group with a bundle per rank, and whether it was reserved for this engine alone."""
+
+    group: PlacementGroup
+    owned: bool = True
+
+    def leave(self) -> None:
+        """Give the resources back, unless they belong to whoever lent them."""
+        if self.owned:
+            remove_placement_group(self.group)
+
+
+def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     """Join the Ray cluster that `ray start` made here or that RAY_ADDRESS names; else start one for this process alone.
 
-    Raises `EngineStartError` if the cluster cannot be reached.
+    One that is started has room for this many engines on CPU, and ends with this process; returns whether it is such a
+    one. Raises `EngineStartError` if the cluster cannot be reached.
     """
     if ray.is_initialized():
-        return
+        return False
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
+    address = os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local"
     try:
-        _init(os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local", config, options)
+        _init(address, config, num_engines, options)
     except ConnectionError as error:
         raise EngineStartError(
             f"the Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')!r} cannot be reached ({error}); start it, "
             "or unset RAY_ADDRESS"
         ) from error
+    return address == "local"
 
 
-def _init(address: str, config: EngineConfig, options: dict[str, Any]) -> None:
+def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:
     if address == "local":  # its logical CPUs are ours to choose: as many as the ranks ask for
-        wanted = ceil(config.tensor_parallel_size * config.cpus_per_rank)
+        wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
     ray.init(address=address, **options)
 
@@ -71,7 +94,7 @@ def rank_resources(config: EngineConfig, device: str) -> Resources:
     return {"CPU": config.cpus_per_rank, **gpu}
 
 
-def place(config: EngineConfig, device: str) -> PlacementGroup:
+def place(config: EngineConfig, device: str) -> Room:
     """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
     bundle = rank_resources(config, device)
     if device == "cuda" and not ray.cluster_resources().get("GPU") and config.device == "cuda":
@@ -79,12 +102,25 @@ def place(config: EngineConfig, device: str) -> PlacementGroup:
     group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
     try:
         if group.wait(config.placement_timeout_s):
-            return group
+            return Room(group)
     except BaseException:
         remove_placement_group(group)
         raise
     remove_placement_group(group)
     raise EngineStartError(_no_room(config, bundle))
+
+
+def room_here(config: EngineConfig) -> Room:
+    """The placement group that this process itself was put in, whose bundles must be those of the ranks."""
+    group = get_current_placement_group()
+    if group is None:
+        raise EngineStartError("this process is in no placement group, which is to hold the engine's ranks")
+    if group.bundle_count != config.tensor_parallel_size:
+        raise EngineStartError(
+            f"the placement group has {group.bundle_count} bundles, but tensor_parallel_size is "
+            f"{config.tensor_parallel_size}; make one bundle for each rank"
+        )
+    return Room(group, owned=False)
 
 
 def address_for(group: PlacementGroup) -> str | None:

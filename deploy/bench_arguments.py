@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.arguments import SAMPLING_HELP, add_engine
@@ -11,6 +12,7 @@ from eagleray.deploy.metrics import LIMITABLE
 from eagleray.deploy.options import add_options
 
 SAMPLED_BY = ("temperature", "top_p", "top_k")  # sampling options that change how long a step takes
+ENDPOINTS = ("completions", "chat")
 BENCH_DEFAULTS = {"enable_prefix_caching": False}  # a prompt that is met again must cost what it cost at first
 
 
@@ -38,6 +40,56 @@ def add_latency(parser: argparse.ArgumentParser) -> None:
 
 def add_throughput(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray bench throughput`."""
+    _add_requests(parser)
+    _add_common(parser)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray bench serve`."""
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--base-url",
+        type=http_url,
+        default="http://127.0.0.1:8000/v1",
+        metavar="URL",
+        help="what OpenAI's clients call so (default: http://127.0.0.1:8000/v1)",
+    )
+    server.add_argument("--model", "-m", required=True, metavar="NAME", help="as the server's /models lists it")
+    server.add_argument(
+        "--endpoint", choices=ENDPOINTS, default="completions", help="which one is asked (default: completions)"
+    )
+    server.add_argument(
+        "--api-key-env", metavar="NAME", help="the environment variable with the key (default: OPENAI_API_KEY, if set)"
+    )
+    server.add_argument(
+        "--timeout", type=seconds, default=300.0, metavar="S", help="silence after which a request fails (default: 300)"
+    )
+    server.add_argument(
+        "--max-concurrency", type=count, metavar="N", help="requests at once; one more is due only when another ends"
+    )
+    server.add_argument(
+        "--vocab-size",
+        type=count,
+        default=32000,
+        metavar="N",
+        help="prompts for completions are random token ids below this (default: 32000)",
+    )
+    server.add_argument(
+        "--max-model-len", type=count, metavar="N", help="refuse prompts that are longer with their answer"
+    )
+    server.add_argument(
+        "--ignore-eos",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for answers of full length, as vLLM's extension does it (default: yes)",
+    )
+    _add_requests(parser)
+    _add_seed(parser)
+    _add_output(parser)
+    _add_sampling(parser)
+
+
+def _add_requests(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("requests")
     load.add_argument("--num-prompts", type=count, metavar="N", help="requests (default: 1000, or all of --dataset)")
     load.add_argument("--input-len", type=count, metavar="N", help="mean tokens of a prompt (default: 1024)")
@@ -75,7 +127,6 @@ def add_throughput(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:MS",
         help=f"count requests that keep every limit, in milliseconds; names are {', '.join(LIMITABLE)}",
     )
-    _add_common(parser)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +154,12 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     _add_seed(parser)
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write settings, versions and figures there")
+    _add_output(parser)
     _add_engine_and_sampling(parser)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write settings, versions and figures there")
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +169,10 @@ def _add_seed(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_and_sampling(parser: argparse.ArgumentParser, positional: bool = False) -> None:
     add_engine(parser, BENCH_DEFAULTS, positional)
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     helps = {name: SAMPLING_HELP[name] for name in SAMPLED_BY}
     add_options(parser.add_argument_group("sampling"), SamplingParams, helps)
 
@@ -172,3 +231,26 @@ def limit(text: str) -> tuple[str, float]:
     if name not in LIMITABLE or not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no limit such as ttft:200; the names are {', '.join(LIMITABLE)}")
     return name, value
+
+
+def http_url(text: str) -> str:
+    """`http://127.0.0.1:8000/v1`, without a slash at its end."""
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value

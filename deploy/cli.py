@@ -40,6 +40,16 @@ COMMANDS = {
         "eagleray.deploy.arguments:add_chat",
         "eagleray.deploy.chat:run",
     ),
+    "serve": Command(
+        "offer a model over HTTP as OpenAI does, on Ray Serve",
+        "eagleray.deploy.serve_arguments:add_serve",
+        "eagleray.deploy.serve_command:run",
+    ),
+    "batch": Command(
+        "answer a file of OpenAI requests; a job that was killed goes on where it stopped",
+        "eagleray.deploy.batch_arguments:add_batch",
+        "eagleray.deploy.batch:run",
+    ),
     "bench latency": Command(
         "measure how long batches of one size take",
         "eagleray.deploy.bench_arguments:add_latency",
@@ -49,6 +59,11 @@ COMMANDS = {
         "measure what many requests get, all at once or as they arrive",
         "eagleray.deploy.bench_arguments:add_throughput",
         "eagleray.deploy.bench_throughput:run",
+    ),
+    "bench serve": Command(
+        "measure what a server with OpenAI's API gives to many clients",
+        "eagleray.deploy.bench_arguments:add_serve",
+        "eagleray.deploy.bench_serve:run",
     ),
     "profile": Command(
         "write torch profiles of decode steps and say what they spend their time on",

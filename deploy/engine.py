@@ -37,22 +37,28 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
     A directory without a tokenizer will do: prompts are token ids then.
     """
     with _starting(config, err):
-        from eagleray.cluster.launch import launch
-
-    options = asdict(config)
-    model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
-    engine, front_end = launch(model, size, None, no_tokenizer, options)
+        from eagleray.cluster.launch import launch  # noqa: F401  # as above
+    engine, front_end = launch_as(config)
     try:
         yield engine, front_end
     finally:
         engine.close()
 
 
+def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
+    """`launch` for a config. A directory without a tokenizer will do: prompts are token ids then."""
+    from eagleray.cluster.launch import launch
+
+    options = asdict(config)
+    model, size = options.pop("model"), options.pop("tensor_parallel_size")
+    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
+    return launch(model, size, None, no_tokenizer, options)
+
+
 @contextmanager
 def _starting(config: EngineConfig, err: Console) -> Iterator[None]:
     """The same line that `launch` shows, for as long as what it needs is imported."""
-    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
+    quiet_ray()
     with shown_start(config, err):
         yield
 
@@ -70,6 +76,11 @@ def chat_templates(model: str, wanted: bool | None) -> bool:
     if wanted and not has_template:
         raise ValueError(f"the model {model} has no chat template, which --chat, --system and messages need; use --raw")
     return has_template
+
+
+def quiet_ray() -> None:
+    """Keep one remark of Ray's off the terminal."""
+    logging.getLogger("ray._private.authentication.authentication_token_setup").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

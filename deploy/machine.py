@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("eagleray", "torch", "triton", "ray", "transformers", "numpy", "flash-attn-3", "flash-attn")
+PACKAGES = ("eagleray", "torch", "triton", "ray", "transformers", "numpy", "flash-attn-3", "flash-attn", "httpx")
 
 
 def versions() -> dict[str, str]:

@@ -31,18 +31,23 @@ def check_writable(file: Path | None, option: str) -> None:
 
 
 def record(
-    command: str, arguments: argparse.Namespace, config: EngineConfig, engine: "EngineInfo", cases: list[dict[str, Any]]
+    command: str,
+    arguments: argparse.Namespace,
+    config: EngineConfig | None,
+    engine: "EngineInfo | None",
+    cases: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """All there is to say. `cases` are what the command measured."""
+    """All there is to say; nothing of an engine that is a server's. `cases` are what the command measured."""
+    engine_config = {} if config is None else asdict(config)
     options = {
-        name: _plain(value) for name, value in vars(arguments).items() if name not in asdict(config) and name != "debug"
+        name: _plain(value) for name, value in vars(arguments).items() if name not in engine_config and name != "debug"
     }
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": options,
-        "engine_config": asdict(config),
-        "engine": {name: getattr(engine, name) for name in OF_THE_ENGINE},
+        **({} if config is None else {"engine_config": engine_config}),
+        **({} if engine is None else {"engine": {name: getattr(engine, name) for name in OF_THE_ENGINE}}),
         "versions": versions(),
         "hardware": hardware(),
         "cases": cases,

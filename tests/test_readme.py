@@ -20,7 +20,8 @@ def files_in_tree(readme: str) -> set[str]:
 
 
 def test_every_file_has_its_line_and_every_line_its_file() -> None:
-    files = {f"{room}/{path.name}" for room in ROOMS for path in (ROOT / room).glob("*.py") if path.stem != "__init__"}
+    paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.stem != "__init__"]
+    files = {path.relative_to(ROOT).as_posix() for path in paths}
     assert files_in_tree((ROOT / "README.md").read_text()) == files
 
 

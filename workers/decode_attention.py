@@ -89,14 +89,6 @@ def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constan
     return sections + int(CHUNKS) * min(sections, 2 * -(-constants.lanes // spec.num_kv_heads))
 
 
-def workspace_bytes(
-    max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants | None = None
-) -> int:
-    """What `allocate_workspace` takes on the device."""
-    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
-    return 4 * (2 + 4 * max_requests + pieces * (int(FIELDS) + spec.num_heads * (spec.head_size + 2)))
-
-
 def allocate_workspace(
     max_requests: int,
     max_seq_len: int,

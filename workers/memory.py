@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.config import WorkerConfig
@@ -26,7 +25,7 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
     Raises `MemoryError` when that is nothing.
     """
     parameter = next(model.parameters())
-    specs = [layer.spec for layer in attention_layers(model)]
+    specs = [layer.spec for layer in model.attentions]
     each = block_bytes(specs, config.block_size, parameter.dtype)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes // each

@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.attention import backend_name, choose_backend, reference_attention
@@ -44,7 +43,7 @@ class Worker:
         device, dtype = parameter.device, parameter.dtype
         self._model = model
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model
-        self._specs = [layer.spec for layer in attention_layers(model)]
+        self._specs = [layer.spec for layer in model.attentions]
         self._backends = [choose_backend(spec, dtype, device) for spec in self._specs]
         self._kv_caches = allocate_kv_cache(self._specs, num_blocks + 1, config.block_size, dtype, device)
         self._rows = Rows(

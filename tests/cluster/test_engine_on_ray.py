@@ -315,7 +315,7 @@ async def test_streams_go_on_while_others_are_submitted_and_aborted(model_dir: P
                 if number % 5 == 4:
                     break  # leaving aborts
                 done += output.finished
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         return done
 
     try:

@@ -110,8 +110,18 @@ else:
             else:
                 assert not out.any()
 
-    @pytest.mark.parametrize("sizes", [(3, 700), (40, 5000), (256, 131072)])
-    def test_the_workspace_takes_what_it_says(sizes: tuple[int, int]) -> None:
-        workspace = allocate_workspace(*sizes, spec(), DEVICE)
-        tensors = (getattr(workspace, name) for name in ("header", "requests", "work", "partial", "partial_ml"))
-        assert sum(tensor.nbytes for tensor in tensors) == ours.workspace_bytes(*sizes, spec())
+    @pytest.mark.parametrize("lanes", [2, 5, 16])
+    def test_no_batch_has_more_pieces_than_the_workspace_holds(lanes: int) -> None:
+        """Also where every request is just long enough to be cut, or just begins another section."""
+        longest, most = 1500, 0
+        for window in (None, 300):
+            small = spec(sliding_window=window)
+            constants = LaunchConstants(lanes=lanes, worth_cutting=0, tile=16)
+            workspace = allocate_workspace(12, longest, small, DEVICE, constants)
+            batches = [[length] * n for length in (1, 256, 257, 513, 1281, longest) for n in (1, 2, 5, 12)]
+            for lens in [*batches, [longest, *[257] * 11], [*[1] * 6, *[769] * 3]]:
+                ours.plan_decode(workspace, torch.tensor(lens, dtype=torch.int32, device=DEVICE), small)
+                num_pieces = int(workspace.header[0])
+                assert num_pieces == int(workspace.requests[: len(lens), 1].sum()) <= len(workspace.work)
+                most = max(most, num_pieces)
+        assert most > 12  # some were cut

@@ -1,0 +1,110 @@
+"""`eagleray batch`: a file of requests in OpenAI's batch format becomes a file of results, even if it is killed."""
+
+import argparse
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.deploy.arguments import engine_config
+from eagleray.deploy.batch_input import Survey, read_lines, survey
+from eagleray.deploy.batch_journal import Done, Identity, Journal, read_identity, sidecar
+from eagleray.deploy.batch_progress import BatchProgress
+from eagleray.deploy.batch_run import BatchRun, Replica
+from eagleray.deploy.batch_storage import Places
+from eagleray.deploy.engine import measured_engine
+
+WINDOWS = 2  # rows in flight for each that an engine runs, so that it always has some to choose from
+
+logger = logging.getLogger(__name__)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 once every row has its result, be that an error or not.
+
+    Raises `ValueError` for what cannot be, and `EngineStartError` or `EngineDeadError`, after which the same command
+    goes on.
+    """
+    places = Places.of(arguments.input, arguments.output, arguments.work_dir)
+    config = engine_config(arguments)
+    name = arguments.served_model_name or Path(config.model).resolve().name
+    err = Console(stderr=True)
+    with err.status(f"reading {places.input}"):
+        file = places.fetch()
+        known = survey(file)
+    identity = Identity(known.size, known.sha256, str(Path(config.model).resolve()))
+    if _is_finished(places, identity):
+        logger.info("%s is there already, whole", places.output)
+        return 0
+    with Journal(places.partial, identity) as journal:
+        done = journal.recover(known)
+        left = known.num_rows - done.num_rows
+        if places.output_exists() and left:
+            raise ValueError(f"the output {places.output} exists; name another, or remove it")
+        progress = BatchProgress(err, known.num_rows, done.num_rows, done.num_failed)
+        try:
+            if left:
+                asyncio.run(_run_rows(file, known, done, journal, progress, config, name, arguments.replicas, err))
+        except BaseException:
+            if progress.num_done:
+                logger.info("%d of %d results are kept; the same command goes on", progress.num_done, known.num_rows)
+            raise
+        journal.finish(places.publish)
+    places.clean()
+    err.print(f"{progress.line()} · {places.output}", style="dim", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _is_finished(places: Places, identity: Identity) -> bool:
+    """Whether an earlier run was killed when all but cleaning up was done; then this does it."""
+    if places.partial.exists() or read_identity(places.partial) != identity or not places.output_exists():
+        return False
+    sidecar(places.partial).unlink()
+    places.clean()
+    return True
+
+
+async def _run_rows(
+    file: Path,
+    known: Survey,
+    done: Done,
+    journal: Journal,
+    progress: BatchProgress,
+    config: EngineConfig,
+    name: str,
+    num_replicas: int | None,
+    err: Console,
+) -> None:
+    window = WINDOWS * config.max_num_seqs
+    lines = (line for line in read_lines(file, known) if not done.lines[line.number])
+    async with _replicas(config, name, num_replicas, known.num_rows - done.num_rows, window, err) as replicas:
+        with progress:
+            progress.begin()
+            await BatchRun(lines, journal, progress).run(replicas, window)
+
+
+@asynccontextmanager
+async def _replicas(
+    config: EngineConfig, name: str, wanted: int | None, num_rows: int, window: int, err: Console
+) -> AsyncIterator[Sequence[Replica]]:
+    """One engine in this process, or several in actors."""
+    if wanted == 1:
+        from eagleray.cluster.async_llm import AsyncLLM
+        from eagleray.deploy.batch_replica import engine_replica
+
+        with measured_engine(config, err) as (engine, front_end):
+            llm = AsyncLLM.attach(engine, front_end)
+            try:
+                yield [engine_replica(llm, engine.info, name)]
+            finally:
+                llm.close()
+        return
+    from eagleray.deploy.batch_actors import choose_num_replicas, running_replicas
+
+    count = choose_num_replicas(wanted, config, num_rows)
+    async with running_replicas(config, name, count, window) as replicas:
+        yield replicas

@@ -1,0 +1,85 @@
+"""How far a batch is: a bar on a terminal, and a line of the log now and then everywhere else."""
+
+import logging
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+LOG_EVERY_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class BatchProgress:
+    """Counts rows; rates are of this run, and leave out what an earlier one did."""
+
+    def __init__(self, console: Console, num_rows: int, num_done: int, num_failed: int) -> None:
+        self.num_rows, self.num_done, self.num_failed = num_rows, num_done, num_failed
+        self.num_before = num_done
+        self.num_tokens = 0
+        self._started = self._logged = time.monotonic()
+        self._bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            redirect_stdout=False,
+        )
+        self._task = self._bar.add_task(self._figures(), start=False, total=num_rows, completed=num_done, left="")
+
+    def begin(self) -> None:
+        """Let the clock run from now on."""
+        self._bar.start_task(self._task)
+        self._started = self._logged = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._started
+
+    def count(self, failed: bool, num_tokens: int) -> None:
+        """One more row has its result."""
+        self.num_done += 1
+        self.num_failed += failed
+        self.num_tokens += num_tokens
+        self._bar.update(self._task, completed=self.num_done, description=self._figures(), left=self._left())
+        if self._bar.disable and time.monotonic() - self._logged > LOG_EVERY_S:
+            self._logged = time.monotonic()
+            logger.info("%d of %d rows · %s%s", self.num_done, self.num_rows, self._figures(), f" · {self._left()}")
+
+    def line(self) -> str:
+        """All figures, at the end."""
+        parts = [f"{self.num_done} row{'s' * (self.num_done != 1)}", f"{self.num_failed} failed"]
+        if self.num_before:
+            parts.append(f"{self.num_before} done before")
+        return " · ".join([*parts, f"{self.num_tokens} output tokens in {self.elapsed:.1f} s", self._rates()])
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def _figures(self) -> str:
+        failed = f"{self.num_failed} failed · " if self.num_failed else ""
+        return f"rows · {failed}{self._rates()} ·"
+
+    def _rates(self) -> str:
+        seconds = max(self.elapsed, 1e-9)
+        return f"{(self.num_done - self.num_before) / seconds:.1f} rows/s · {self.num_tokens / seconds:.1f} tokens/s"
+
+    def _left(self) -> str:
+        done = self.num_done - self.num_before
+        seconds = round((self.num_rows - self.num_done) * self.elapsed / max(done, 1))
+        return f"· {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

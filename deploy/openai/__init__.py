@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API over an `AsyncLLM`; knows nothing of Ray Serve."""

@@ -1,0 +1,107 @@
+"""`/v1/chat/completions`: answer conversations."""
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from eagleray.cluster.outputs import RequestOutput
+from eagleray.deploy.openai.inputs import conversation_prompt
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
+from eagleray.deploy.openai.logprobs import chat_logprobs
+from eagleray.deploy.openai.replies import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChunkChoice,
+    Usage,
+)
+from eagleray.deploy.openai.sampling import chat_params
+from eagleray.deploy.openai.schema import ChatRequest
+from eagleray.deploy.openai.served import Served
+
+
+async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletion:
+    """The whole answer. Raises `ApiError` and `EngineDeadError`."""
+    job = await _job(served, request)
+    created, count = int(time.time()), Count()
+    async with aclosing(outputs(served.engine, job)) as news:
+        async for number, output in news:
+            count.latest[number] = output
+    return ChatCompletion(
+        id=job.id,
+        object="chat.completion",
+        created=created,
+        model=served.model_name,
+        choices=_choices(count.latest[0], job.params[0].logprobs),
+        usage=count.usage(),
+    )
+
+
+async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[ChatCompletionChunk, None]:
+    """What is new, choice by choice. Raises as `chat_completion`. Leaving the iteration aborts what runs."""
+    job = await _job(served, request)
+    created, count = int(time.time()), Count()
+
+    def chunk(choices: list[ChunkChoice], **usage: Usage) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
+            id=job.id,
+            object="chat.completion.chunk",
+            created=created,
+            model=served.model_name,
+            choices=choices,
+            **usage,
+        )
+
+    growth: defaultdict[int, Growth] = defaultdict(Growth)
+    async with aclosing(outputs(served.engine, job)) as news_of_all:
+        async for number, output in news_of_all:
+            count.latest[number] = output
+            for sequence in output.outputs:
+                if (news := growth[sequence.index].take(sequence)) is not None:
+                    yield chunk([_chunk_choice(sequence.index, news, job.params[0].logprobs)])
+    if request.stream_options is not None and request.stream_options.include_usage:
+        yield chunk([], usage=count.usage())
+
+
+async def _job(served: Served, request: ChatRequest) -> Job:
+    served.check_model(request.model)
+    params = chat_params(request)
+    return Job.of("chatcmpl", request, [await conversation_prompt(served, request)], [params])
+
+
+def _choices(output: RequestOutput, num_top: int | None) -> list[ChatChoice]:
+    choices = []
+    for sequence in output.outputs:
+        news = Growth().take(sequence)
+        assert news is not None, "the output is the last"
+        assert news.finish_reason is not None, "the output is the last"
+        choices.append(
+            ChatChoice(
+                index=sequence.index,
+                message=AnswerMessage(role="assistant", content=news.text),
+                logprobs=_logprobs(news, num_top),
+                finish_reason=news.finish_reason,
+                stop_reason=news.stop_reason,
+            )
+        )
+    return choices
+
+
+def _chunk_choice(index: int, news: News, num_top: int | None) -> ChunkChoice:
+    return ChunkChoice(
+        index=index,
+        delta=ChatDelta(role="assistant", content=news.text) if news.first else ChatDelta(content=news.text),
+        logprobs=_logprobs(news, num_top),
+        finish_reason=news.finish_reason,
+        stop_reason=news.stop_reason,
+    )
+
+
+def _logprobs(news: News, num_top: int | None) -> ChatLogprobs | None:
+    if news.logprobs is None or num_top is None:
+        return None
+    return chat_logprobs(news.token_ids, news.logprobs, num_top)

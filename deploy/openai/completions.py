@@ -1,0 +1,112 @@
+"""`/v1/completions`: continue prompts."""
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.openai.inputs import completion_prompts, prompt_text
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
+from eagleray.deploy.openai.logprobs import Entry, Offsets, text_logprobs
+from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
+from eagleray.deploy.openai.sampling import completion_params, prompt_only
+from eagleray.deploy.openai.schema import CompletionRequest
+from eagleray.deploy.openai.served import Served
+
+
+async def completion(served: Served, request: CompletionRequest) -> Completion:
+    """The whole answer. Raises `ApiError` and `EngineDeadError`."""
+    reply = Reply(served, request, await _job(served, request))
+    async with aclosing(outputs(served.engine, reply.job)) as news:
+        async for number, output in news:
+            reply.count.latest[number] = output
+    choices = [choice for number, output in sorted(reply.count.latest.items()) for choice in reply.news(number, output)]
+    return reply.part(choices, reply.usage())
+
+
+async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
+    """What is new, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
+    reply = Reply(served, request, await _job(served, request))
+    async with aclosing(outputs(served.engine, reply.job)) as news:
+        async for number, output in news:
+            reply.count.latest[number] = output
+            for choice in reply.news(number, output):
+                yield reply.part([choice])
+    if request.stream_options is not None and request.stream_options.include_usage:
+        yield reply.part([], reply.usage())
+
+
+async def _job(served: Served, request: CompletionRequest) -> Job:
+    served.check_model(request.model)
+    prompts = await completion_prompts(served, request)
+    rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
+    return Job.of("cmpl", request, prompts, [completion_params(request, room) for room in rooms])
+
+
+class Reply:
+    """An answer in the making."""
+
+    def __init__(self, served: Served, request: CompletionRequest, job: Job) -> None:
+        self.job = job
+        self.count = Count()
+        self._served = served
+        self._echo = bool(request.echo)
+        self._prompt_only = prompt_only(request)
+        self._created = int(time.time())
+        self._growth: defaultdict[int, Growth] = defaultdict(Growth)
+        self._offsets: dict[int, Offsets] = {}
+
+    def usage(self) -> Usage:
+        """Of all that came."""
+        return self.count.usage(prompt_only=self._prompt_only)
+
+    def part(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
+        """These choices as a body or as an event; without `usage` it is left out."""
+        others = {} if usage is None else {"usage": usage}
+        return Completion(
+            id=self.job.id,
+            object="text_completion",
+            created=self._created,
+            model=self._served.model_name,
+            choices=choices,
+            **others,
+        )
+
+    def news(self, number: int, output: RequestOutput) -> list[Choice]:
+        """Of one prompt's choices, those with news."""
+        found = []
+        for sequence in output.outputs:
+            index = number * self.job.n + sequence.index
+            news = self._growth[index].take(sequence)
+            if news is not None:
+                found.append(self._choice(index, number, output, news))
+        return found
+
+    def _choice(self, index: int, number: int, output: RequestOutput, news: News) -> Choice:
+        params = self.job.params[number]
+        text = "" if self._prompt_only else news.text
+        if self._echo and news.first:
+            skip = params.skip_special_tokens
+            text = prompt_text(self._served.tokenizer, self.job.prompts[number], skip_special_tokens=skip) + text
+        return Choice(
+            index=index,
+            text=text,
+            logprobs=self._logprobs(index, params, output, news),
+            finish_reason=news.finish_reason,
+            stop_reason=news.stop_reason,
+        )
+
+    def _logprobs(self, index: int, params: SamplingParams, output: RequestOutput, news: News) -> TextLogprobs | None:
+        if news.logprobs is None:
+            return None
+        tokenizer = self._served.engine.tokenizer
+        if index not in self._offsets:
+            context = [] if self._echo else output.prompt_token_ids
+            self._offsets[index] = Offsets(tokenizer, context, skip_special_tokens=params.skip_special_tokens)
+        token_ids = [] if self._prompt_only else news.token_ids
+        entries: list[Entry | None] = [] if self._prompt_only else [*news.logprobs]
+        if self._echo and news.first:
+            token_ids, entries = output.prompt_token_ids + token_ids, (output.prompt_logprobs or []) + entries
+        return text_logprobs(token_ids, entries, self._offsets[index], tokenizer)

@@ -1,0 +1,65 @@
+"""What goes wrong, in OpenAI's shape and with its status codes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import BaseModel, Field
+
+from eagleray.cluster.errors import EngineDeadError
+
+
+class ErrorDetail(BaseModel):
+    message: str = Field(description="What is wrong, and what to do about it.")
+    type: str = Field(description="`invalid_request_error` is the client's to mend, `server_error` is not.")
+    param: str | None = Field(description="The field of the request, where one is to blame.")
+    code: str | None = Field(description="A name for programs, where the status code does not say it all.")
+
+
+class ErrorReply(BaseModel):
+    """Every failure has this form; in a stream it is the last event."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+
+    def reply(self) -> ErrorReply:
+        """The body of the answer."""
+        return ErrorReply(error=ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code))
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """How an exception is told to a client, who hears only the kind of what is not foreseen; log that one."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, f"the engine is gone: {error}; try again later", "server_error", code="engine_dead")
+    return ApiError(
+        500, f"the server failed with {type(error).__name__}; its log says more", "server_error", code="internal_error"
+    )
+
+
+@contextmanager
+def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Inside, a `ValueError` is the client's: status 400, and the field, if the message begins with one of `fields`."""
+    try:
+        yield
+    except ValueError as error:
+        name = str(error).partition(" ")[0]
+        raise ApiError(400, str(error), param=name if name in fields else None) from error

@@ -1,0 +1,80 @@
+"""Exceptions as answers: validation, unknown paths, and what the routes raise."""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.openai.errors import ApiError, as_api_error
+from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
+
+MAX_SHOWN = 80  # characters of a value that a message repeats
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Every failure of a route becomes an `ErrorReply`."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ApiError, _other)
+    app.add_exception_handler(EngineDeadError, _other)
+    app.add_exception_handler(Exception, _other)  # after which Starlette raises it again, for the server to log
+
+
+def error_response(error: ApiError) -> Response:
+    """ASCII throughout: a message may repeat what is no valid Unicode."""
+    body = json.dumps(error.reply().model_dump(), ensure_ascii=True)
+    return Response(body, error.status, media_type="application/json")
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(validation_error(error.errors()))
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = error_response(ApiError(error.status_code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _other(_: Request, error: Exception) -> Response:
+    return error_response(as_api_error(error))
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """pydantic's findings as one message about the first field that is wrong, in words that name it."""
+    first = errors[0]
+    path = _path(first)
+    match first["type"]:
+        case "json_invalid":
+            return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        case "extra_forbidden":
+            return ApiError(400, f"{path} is a field that this server does not have; leave it out", param=path)
+        case "missing" if path:
+            return ApiError(400, f"{path} is missing; it is required", param=path)
+    if not path:
+        return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    ways = dict.fromkeys(_wanted(error) for error in errors if _path(error) == path)  # one for each type it may have
+    return ApiError(400, f"{path} is {_shown(first.get('input'))}; {' or '.join(ways)}", param=path)
+
+
+def _path(error: Any) -> str:
+    """Where in the body, as "messages.0.role", without pydantic's names of the types that were tried."""
+    names = [str(part) for part in error["loc"] if part not in ("body", TEXT_TAG, CHAT_TAG)]
+    return ".".join(takewhile(lambda name: name != "str" and "[" not in name, names))
+
+
+def _wanted(error: Any) -> str:
+    message = str(error["msg"])
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

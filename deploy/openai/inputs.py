@@ -1,0 +1,93 @@
+"""What clients send as the prompts that the engine takes. Long texts take long: that is left to threads."""
+
+import asyncio
+
+from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.schema import CompletionRequest, Conversation
+from eagleray.deploy.openai.served import Served
+
+RESERVED = frozenset(  # what the template's renderer takes for itself
+    {
+        *("self", "messages", "conversations", "tools", "chat_template", "template_kwargs"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    }
+)
+
+
+async def completion_prompts(served: Served, request: CompletionRequest) -> list[TokensPrompt]:
+    """One or several. Raises `ApiError` 400 for those that are empty."""
+    prompts = _as_list(request.prompt)
+    if not prompts or not all(prompts):
+        raise ApiError(400, "prompt is empty; give it at least one token", param="prompt")
+    return [
+        {"prompt_token_ids": prompt}
+        if isinstance(prompt, list)
+        else {"prompt": prompt, "prompt_token_ids": await text_tokens(served, prompt, request.add_special_tokens)}
+        for prompt in prompts
+    ]
+
+
+async def text_tokens(served: Served, text: str, add_special_tokens: bool | None) -> list[int]:
+    """A text's token ids. Raises `ApiError` 400."""
+    tokenizer = served.tokenizer
+    with bad_requests():
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens is not False)
+
+
+async def tokens_text(served: Served, token_ids: list[int]) -> str:
+    """The text of token ids. Raises `ApiError` 400 for those that the tokenizer does not have."""
+    tokenizer = served.tokenizer
+    vocabulary = tokenizer.backend.get_vocab_size()
+    for token_id in token_ids:
+        if not 0 <= token_id < vocabulary:
+            message = f"tokens holds {token_id}; give token ids from 0 to {vocabulary - 1}"
+            raise ApiError(400, message, param="tokens")
+    return await asyncio.to_thread(tokenizer.decode, token_ids, skip_special_tokens=False)
+
+
+async def conversation_prompt(served: Served, conversation: Conversation) -> TokensPrompt:
+    """A conversation in the model's chat template. Raises `ApiError` 400."""
+    options = dict(conversation.chat_template_kwargs or {})
+    if taken := sorted(options.keys() & RESERVED):
+        message = f"chat_template_kwargs holds {taken[0]}, which is no variable of a template; leave it out"
+        raise ApiError(400, message, param="chat_template_kwargs")
+    goes_on = bool(conversation.continue_final_message)
+    if goes_on and conversation.add_generation_prompt:
+        message = "continue_final_message and add_generation_prompt are both true; set one of them"
+        raise ApiError(400, message, param="continue_final_message")
+    options |= {
+        "continue_final_message": goes_on,
+        "add_generation_prompt": conversation.add_generation_prompt is not False,
+    }
+    with bad_requests():
+        return await asyncio.to_thread(chat_prompt, served.tokenizer, _messages(conversation), options)
+
+
+def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:
+    """A prompt to echo: as it was given, or what its token ids say."""
+    text = prompt.get("prompt")
+    ids = prompt["prompt_token_ids"]
+    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) if text is None else text
+
+
+def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """A list that begins with a number is one prompt's token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [each for each in prompt if isinstance(each, int)]
+    return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [
+        {
+            "role": message.role,
+            "content": message.content
+            if isinstance(message.content, str)
+            else "\n".join(part.text for part in message.content),
+        }
+        for message in conversation.messages
+    ]

@@ -1,0 +1,145 @@
+"""What a request asks of the engine, and what comes of it: news of its choices, and what to count."""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput
+from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.sampling_params import MAX_N, SamplingParams
+from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.merge import merged
+from eagleray.deploy.openai.replies import FinishReason, PromptTokensDetails, Usage
+from eagleray.deploy.openai.sampling import FIELDS
+from eagleray.deploy.openai.schema import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request: prompts with their parameters, which differ in max_tokens at most."""
+
+    id: str
+    prompts: list[TokensPrompt]
+    params: list[SamplingParams]
+    priority: int
+
+    @classmethod
+    def of(
+        cls, kind: str, request: GenerationRequest, prompts: list[TokensPrompt], params: list[SamplingParams]
+    ) -> "Job":
+        """Raises `ApiError` 400 if it has too many choices."""
+        num_choices = len(prompts) * params[0].n
+        if num_choices > MAX_N:
+            message = f"{len(prompts)} prompts with n {params[0].n} are {num_choices} choices; ask for at most {MAX_N}"
+            raise ApiError(400, message, param="n" if params[0].n > 1 else "prompt")
+        job = cls(f"{kind}-{uuid4().hex}", prompts, params, request.priority or 0)
+        if request.user is not None:
+            logger.info("%s is for user %r", job.id, request.user)
+        return job
+
+    @property
+    def n(self) -> int:
+        """Choices of each prompt."""
+        return self.params[0].n
+
+
+async def outputs(engine: AsyncLLM, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """News of every prompt, with its number, as soon as it is there. Leaving the iteration aborts what runs.
+
+    Raises `ApiError` 400 for what the engine refuses, `EngineDeadError`, and `ApiError` 500 once a choice fails.
+    """
+    streams = [_outputs(engine, job, number) for number in range(len(job.prompts))]
+    async with aclosing(merged(streams)) as news:
+        async for number, output in news:
+            for sequence in output.outputs:
+                _check(sequence)
+            yield number, output
+
+
+async def _outputs(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[RequestOutput, None]:
+    stream = engine.generate(job.prompts[number], job.params[number], f"{job.id}-{number}", priority=job.priority)
+    with bad_requests(FIELDS):
+        async with aclosing(stream):
+            async for output in stream:
+                yield output
+
+
+def _check(sequence: CompletionOutput) -> None:
+    if sequence.finish_reason == "error":
+        raise ApiError(500, f"the engine failed: {sequence.error}", "server_error", code="engine_error")
+    if sequence.finish_reason == "abort":
+        raise ApiError(503, "the server ended the request; try again later", "server_error", code="aborted")
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new of one choice."""
+
+    first: bool
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+
+
+@dataclass(slots=True)
+class Growth:
+    """How much of one choice was handed on."""
+
+    num_characters: int = 0
+    num_tokens: int = 0
+    ended: bool = False
+
+    def take(self, sequence: CompletionOutput) -> News | None:
+        """What came since the last call; None if nothing did."""
+        if self.ended or (len(sequence.token_ids) == self.num_tokens and sequence.finish_reason is None):
+            return None
+        news = News(
+            first=self.num_tokens == 0,
+            text=sequence.text[self.num_characters :],
+            token_ids=sequence.token_ids[self.num_tokens :],
+            logprobs=None if sequence.logprobs is None else sequence.logprobs[self.num_tokens :],
+            finish_reason=_finish_reason(sequence),
+            stop_reason=sequence.stop_reason,
+        )
+        self.num_characters, self.num_tokens = len(sequence.text), len(sequence.token_ids)
+        self.ended = sequence.finish_reason is not None
+        return news
+
+
+def _finish_reason(sequence: CompletionOutput) -> FinishReason | None:
+    match sequence.finish_reason:
+        case "stop":
+            return "stop"
+        case "length":
+            return "length"
+        case other:
+            assert other is None, f"{other} was checked before"
+            return None
+
+
+@dataclass(slots=True)
+class Count:
+    """Tokens of a job, prompt by prompt."""
+
+    latest: dict[int, RequestOutput] = field(default_factory=dict)
+
+    def usage(self, *, prompt_only: bool = False) -> Usage:
+        """What its last outputs add up to."""
+        all_outputs = self.latest.values()
+        num_prompt = sum(len(output.prompt_token_ids) for output in all_outputs)
+        num_new = sum(len(sequence.token_ids) for output in all_outputs for sequence in output.outputs)
+        num_new = 0 if prompt_only else num_new
+        cached = sum(output.num_cached_tokens or 0 for output in all_outputs)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_new,
+            total_tokens=num_prompt + num_new,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )

@@ -1,0 +1,93 @@
+"""Log-probabilities in the forms of the two endpoints."""
+
+from collections.abc import Sequence
+
+from eagleray.cluster.detokenizer import TextStream
+from eagleray.cluster.outputs import Logprob
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.deploy.openai.replies import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
+
+Entry = dict[int, Logprob]  # the token itself first, then the most likely ones
+
+LOWEST = -9999.0  # JSON has no minus infinity; vLLM writes the same
+
+
+class Offsets:
+    """Where each token's text begins, in characters: the text before it that is certain."""
+
+    def __init__(self, tokenizer: Tokenizer | None, context: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._stream = None if tokenizer is None else TextStream(tokenizer, context, skip_special_tokens)
+        self._num_characters = 0
+
+    def of(self, token_id: int) -> int:
+        """Of the next token."""
+        offset = self._num_characters
+        if self._stream is not None:
+            self._num_characters += len(self._stream.push(token_id))
+        return offset
+
+
+def text_logprobs(
+    token_ids: Sequence[int], entries: Sequence[Entry | None], offsets: Offsets, tokenizer: Tokenizer | None
+) -> TextLogprobs:
+    """Completions' form; the entry of a prompt's first token is None."""
+    tokens = []
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        if entry is not None:
+            tokens.append(_name(token_id, entry[token_id]))
+        else:
+            tokens.append(_unpredicted(token_id, tokenizer))
+    return TextLogprobs(
+        tokens=tokens,
+        token_logprobs=[
+            None if entry is None else _finite(entry[token_id])
+            for token_id, entry in zip(token_ids, entries, strict=True)
+        ],
+        top_logprobs=[None if entry is None else _by_name(entry) for entry in entries],
+        text_offset=[offsets.of(token_id) for token_id in token_ids],
+    )
+
+
+def chat_logprobs(token_ids: Sequence[int], entries: Sequence[Entry], num_top: int) -> ChatLogprobs:
+    """Chat's form."""
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **_top(token_id, entry[token_id]).model_dump(),
+                top_logprobs=[_top(other, logprob) for other, logprob in _most_likely(entry, num_top)],
+            )
+            for token_id, entry in zip(token_ids, entries, strict=True)
+        ]
+    )
+
+
+def _most_likely(entry: Entry, num_top: int) -> list[tuple[int, Logprob]]:
+    ranked = sorted(entry.items(), key=lambda item: item[1].rank)
+    return [item for item in ranked if item[1].rank <= num_top][:num_top]
+
+
+def _top(token_id: int, logprob: Logprob) -> TopLogprob:
+    name = _name(token_id, logprob)
+    whole = logprob.decoded_token is not None and "\N{REPLACEMENT CHARACTER}" not in name
+    return TopLogprob(token=name, logprob=_finite(logprob), bytes=list(name.encode()) if whole else None)
+
+
+def _by_name(entry: Entry) -> dict[str, float]:
+    """Of several tokens with the same text, such as parts of characters, the most likely one."""
+    named: dict[str, float] = {}
+    for token_id, logprob in entry.items():
+        name = _name(token_id, logprob)
+        named[name] = max(named.get(name, LOWEST), _finite(logprob))
+    return named
+
+
+def _name(token_id: int, logprob: Logprob) -> str:
+    return f"token_id:{token_id}" if logprob.decoded_token is None else logprob.decoded_token
+
+
+def _unpredicted(token_id: int, tokenizer: Tokenizer | None) -> str:
+    return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _finite(logprob: Logprob) -> float:
+    return max(logprob.logprob, LOWEST)

@@ -1,0 +1,84 @@
+"""A request's fields as `SamplingParams`."""
+
+from typing import Any
+
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.schema import MAX_STOP_STRINGS, ChatRequest, CompletionRequest, GenerationRequest
+
+SAME_NAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "stop",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+    "allowed_token_ids",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
+DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
+FIELDS = frozenset({*CompletionRequest.model_fields, *ChatRequest.model_fields})
+
+
+def completion_params(request: CompletionRequest, room: int) -> SamplingParams:
+    """`room` is how many tokens the model holds after the prompt.
+
+    With `echo` and max_tokens 0, which asks for the prompt alone, the one token that is generated is to be dropped.
+    """
+    max_tokens = request.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, request.min_tokens or 0, min(DEFAULT_MAX_TOKENS, room))
+    if prompt_only(request):
+        max_tokens = 1
+    prompt_logprobs = request.logprobs if request.echo else None
+    return _params(request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+
+
+def prompt_only(request: CompletionRequest) -> bool:
+    """Whether nothing is to be generated, only the prompt echoed."""
+    return bool(request.echo) and request.max_tokens == 0
+
+
+def chat_params(request: ChatRequest) -> SamplingParams:
+    """Without a limit of the client's, the model's room is the limit."""
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        message = f"max_tokens is {old} and max_completion_tokens is {new}, its new name; give one of them"
+        raise ApiError(400, message, param="max_tokens")
+    if request.top_logprobs is not None and not request.logprobs:
+        message = f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true"
+        raise ApiError(400, message, param="top_logprobs")
+    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
+        message = f"top_logprobs is {request.top_logprobs}; give a number from 0 to 20"
+        raise ApiError(400, message, param="top_logprobs")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return _params(request, max_tokens=old if new is None else new, logprobs=logprobs)
+
+
+def _params(request: GenerationRequest, **others: Any) -> SamplingParams:
+    same = {name: value for name in SAME_NAME if (value := getattr(request, name)) is not None}
+    if isinstance(request.stop, list) and len(request.stop) > MAX_STOP_STRINGS:
+        message = f"stop has {len(request.stop)} texts; give at most {MAX_STOP_STRINGS}"
+        raise ApiError(400, message, param="stop")
+    if request.stream_options is not None and not request.stream:
+        message = "stream_options are for streams; leave them out or set stream to true"
+        raise ApiError(400, message, param="stream_options")
+    with bad_requests(FIELDS):
+        return SamplingParams(logit_bias=_biases(request.logit_bias), **same, **others)
+
+
+def _biases(by_text: dict[str, float] | None) -> dict[int, float] | None:
+    """JSON's keys are text."""
+    if by_text is None:
+        return None
+    if odd := next((key for key in by_text if not (key.isascii() and key.isdigit() and len(key) <= 10)), None):
+        raise ValueError(f"logit_bias has the key {odd[:20]!r}; give token ids as keys")
+    return {int(key): bias for key, bias in by_text.items()}

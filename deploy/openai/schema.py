@@ -1,0 +1,147 @@
+"""What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would be ignored.
+
+None, JSON's null, stands for a field's default everywhere. `SamplingParams` checks ranges and words the errors.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+MAX_STOP_STRINGS = 64  # each is looked for with every token
+
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+ListsOfIds = Annotated[list[Ids], Field(fail_fast=True)]
+
+
+class Asked(BaseModel):
+    """A request's body: a field that is not here is an error, and so is a number as text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="As `/v1/models` lists it; the one that is served if left out.")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = Field(None, description="Send one more event before `[DONE]`, with `usage`.")
+
+
+class GenerationRequest(Asked):
+    """What both ways to generate share."""
+
+    stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: int | None = Field(None, description="Choices for each prompt; choice i draws with seed + i. 1 by default.")
+    max_tokens: int | None = Field(None, description="At most so many tokens are generated for each choice.")
+    temperature: float | None = Field(None, description="0 is greedy; 1 by default.")
+    top_p: float | None = Field(None, description="Draw from the most likely tokens of this total probability.")
+    stop: str | Texts | None = Field(
+        None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
+    )
+    seed: int | None = Field(None, description="From 0; equal seeds draw equal tokens, in any batch.")
+    presence_penalty: float | None = Field(None, description="From -2 to 2.")
+    frequency_penalty: float | None = Field(None, description="From -2 to 2.")
+    logit_bias: dict[str, float] | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
+    user: str | None = Field(None, description="Who asks; goes to the server's log together with the answer's id.")
+
+    top_k: int | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
+    min_p: float | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
+    repetition_penalty: float | None = Field(None, description="Extension: above 1 discourages what is there already.")
+    min_tokens: int | None = Field(None, description="Extension: nothing ends a choice before so many tokens.")
+    ignore_eos: bool | None = Field(None, description="Extension: go on after the end of sequence.")
+    stop_token_ids: Ids | None = Field(None, description="Extension: token ids that end a choice.")
+    allowed_token_ids: Ids | None = Field(None, description="Extension: draw nothing else.")
+    include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
+    skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
+    priority: int | None = Field(None, description="Extension: lower runs first; 0 by default.")
+
+
+class CompletionRequest(GenerationRequest):
+    """Continue prompts."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}]}
+    )
+
+    prompt: str | Ids | Texts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
+    echo: bool | None = Field(None, description="Put the prompt before the answer, in `logprobs`, too.")
+    logprobs: int | None = Field(
+        None, description="Log-probabilities, with those of so many most likely tokens (to 20)."
+    )
+    add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: str = Field(description="`system`, `user`, `assistant`, or what else the model's chat template knows.")
+    content: str | list[TextPart] = Field(description="Text, or parts of type text, which newlines join.")
+
+
+class Conversation(BaseModel):
+    """Messages, and how they become a prompt."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool | None = Field(
+        None, description="Extension: let the assistant begin; true unless `continue_final_message`."
+    )
+    continue_final_message: bool | None = Field(None, description="Extension: go on with the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the template.")
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    """Answer a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 50}
+            ]
+        }
+    )
+
+    max_completion_tokens: int | None = Field(None, description="The new name of `max_tokens`.")
+    logprobs: bool | None = Field(None, description="Return log-probabilities of the tokens.")
+    top_logprobs: int | None = Field(None, description="With so many of the most likely tokens (0 to 20).")
+
+
+class TokenizeText(Asked):
+    """A text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello there"}]})
+
+    prompt: str
+    add_special_tokens: bool | None = Field(None, description="With a start token and such; true by default.")
+
+
+class TokenizeChat(Asked, Conversation):
+    """A conversation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]})
+
+
+def _kind(body: object) -> str:
+    return CHAT_TAG if isinstance(body, dict) and "messages" in body else TEXT_TAG
+
+
+TEXT_TAG, CHAT_TAG = "with a text", "with messages"
+TokenizeRequest = Annotated[
+    Annotated[TokenizeText, Tag(TEXT_TAG)] | Annotated[TokenizeChat, Tag(CHAT_TAG)], Discriminator(_kind)
+]
+
+
+class DetokenizeRequest(Asked):
+    """Token ids."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [72, 101]}]})
+
+    tokens: Ids

@@ -1,0 +1,30 @@
+"""What an app serves."""
+
+from dataclasses import dataclass
+
+from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.deploy.openai.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model and the name it goes by."""
+
+    engine: AsyncLLM
+    model_name: str
+    max_model_len: int  # tokens of prompt and answer together
+    created: int  # seconds since 1970
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `ApiError` 400 where the engine has none."""
+        if self.engine.tokenizer is None:
+            raise ApiError(400, "this server has no tokenizer; give prompts as token ids, without echo")
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` 404 for a model that is not this one."""
+        if name is not None and name != self.model_name:
+            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")

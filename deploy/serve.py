@@ -1,0 +1,133 @@
+"""A model behind Ray Serve: `serve run eagleray.deploy.serve:build model=DIR`, and the same from YAML."""
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict, replace
+
+import ray
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from starlette.types import ASGIApp
+
+from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.engine_client import EngineClient
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.launch import launch
+from eagleray.cluster.placement import Room, choose_device, rank_resources, room_here
+from eagleray.deploy.demo_model import resolve_model
+from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.metrics import Metrics
+from eagleray.deploy.openai.playground import Playground
+from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.request_ids import RequestIds
+from eagleray.deploy.openai.served import Served
+from eagleray.deploy.serve_args import ServeArgs
+
+logger = logging.getLogger(__name__)
+
+SPARE_REQUESTS = 64  # that Serve lets through to a replica that is full, which refuses them itself
+LOOK_S = 1.0  # between two looks at the engine's state for Ray's metrics
+
+
+def build(args: ServeArgs) -> serve.Application:
+    """The application: replicas of one engine each, whose ranks are bundles of the replica's placement group.
+
+    So Serve and the autoscaler see all that a replica needs before it starts. Raises `ValueError` for options
+    that cannot work; the model itself is looked at where it is, by the replica.
+    """
+    engine = args.engine
+    if engine.device == "auto" and not ray.is_initialized():
+        raise ValueError("device is 'auto', but there is no Ray cluster to look for GPUs in; say 'cuda' or 'cpu'")
+    bundle = rank_resources(engine, choose_device(engine))
+    max_requests = engine.max_num_seqs + args.max_queued_requests
+    scaling = args.autoscaling_config
+    if scaling is not None:
+        scaling = {"target_ongoing_requests": max(1, engine.max_num_seqs // 2)} | scaling
+    deployment = serve.deployment(
+        name="eagleray",
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=[bundle] * engine.tensor_parallel_size,
+        placement_group_strategy="PACK",
+        max_ongoing_requests=max_requests + SPARE_REQUESTS,
+        max_queued_requests=max_requests + SPARE_REQUESTS,  # at a proxy, while no replica has room or none is there
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+        health_check_period_s=args.health_check_period_s,
+        graceful_shutdown_timeout_s=args.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=min(1.0, args.drain_timeout_s),
+        max_surge_percent=args.max_surge_percent,
+        **({"num_replicas": args.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
+    )
+    application: serve.Application = deployment(serve.ingress()(Replica)).bind(args)
+    return application
+
+
+class Replica:
+    """One engine and its HTTP application. It takes no resources itself: it sits beside rank 0, in its bundle."""
+
+    async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        _log_to_stderr()
+        engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
+        self._args = args = args.model_copy(update={"engine": engine_config})
+        self._metrics = Metrics()
+        self._keys = args.read_api_keys()
+        engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics)
+        self._info = engine.info
+        self._llm = AsyncLLM.attach(engine, front_end)
+        self._llm.check_health(args.stall_timeout_s)  # from now on a death is noticed
+        self._looks = asyncio.create_task(self._look_often(), name="eagleray metrics")
+        self._created = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """What Ray Serve mounts."""
+        args = self._args
+        served = Served(
+            engine=self._llm,
+            model_name=args.model_name,
+            max_model_len=self._info.max_model_len,
+            created=self._created,
+        )
+        app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
+        app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
+        app = Playground(RequestIds(app, reply=False))
+        return Probes(app, self.check_health, self._metrics_text)
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica after three failures. Raises `EngineDeadError`."""
+        self._llm.check_health(self._args.stall_timeout_s)
+
+    def __del__(self) -> None:
+        """Called by Ray Serve once the replica's requests have ended, or may not go on."""
+        if hasattr(self, "_llm"):
+            self._looks.cancel()
+            self._llm.close()
+
+    def _metrics_text(self) -> bytes:
+        self._look()
+        return self._metrics.text()
+
+    def _look(self) -> None:
+        self._metrics.look(self._llm.stats, idle=self._llm.num_requests == 0)
+
+    async def _look_often(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(LOOK_S)
+
+
+def _launch(config: EngineConfig, room: Room, metrics: Metrics) -> tuple[EngineClient, FrontEnd]:
+    options = asdict(config)
+    model, size = options.pop("model"), options.pop("tensor_parallel_size")
+    return launch(model, size, None, False, options, room=room, on_end=metrics.end)
+
+
+def _log_to_stderr() -> None:
+    """Ray keeps a replica's standard error with its logs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("eagleray")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False

@@ -1,0 +1,108 @@
+"""What a server is configured with, from YAML, `serve run` or the command line."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from eagleray.cluster.config import EngineConfig
+
+
+class ServeArgs(BaseModel):
+    """The engine's options under the names of `EngineConfig`, and these. Raises `ValidationError`, a `ValueError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineConfig
+    served_model_name: str | None = Field(None, description="the model's name to clients; its directory's if not given")
+    num_replicas: int = Field(1, ge=1, description="engines, each with ranks of its own")
+    autoscaling_config: dict[str, Any] | None = Field(
+        None, description="Ray Serve's AutoscalingConfig as JSON, instead of num_replicas"
+    )
+    max_surge_percent: int = Field(
+        0, ge=0, le=100, description="replicas beyond their number, in per cent, while an update replaces them"
+    )
+    api_keys: tuple[SecretStr, ...] = Field((), description="keys that clients must send one of; none lets all in")
+    api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    max_queued_requests: int = Field(
+        256, ge=0, description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429"
+    )
+    max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
+    drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
+    )
+    health_check_period_s: float = Field(2.0, gt=0, description="seconds between Serve's looks; the third failure ends")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        """Put the engine's options together; refuse names that nobody knows."""
+        if not isinstance(given, dict) or isinstance(given.get("engine"), EngineConfig):
+            return given
+        known = EngineConfig.names() | own_names()
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"no such option: {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+        engine = {name: value for name, value in given.items() if name in EngineConfig.names()}
+        return {"engine": engine} | {name: value for name, value in given.items() if name in own_names()}
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, given: Any) -> Any:
+        """`serve run` knows only text: keys with commas between them."""
+        return given.split(",") if isinstance(given, str) else given
+
+    @field_validator("autoscaling_config", mode="before")
+    @classmethod
+    def _check_autoscaling(cls, given: Any) -> Any:
+        """An object, or its JSON; refuse what Ray Serve would drop without a word."""
+        config = json.loads(given) if isinstance(given, str) else given
+        if config is None:
+            return None
+        from ray.serve.config import AutoscalingConfig  # late: it takes a second, and most servers need none
+
+        if unknown := sorted(config.keys() - AutoscalingConfig.model_fields.keys()):
+            known = ", ".join(sorted(AutoscalingConfig.model_fields))
+            raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
+        AutoscalingConfig(**config)
+        return config
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ServeArgs":
+        if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError(
+                f"num_replicas is {self.num_replicas}, but autoscaling_config decides how many there are; leave one out"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or Path(self.engine.model).name
+
+    @property
+    def max_replicas(self) -> int:
+        """As many engines as there may be at once, without those of an update."""
+        return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.get("max_replicas", 1)
+
+    def read_api_keys(self) -> list[str]:
+        """All keys, those of the file included. Raises `ValueError` for one that is empty, `OSError` for the file."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        if self.api_keys_file is not None:
+            lines = Path(self.api_keys_file).read_text().splitlines()
+            keys += [line.strip() for line in lines if line.strip()]
+            if not keys:
+                raise ValueError(f"api_keys_file {self.api_keys_file} holds no key; leave it out to let everybody in")
+        if not all(keys):
+            raise ValueError("one of api_keys is empty; leave it out")
+        return keys
+
+
+def own_names() -> frozenset[str]:
+    """The options that are not the engine's."""
+    return frozenset(ServeArgs.model_fields) - {"engine"}
+
+
+assert not own_names() & {field.name for field in fields(EngineConfig)}

@@ -1,0 +1,127 @@
+"""Every field that shapes the answer does so, on both endpoints and in streams, as it does in the engine itself."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from support.http_client import ends, post, put_together, streamed
+from support.http_server import Server
+from support.tiny_model import END_ID
+
+PROMPT = "To be, or not to be"
+MESSAGES = [{"role": "user", "content": "Hello"}]
+CHAT_PROMPT = "<|start|>user\nHello<|end|>\n<|start|>assistant\n"
+BASE: dict[str, Any] = {"seed": 5, "max_tokens": 24, "ignore_eos": True}
+
+SHAPING: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what a client sends, and what the engine is to be told
+    ({"temperature": 0.0}, {"temperature": 0.0}),
+    ({"temperature": 3.0}, {"temperature": 3.0}),
+    ({"top_p": 0.3}, {"top_p": 0.3}),
+    ({"top_k": 3}, {"top_k": 3}),
+    ({"min_p": 0.5}, {"min_p": 0.5}),
+    ({"seed": 6}, {"seed": 6}),
+    ({"n": 3}, {"n": 3}),
+    ({"max_tokens": 7}, {"max_tokens": 7}),
+    ({"presence_penalty": 2}, {"presence_penalty": 2}),
+    ({"frequency_penalty": 1.5}, {"frequency_penalty": 1.5}),
+    ({"repetition_penalty": 5.0}, {"repetition_penalty": 5.0}),
+    ({"logit_bias": {"65": 100}}, {"logit_bias": {65: 100}}),
+    ({"allowed_token_ids": [65, 66]}, {"allowed_token_ids": [65, 66]}),
+    ({"stop_token_ids": [*range(128)]}, {"stop_token_ids": [*range(128)]}),
+    (
+        {"stop_token_ids": [*range(128)], "min_tokens": 20},
+        {"stop_token_ids": [*range(128)], "min_tokens": 20},
+    ),
+    (
+        {"stop_token_ids": [*range(33, 128)], "include_stop_str_in_output": True},
+        {"stop_token_ids": [*range(33, 128)], "include_stop_str_in_output": True},
+    ),
+    ({"ignore_eos": False, "logit_bias": {str(END_ID): 6}}, {"ignore_eos": False, "logit_bias": {END_ID: 6}}),
+    ({"ignore_eos": True, "logit_bias": {str(END_ID): 6}}, {"ignore_eos": True, "logit_bias": {END_ID: 6}}),
+    (
+        {"skip_special_tokens": False, "logit_bias": {str(END_ID): 6}},
+        {"skip_special_tokens": False, "logit_bias": {END_ID: 6}},
+    ),
+]
+IDS = ["+".join(f"{name}={str(value)[:12]}" for name, value in asked.items()) for asked, _ in SHAPING]
+
+
+@pytest.mark.parametrize(("asked", "told"), SHAPING, ids=IDS)
+def test_a_field_does_what_it_does_in_the_engine(tiny: Server, asked: dict[str, Any], told: dict[str, Any]) -> None:
+    plain = ends(tiny.generate(PROMPT, **BASE))
+    shaped = ends(tiny.generate(PROMPT, **BASE | told))
+    assert shaped != plain, "a field whose effect does not show is not tested"
+    body = BASE | asked
+    whole = post(tiny, "/v1/completions", prompt=PROMPT, **body)
+    assert [(each["text"], each["finish_reason"], each["stop_reason"]) for each in whole["choices"]] == shaped
+    assert put_together(streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == shaped
+
+    answer = ends(tiny.generate(CHAT_PROMPT, **BASE | told))
+    chat = post(tiny, "/v1/chat/completions", messages=MESSAGES, **body)
+    found = [(each["message"]["content"], each["finish_reason"], each["stop_reason"]) for each in chat["choices"]]
+    assert found == answer
+    assert put_together(streamed(tiny, "/v1/chat/completions", messages=MESSAGES, **body)) == answer
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_stop_texts_end_an_answer_and_are_no_part_of_it(tiny: Server, as_list: bool) -> None:
+    text = tiny.generate(PROMPT, **BASE | {"temperature": 0.0, "max_tokens": 60}).outputs[0].text
+    stop = text[20:23]
+    body = BASE | {"temperature": 0.0, "max_tokens": 60, "stop": [stop, "unheard of"] if as_list else stop}
+    expected = [(text[: text.index(stop)], "stop", stop)]
+    whole = post(tiny, "/v1/completions", prompt=PROMPT, **body)["choices"][0]
+    assert [(whole["text"], whole["finish_reason"], whole["stop_reason"])] == expected
+    assert put_together(streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == expected
+
+
+def test_equal_seeds_draw_equal_texts_and_others_do_not(tiny: Server) -> None:
+    def text(**seed: int) -> str:
+        found: str = post(tiny, "/v1/completions", prompt=PROMPT, ignore_eos=True, **seed)["choices"][0]["text"]
+        return found
+
+    assert text(seed=7) == text(seed=7)
+    assert len({text(seed=7), text(seed=8), text(), text()}) == 4
+
+
+def test_without_a_limit_completions_end_at_16_tokens_and_chats_where_the_model_does(tiny: Server) -> None:
+    assert post(tiny, "/v1/completions", prompt=PROMPT, ignore_eos=True)["usage"]["completion_tokens"] == 16
+    assert post(tiny, "/v1/completions", prompt=[5] * 505, ignore_eos=True)["usage"]["completion_tokens"] == 7
+    usage = post(tiny, "/v1/chat/completions", messages=MESSAGES, ignore_eos=True)["usage"]
+    assert usage["total_tokens"] == tiny.served.max_model_len
+
+
+def test_both_names_of_the_limit_of_a_chat(tiny: Server) -> None:
+    for limit in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}):
+        body = {"messages": MESSAGES, "ignore_eos": True, **limit}
+        assert post(tiny, "/v1/chat/completions", **body)["usage"]["completion_tokens"] == 3
+
+
+def test_nulls_stand_for_defaults(tiny: Server) -> None:
+    nulls = dict.fromkeys(("temperature", "n", "stop", "logit_bias", "user", "stream", "stream_options", "echo"))
+    body = {"prompt": PROMPT, "seed": 5, "ignore_eos": True}
+    assert post(tiny, "/v1/completions", **body, **nulls)["choices"] == post(tiny, "/v1/completions", **body)["choices"]
+
+
+async def test_lower_priority_numbers_run_first(tiny: Server) -> None:
+    client = tiny.async_openai()
+    ended: list[str] = []
+
+    async def run(name: str, priority: int, max_tokens: int) -> None:
+        extra = {"priority": priority, "ignore_eos": True}
+        await client.completions.create(model="tiny", prompt=PROMPT, max_tokens=max_tokens, extra_body=extra)
+        ended.append(name)
+
+    first = [asyncio.create_task(run("first", -5, 400)) for _ in range(8)]  # all that can run at once
+    await asyncio.to_thread(tiny.wait_until, lambda: tiny.engine.stats.num_running == 8)
+    late = [asyncio.create_task(run("late", 5, 200)) for _ in range(8)]
+    await asyncio.to_thread(tiny.wait_until, lambda: tiny.engine.stats.num_waiting == 8)
+    soon = [asyncio.create_task(run("soon", 1, 200)) for _ in range(8)]
+    await asyncio.gather(*first, *late, *soon)
+    assert ended == ["first"] * 8 + ["soon"] * 8 + ["late"] * 8
+
+
+def test_a_user_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
+        answer = post(tiny, "/v1/completions", prompt=PROMPT, user="alice")
+    assert caplog.messages == [f"{answer['id']} is for user 'alice'"]

@@ -1,0 +1,302 @@
+"""What cannot be served is refused in OpenAI's shape, with the field's name, and hurts nobody else."""
+
+import json
+import threading
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from support.http_client import post
+from support.http_server import Server
+
+COMPLETION: dict[str, Any] = {"prompt": "To be", "max_tokens": 2}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+
+UNSUPPORTED = {
+    "/v1/completions": ["best_of", "suffix", "guided_json", "top_logprobs", "messages", "max_completion_tokens"],
+    "/v1/chat/completions": [
+        *["tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "response_format", "store"],
+        *["metadata", "audio", "modalities", "prediction", "reasoning_effort", "service_tier", "web_search_options"],
+        *["guided_json", "chat_template", "documents", "echo", "prompt", "verbosity"],
+    ],
+}
+
+
+def refused(tiny: Server, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    """The error, which has OpenAI's shape."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = httpx.post(tiny.url + path, content=content, headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return error
+
+
+@pytest.mark.parametrize(("path", "field"), [(path, field) for path, fields in UNSUPPORTED.items() for field in fields])
+@pytest.mark.parametrize("value", [None, 1, {"type": "text"}], ids=str)
+def test_an_unknown_field_is_named(tiny: Server, path: str, field: str, value: Any) -> None:
+    error = refused(tiny, path, BODIES[path] | {field: value})
+    assert error["param"] == field
+    assert error["message"] == f"{field} is a field that this server does not have; leave it out"
+
+
+BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 5000}, "n"),
+    ({"n": "2"}, "n"),
+    ({"n": 2, "temperature": 0}, "n"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 511}, None),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"min_tokens": 3}, "min_tokens"),
+    ({"presence_penalty": 2.1}, "presence_penalty"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"258": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 30: 1}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stop": ""}, "stop"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": ["a"] * 65}, "stop"),
+    ({"stop_token_ids": [258]}, "stop_token_ids"),
+    ({"stop_token_ids": 5}, "stop_token_ids"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"ignore_eos": 1}, "ignore_eos"),
+    ({"priority": 2**31}, "priority"),
+    ({"priority": "high"}, "priority"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include": True}}, "stream_options.include"),
+    ({"user": 5}, "user"),
+]
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None]] = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [""]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": [["a"]]}, "prompt"),
+    ({"prompt": [258]}, None),
+    ({"prompt": [-1]}, None),
+    ({"prompt": [2**40]}, None),
+    ({"prompt": ["fine", "x" * 600]}, None),
+    ({"prompt": "x" * 600}, None),
+    ({"prompt": ["a"] * 70, "n": 60}, "n"),
+    ({"prompt": "\ud800"}, None),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"echo": "yes"}, "echo"),
+]
+BAD_CHATS: list[tuple[dict[str, Any], str | None]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "Hi"}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": [5]}, "messages.0"),
+    ({"messages": [{"content": "Hi"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, None),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
+    ({"logprobs": 2}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"max_completion_tokens": 3}, "max_tokens"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"return_assistant_tokens_mask": True}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": 5}, "chat_template_kwargs"),
+]
+CASES = [
+    *[("/v1/completions", *case) for case in BAD_BOTH + BAD_COMPLETIONS],
+    *[("/v1/chat/completions", *case) for case in BAD_BOTH + BAD_CHATS],
+]
+
+
+@pytest.mark.parametrize(("path", "changes", "param"), CASES, ids=lambda value: str(value)[:40])
+def test_a_bad_value_is_named(tiny: Server, path: str, changes: dict[str, Any], param: str | None) -> None:
+    for body in (BODIES[path] | changes, {"stream": True} | BODIES[path] | changes):
+        if changes.get("stream_options") != {"include_usage": True} or "stream" not in body:
+            error = refused(tiny, path, body)
+            assert error["param"] == param, error
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"5", b"null", b"{}", b"\xff", b"[" * 100_000, b'{"a": NaN}'],
+    ids=lambda value: repr(value[:12]),
+)
+def test_a_body_that_is_no_request_is_refused(tiny: Server, path: str, body: bytes) -> None:
+    refused(tiny, path, body)
+
+
+def test_not_a_number_is_refused(tiny: Server) -> None:
+    for number in (b"NaN", b"Infinity", b"1e999"):
+        refused(tiny, "/v1/completions", b'{"prompt": "a", "temperature": ' + number + b"}")
+
+
+def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_remedy(tiny: Server) -> None:
+    answer = httpx.post(tiny.url + "/v1/completions", content=json.dumps(COMPLETION))
+    assert (answer.status_code, "content-type: application/json" in answer.text) == (400, True)
+
+
+def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
+    for token_id in (-1, 258, 2**80):
+        error = refused(tiny, "/detokenize", {"tokens": [65, token_id]})
+        assert error["message"] == f"tokens holds {token_id}; give token ids from 0 to 257"
+    refused(tiny, "/tokenize", {"prompt": "\ud800"})
+    refused(tiny, "/tokenize", {"prompt": "a", "messages": []})
+    assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": True})["param"] == "return_token_strs"
+
+
+def test_another_model_is_not_found(tiny: Server) -> None:
+    for path, body in (*BODIES.items(), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        error = refused(tiny, path, body | {"model": "gpt-4"}, 404)
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert error["message"] == "the model 'gpt-4' does not exist; this server has 'tiny'"
+    with pytest.raises(openai.NotFoundError):
+        tiny.openai.models.retrieve("org/gpt-4")
+
+
+def test_the_client_library_knows_the_errors(tiny: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        tiny.openai.completions.create(model="tiny", prompt="a", temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        tiny.openai.completions.create(model="gpt-4", prompt="a", stream=True)
+
+
+def test_unknown_paths_and_methods_have_the_same_shape(tiny: Server) -> None:
+    for answer, status in ((httpx.get(tiny.url + "/v2"), 404), (httpx.get(tiny.url + "/v1/completions"), 405)):
+        assert (answer.status_code, set(answer.json()["error"])) == (status, {"message", "type", "param", "code"})
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+SMALL = st.integers(-2, 4)  # so that no example runs for long
+PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(-0.5, 3) | SMALL,
+    "top_p": st.floats(-0.1, 1.1),
+    "top_k": st.integers(-3, 300),
+    "min_p": st.floats(-0.1, 1.1),
+    "n": SMALL,
+    "seed": st.integers(-1, 2**65),
+    "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
+    "presence_penalty": st.floats(-3, 3),
+    "frequency_penalty": st.floats(-3, 3),
+    "repetition_penalty": st.floats(-1, 3),
+    "logit_bias": st.dictionaries(st.integers(-1, 300).map(str), st.floats(-110, 110), max_size=3),
+    "stop_token_ids": st.lists(st.integers(-1, 300), max_size=3),
+    "allowed_token_ids": st.lists(st.integers(-1, 300), max_size=3),
+    "ignore_eos": st.booleans(),
+    "min_tokens": SMALL,
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
+    "echo": st.booleans(),
+    "logprobs": st.integers(-1, 22) | st.booleans(),
+    "top_logprobs": st.integers(-1, 22),
+    "priority": st.integers(-(2**32), 2**32),
+    "user": st.text(max_size=3),
+    "add_special_tokens": st.booleans(),
+    "skip_special_tokens": st.booleans(),
+    "chat_template_kwargs": st.dictionaries(st.sampled_from(["mood", "tools", "self", "x"]), ANY_JSON, max_size=2),
+    "continue_final_message": st.booleans(),
+}
+PROMPTS = st.text(max_size=20) | st.lists(st.integers(-1, 300), max_size=5) | st.lists(st.text(max_size=5), max_size=3)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": st.text(max_size=10) | ANY_JSON}
+)
+
+
+def _fields(names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    some = {name: st.one_of(PLAUSIBLE[name], PLAUSIBLE[name], PLAUSIBLE[name], ANY_JSON) for name in names}
+    return st.fixed_dictionaries({"max_tokens": SMALL, **some})
+
+
+FIELDS = st.lists(st.sampled_from(sorted(PLAUSIBLE)), max_size=3, unique=True).flatmap(_fields)  # of more, one is wrong
+REQUESTS = st.one_of(
+    st.tuples(st.just("/v1/completions"), st.tuples(FIELDS, st.fixed_dictionaries({"prompt": PROMPTS | ANY_JSON}))),
+    st.tuples(
+        st.just("/v1/chat/completions"),
+        st.tuples(FIELDS, st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=2) | ANY_JSON})),
+    ),
+    st.tuples(st.sampled_from(["/tokenize", "/detokenize"]), st.tuples(ANY_JSON.filter(lambda v: isinstance(v, dict)))),
+)
+
+
+def test_nothing_that_is_sent_breaks_or_blocks_the_server(tiny: Server) -> None:
+    """While any bodies come in, another client's stream goes on; every answer comes soon, and none is 500."""
+    done = threading.Event()
+    rounds: list[str] = []
+    expected = post(tiny, "/v1/completions", prompt="On and on", seed=1, max_tokens=50)["choices"][0]["text"]
+
+    def go_on() -> None:
+        while not done.is_set():
+            stream = tiny.openai.completions.create(
+                model="tiny", prompt="On and on", seed=1, max_tokens=50, stream=True
+            )
+            rounds.append("".join(chunk.choices[0].text for chunk in stream))
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    try:
+        with httpx.Client(base_url=tiny.url, timeout=20) as client:
+            _fuzz(client)
+    finally:
+        done.set()
+        other.join()
+    assert set(rounds) == {expected}
+    tiny.wait_until(tiny.is_idle)
+
+
+def _fuzz(client: httpx.Client) -> None:
+    seen: set[int] = set()
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(REQUESTS)
+    def run(request: tuple[str, tuple[dict[str, Any], ...]]) -> None:
+        path, parts = request
+        body = {name: value for part in parts for name, value in part.items()}
+        answer = client.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400, 404), answer.text
+        assert "event: error" not in answer.text
+        seen.add(answer.status_code)
+
+    run()
+    assert {200, 400} <= seen

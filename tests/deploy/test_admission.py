@@ -1,0 +1,189 @@
+"""Admission as pure ASGI: no server, no engine."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.refusal import answer
+from eagleray.deploy.openai.request_ids import RequestIds
+
+
+async def length_of_body(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with how long the body was."""
+    length, more = 0, True
+    while more:
+        message = await receive()
+        length += len(message["body"])
+        more = message["more_body"]
+    seen = scope.get("state", {}).get("request_id", "-")
+    await answer(send, 200, str(length).encode(), "text/plain", {"request-id-seen": seen})
+
+
+@asynccontextmanager
+async def client(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer one", 200),
+        ("bearer two", 200),
+        ("Bearer  one ", 200),
+        ("Bearer three", 401),
+        ("Bearer on", 401),
+        ("Bearer ", 401),
+        ("Basic one", 401),
+        ("one", 401),
+        (None, 401),
+    ],
+)
+async def test_a_key_must_be_one_of_the_keys(header: str | None, status: int) -> None:
+    async with client(ApiKeys(length_of_body, ["one", "two"])) as http:
+        reply = await http.get("/v1/models", headers={} if header is None else {"authorization": header})
+    assert reply.status_code == status
+    if status == 401:
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_without_keys_everybody_comes_in_and_keys_are_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with client(ApiKeys(length_of_body, [])) as http:
+        assert (await http.get("/")).status_code == 200
+    caplog.set_level(logging.DEBUG)
+    async with client(RequestIds(ApiKeys(length_of_body, ["secret"]), reply=True)) as http:
+        for key in ("secret", "wrong-secret"):
+            await http.get("/", headers={"authorization": f"Bearer {key}"})
+    assert "secret" not in "".join(record.getMessage() for record in caplog.records if "eagleray" in record.name)
+
+
+async def test_other_connections_need_a_key_too() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is to be read")
+
+    await ApiKeys(length_of_body, ["one"])({"type": "websocket", "headers": []}, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def pieces(count: int, size: int) -> Callable[[], AsyncIterator[bytes]]:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield b"x" * size
+
+    return body
+
+
+@pytest.mark.parametrize(("count", "status"), [(0, 200), (9, 200), (10, 200), (11, 413)])
+async def test_bodies_up_to_the_limit_arrive_whole_however_they_are_sent(count: int, status: int) -> None:
+    async with client(BodyLimit(length_of_body, 100)) as http:
+        for content in (b"x" * 10 * count, pieces(count, 10)()):
+            reply = await http.post("/", content=content)
+            assert reply.status_code == status
+            assert reply.text == str(10 * count) if status == 200 else reply.json()["error"]["code"] == "body_too_large"
+
+
+async def test_an_endless_body_is_read_no_further_than_the_limit() -> None:
+    num_read = 0
+
+    async def receive() -> Any:
+        nonlocal num_read
+        num_read += 1
+        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"5")]}
+    await BodyLimit(length_of_body, 100)(scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert num_read == 11
+
+
+async def test_the_queue_takes_as_many_as_it_may_and_one_more_once_one_is_done() -> None:
+    go_on, num_inside = asyncio.Event(), 0
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal num_inside
+        num_inside += 1
+        await go_on.wait()
+        await answer(send, 200, b"", "text/plain")
+
+    async with client(BoundedQueue(slow, 3)) as http:
+        running = [asyncio.create_task(http.post("/v1/completions")) for _ in range(3)]
+        while num_inside < 3:
+            await asyncio.sleep(0)
+        refused = await http.post("/v1/chat/completions")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        running[0].cancel()
+        await asyncio.wait(running[:1])
+        running[0] = asyncio.create_task(http.post("/v1/completions"))
+        while num_inside < 4:
+            await asyncio.sleep(0)
+        go_on.set()
+        assert [reply.status_code for reply in await asyncio.gather(*running)] == [200] * 3
+        assert (await http.get("/v1/models")).status_code == 200
+
+
+async def test_what_does_not_generate_never_queues() -> None:
+    async with client(BoundedQueue(length_of_body, 0)) as http:
+        assert (await http.get("/v1/models")).status_code == 200
+        assert (await http.post("/tokenize")).status_code == 200
+        assert (await http.post("/v1/completions")).status_code == 429
+
+
+async def test_the_queue_knows_its_paths_below_a_mount() -> None:
+    transport = httpx.ASGITransport(BoundedQueue(length_of_body, 0), root_path="/llm")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        assert (await http.post("/llm/v1/completions")).status_code == 429
+
+
+async def test_an_id_goes_in_comes_back_and_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "eagleray")
+    async with client(RequestIds(length_of_body, reply=True)) as http:
+        reply = await http.post("/a%0Ab", headers={"X-Request-Id": "a.b-C_1"})
+        assert reply.headers["x-request-id"] == reply.headers["request-id-seen"] == "a.b-C_1"
+        made = await http.get("/")
+        assert made.headers["x-request-id"] == made.headers["request-id-seen"] != "a.b-C_1"
+    first, second = (record.getMessage() for record in caplog.records if record.name.startswith("eagleray"))
+    assert first.startswith("request a.b-C_1: POST '/a\\nb' 200 in 0.")
+    assert made.headers["x-request-id"] in second
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "a;b", "ü".encode()])
+async def test_an_id_that_does_not_belong_in_a_log_is_refused(bad: str | bytes) -> None:
+    async with client(RequestIds(length_of_body, reply=True)) as http:
+        reply = await http.get("/", headers=[(b"x-request-id", bad if isinstance(bad, bytes) else bad.encode())])
+    assert reply.status_code == 400
+    assert json.loads(reply.text)["error"]["code"] == "invalid_request_id"
+
+
+async def test_health_tells_what_the_check_says() -> None:
+    def dead() -> None:
+        raise EngineDeadError("rank 1: its process is gone")
+
+    for check, status in ((lambda: None, 200), (dead, 503)):
+        async with client(Probes(length_of_body, check, lambda: b"a 1\n")) as http:
+            reply = await http.get("/health")
+            assert reply.status_code == status
+            assert ("rank 1" in reply.text) == (status == 503)
+            assert (await http.get("/metrics")).text == "a 1\n"
+            assert (await http.post("/health")).text == "0"  # the application's

@@ -1,0 +1,175 @@
+"""A batch around its engines: rows in flight, those of an engine that dies, and where files are."""
+
+import asyncio
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.batch_input import read_lines, survey
+from eagleray.deploy.batch_journal import Identity, Journal
+from eagleray.deploy.batch_progress import BatchProgress
+from eagleray.deploy.batch_replica import AppReplica
+from eagleray.deploy.batch_rows import Line
+from eagleray.deploy.batch_run import BatchRun
+from eagleray.deploy.batch_storage import Places
+from support.batch_files import read_results, row, write_rows
+
+NUM_ROWS = 60
+
+
+class Server:
+    """A tiny app instead of a model: it repeats what it is asked, and dies after so many answers."""
+
+    def __init__(self, dies_after: int | None = None) -> None:
+        self.num_running = self.most_running = self.num_answers = 0
+        self._dies_after = dies_after
+        routes = [Route(url, self._answer, methods=["POST"]) for url in ("/v1/completions", "/v1/chat/completions")]
+        self.replica = AppReplica(Starlette(routes=routes))
+
+    async def _answer(self, request: Request) -> JSONResponse:
+        asked = await request.json()
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        for _ in range(asked["max_tokens"]):
+            await asyncio.sleep(0)
+        self.num_running -= 1
+        self.num_answers += 1
+        if self._dies_after is not None and self.num_answers > self._dies_after:
+            return JSONResponse({"error": {"message": "rank 1 is gone"}}, 503)
+        return JSONResponse({"id": "cmpl-1", "asked": asked, "usage": {"completion_tokens": 2}})
+
+
+@pytest.fixture
+def input(tmp_path: Path) -> Path:
+    file = tmp_path / "in.jsonl"
+    write_rows(file, (row(index) for index in range(NUM_ROWS)))
+    return file
+
+
+async def answered(input: Path, servers: list[Server], window: int) -> tuple[BatchProgress, list[int]]:
+    """Run it; how far a reader of the input was ahead of the results, at each line."""
+    known = survey(input)
+    progress = BatchProgress(Console(file=io.StringIO()), known.num_rows, 0, 0)
+    ahead: list[int] = []
+
+    def watched() -> Iterator[Line]:
+        for line in read_lines(input, known):
+            ahead.append(line.number - progress.num_done)
+            yield line
+
+    with Journal(input.with_name("out.jsonl.partial"), Identity(known.size, known.sha256, "m")) as journal:
+        await BatchRun(watched(), journal, progress).run([server.replica for server in servers], window)
+    return progress, ahead
+
+
+def requests(input: Path) -> list[object]:
+    """What each row asked, in the order of the rows."""
+    results = read_results(input.with_name("out.jsonl.partial"))
+    by_id = {result["custom_id"]: result["response"]["body"]["asked"] for result in results}
+    assert len(by_id) == len(results) == NUM_ROWS
+    return [by_id[f"row {index}"] for index in range(NUM_ROWS)]
+
+
+async def test_rows_in_flight_are_bounded_and_every_replica_has_some(input: Path) -> None:
+    servers = [Server(), Server()]
+    progress, ahead = await answered(input, servers, window=5)
+    assert requests(input) == [row(index)["body"] for index in range(NUM_ROWS)]
+    assert max(ahead) <= 10
+    assert [server.most_running for server in servers] == [5, 5]
+    assert (progress.num_done, progress.num_failed, progress.num_tokens) == (NUM_ROWS, 0, 2 * NUM_ROWS)
+
+
+async def test_rows_of_a_replica_that_dies_go_to_the_others(input: Path) -> None:
+    servers = [Server(dies_after=7), Server()]
+    await answered(input, servers, window=5)
+    assert requests(input) == [row(index)["body"] for index in range(NUM_ROWS)]
+    assert servers[1].num_answers == NUM_ROWS - 7
+
+
+async def test_a_replica_that_dies_last_leaves_its_rows_to_those_that_were_done(input: Path) -> None:
+    servers = [Server(dies_after=0), Server()]
+    write_rows(input, [row(0, max_tokens=500), *(row(index) for index in range(1, NUM_ROWS))])
+    await answered(input, servers, window=1)
+    assert len(requests(input)) == NUM_ROWS
+    assert servers[1].num_answers == NUM_ROWS
+
+
+async def test_the_last_replicas_death_ends_the_job_and_keeps_what_is_done(input: Path) -> None:
+    with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+        await answered(input, [Server(dies_after=3), Server(dies_after=4)], window=5)
+    assert len(read_results(input.with_name("out.jsonl.partial"))) == 7
+
+
+def test_an_output_in_an_object_store_needs_a_work_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name a directory on a disk that outlasts the job with --work-dir"):
+        Places.of("in.jsonl", "s3://bucket/out.jsonl", None)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("s3://bucket/in.jsonl", r"pip install 'eagleray\[s3\]'"), ("x9://in", "cannot be reached: Protocol not known")],
+)
+def test_what_an_object_store_needs_is_named(
+    tmp_path: Path, place: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=message):
+        Places.of(place, str(tmp_path / "out.jsonl"), None)
+
+
+def test_objects_are_fetched_and_published_whole(tmp_path: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    files = MemoryFileSystem()
+    files.pipe_file("/bucket/in.jsonl", b'{"custom_id": "a"}\n')
+    places = Places.of("memory://bucket/in.jsonl", "memory://bucket/out.jsonl", tmp_path)
+    assert places.fetch().read_bytes() == b'{"custom_id": "a"}\n'
+    assert not places.output_exists()
+    places.partial.write_bytes(b"results\n")
+    places.publish(places.partial)
+    places.clean()
+    assert (places.output_exists(), files.cat_file("/bucket/out.jsonl")) == (True, b"results\n")
+    assert list(tmp_path.iterdir()) == []
+    missing = Places.of("memory://bucket/none.jsonl", "memory://bucket/out.jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"the input memory://bucket/none\.jsonl cannot be read"):
+        missing.fetch()
+
+
+def test_a_work_directory_may_be_on_another_disk(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one disk only")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        places = Places.of("in.jsonl", str(tmp_path / "out.jsonl"), Path(folder))
+        places.partial.write_bytes(b"results\n")
+        places.publish(places.partial)
+        assert list(Path(folder).iterdir()) == []
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("out.jsonl", b"results\n")]
+
+
+def test_results_that_an_object_store_refuses_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = Places.of("in.jsonl", f"file://{tmp_path}/file/out.jsonl", tmp_path)
+    places.partial.write_bytes(b"results\n")
+    with pytest.raises(ValueError, match=r"cannot be written: .*; all results are in .*out\.jsonl\.partial"):
+        places.publish(places.partial)
+    assert places.partial.read_bytes() == b"results\n"
+
+
+def test_directories_are_there_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no directory .*/none to keep results in; make it"):
+        Places.of("in.jsonl", str(tmp_path / "none" / "out.jsonl"), tmp_path)
+
+
+def test_outputs_of_one_name_do_not_meet_in_a_work_directory(tmp_path: Path) -> None:
+    places = [Places.of("in.jsonl", f"memory://{bucket}/out.jsonl", tmp_path) for bucket in "ab"]
+    assert places[0].partial != places[1].partial

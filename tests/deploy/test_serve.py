@@ -1,0 +1,173 @@
+"""A model on a real local Ray Serve, two ranks on CPU: what clients see when all goes well, and when it does not."""
+
+import asyncio
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import AuthenticationError, OpenAI
+from ray import serve
+
+from eagleray.deploy.serve import build
+from eagleray.deploy.serve_args import ServeArgs
+from support.free_port import free_port
+from support.tiny_model import write_tiny_model
+
+KEY = "sk-first"
+PATIENCE_S = 120.0
+OPTIONS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "device": "cpu",
+    "cpus_per_rank": 0.1,
+    "threads_per_rank": 1,
+    "kv_cache_bytes": 2_000_000,
+    "served_model_name": "tiny",
+    "api_keys": [KEY, "sk-second"],
+    "max_num_seqs": 2,
+    "max_queued_requests": 1,
+    "max_body_bytes": 50_000,
+    "health_check_period_s": 0.5,
+    "drain_timeout_s": 20,
+}
+LONG = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def strangers(ray_cluster: None) -> list[int]:
+    """Ranks of other tests' engines on the same cluster."""
+    return rank_pids([])
+
+
+@pytest.fixture(scope="module")
+def url(strangers: list[int], model_dir: Path) -> Iterator[str]:
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(ServeArgs.model_validate({"model": str(model_dir)} | OPTIONS)))
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def keyed(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not await asyncio.to_thread(what):
+        assert time.monotonic() < deadline, "it never came to be"
+        await asyncio.sleep(0.05)
+
+
+def figure(url: str, name: str) -> float:
+    """One of the replica's metrics, without its prefix; 0 before its first value."""
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
+    found = re.search(rf"^eagleray_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def rank_pids(strangers: list[int]) -> list[int]:
+    everyone = psutil.Process().children(recursive=True)
+    found = [process.pid for process in everyone if "RankActor" in "".join(process.cmdline())]
+    return [pid for pid in found if pid not in strangers]
+
+
+def test_the_openai_client_lists_the_model_and_streams_what_it_gets_whole(url: str) -> None:
+    with OpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        asked: dict[str, Any] = {"model": "tiny", "prompt": "Once", "max_tokens": 20, "temperature": 0}
+        asked["extra_body"] = {"ignore_eos": True}
+        whole = client.completions.create(**asked).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[-1].finish_reason == whole.finish_reason
+    assert len(chunks) > 5
+
+
+@pytest.mark.parametrize("key", ["sk-wrong", KEY + "x"])
+def test_without_a_key_there_is_no_answer_but_to_probes(url: str, key: str) -> None:
+    with (
+        OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+        pytest.raises(AuthenticationError, match="no valid API key"),
+    ):
+        client.models.list()
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/metrics").status_code == 200
+
+
+def test_a_body_that_is_too_long_is_refused_whether_or_not_it_says_how_long(url: str) -> None:
+    def in_chunks() -> Iterator[bytes]:
+        yield from [b"x" * 10_000] * 6
+
+    with keyed(url) as client:
+        for body in (b"x" * 60_000, in_chunks()):
+            answer = client.post("/v1/completions", content=body)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+        assert client.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+
+
+def test_a_request_keeps_its_id_and_gets_one_if_it_has_none(url: str) -> None:
+    with keyed(url) as client:
+        answer = client.get("/v1/models", headers={"x-request-id": "mine-1"})
+        assert answer.headers.get_list("x-request-id") == ["mine-1"]
+        assert len(client.get("/v1/models").headers["x-request-id"]) > 10
+        bad = client.get("/v1/models", headers={"x-request-id": "no spaces"})
+        assert (bad.status_code, bad.json()["error"]["code"]) == (400, "invalid_request_id")
+
+
+async def test_a_full_queue_answers_429_says_when_to_come_again_and_empties_when_clients_go(url: str) -> None:
+    short = LONG | {"max_tokens": 1}
+    async with httpx.AsyncClient(base_url=url, headers=keyed(url).headers, timeout=PATIENCE_S) as client:
+        posts = [asyncio.create_task(client.post("/v1/completions", json=LONG)) for _ in range(3)]
+        await until(lambda: figure(url, "requests_running") == 2 and figure(url, "requests_waiting") == 1)
+        answer = await client.post("/v1/completions", json=short)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert (await client.get("/v1/models")).status_code == 200
+        for post in posts:
+            post.cancel()
+        await until(lambda: figure(url, "requests_running") == 0)
+        assert (await client.post("/v1/completions", json=short)).status_code == 200
+
+
+def test_metrics_count_what_was_asked_and_generated(url: str) -> None:
+    counters = ["prompt_tokens_total", "generation_tokens_total", 'requests_total{finish_reason="length"}']
+    histograms = ["time_to_first_token_seconds", "time_per_output_token_seconds", "request_seconds"]
+    names = [*counters, *(f"{name}_count" for name in histograms)]
+    before = [figure(url, name) for name in names]
+    with keyed(url) as client:
+        client.post("/v1/completions", json=LONG | {"prompt": "abcd", "max_tokens": 7}).raise_for_status()
+    after = [figure(url, name) for name in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [4, 7, 1, 1, 1, 1]
+    assert figure(url, "requests_running") == 0
+    assert figure(url, "kv_blocks") > 0
+
+
+async def test_a_dead_rank_is_told_by_health_and_serve_replaces_the_replica(url: str, strangers: list[int]) -> None:
+    def health() -> int:
+        return httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code
+
+    before = rank_pids(strangers)
+    assert len(before) == 2
+    assert health() == 200
+    os.kill(before[1], signal.SIGKILL)
+    await until(lambda: health() == 503)
+    await until(lambda: health() == 200)
+    with keyed(url) as client:
+        assert client.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
+    assert len(rank_pids(strangers)) == 2
+    assert not set(rank_pids(strangers)) & set(before)

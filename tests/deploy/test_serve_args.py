@@ -1,0 +1,93 @@
+"""What a server is configured with, and what is refused."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagleray.deploy.arguments import Parser
+from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_arguments import add_serve, serve_args
+from support.tiny_model import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path)
+    return path
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = Parser(prog="eagleray serve")
+    add_serve(parser)
+    return parser.parse_args(words)
+
+
+def test_texts_as_serve_run_gives_them_become_what_they_mean() -> None:
+    args = ServeArgs.model_validate(
+        {
+            "model": "/models/x",
+            "tensor_parallel_size": "2",
+            "enable_prefix_caching": "false",
+            "max_model_len": "100",
+            "api_keys": "a,b",
+            "autoscaling_config": '{"min_replicas": 0, "max_replicas": 3}',
+        }
+    )
+    assert args.engine.tensor_parallel_size == 2
+    assert args.engine.enable_prefix_caching is False
+    assert args.engine.max_model_len == 100
+    assert args.read_api_keys() == ["a", "b"]
+    assert args.max_replicas == 3
+    assert args.model_name == "x"
+    assert "'a'" not in repr(args)  # nor in a log
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tensor_paralel_size": 2}, r"no such option: tensor_paralel_size; the options are .*tensor_parallel_size"),
+        ({"engine": 2}, "no such option: engine"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; give a whole number of at least 1"),
+        ({"dtype": "int4"}, "dtype is 'int4'; choose one of"),
+        ({"max_queued_requests": -1}, "greater than or equal to 0"),
+        ({"autoscaling_config": {"max_replica": 2}}, "no such option: max_replica; the options are .*max_replicas"),
+        ({"autoscaling_config": {"max_replicas": 2}, "num_replicas": 2}, "leave one out"),
+    ],
+)
+def test_what_nobody_knows_or_cannot_be_is_refused_with_what_is_known(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ServeArgs.model_validate({"model": "/models/x"} | given)
+
+
+def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\n two \n")
+    given = {"model": "m", "api_keys_file": str(keys)}
+    assert ServeArgs.model_validate(given | {"api_keys": ["zero"]}).read_api_keys() == ["zero", "one", "two"]
+    keys.write_text("\n")
+    with pytest.raises(ValueError, match="holds no key"):
+        ServeArgs.model_validate(given).read_api_keys()
+    with pytest.raises(ValueError, match="is empty"):
+        ServeArgs.model_validate({"model": "m", "api_keys": [""]}).read_api_keys()
+
+
+def test_the_command_line_says_the_same(model_dir: Path) -> None:
+    words = ["--tp", "2", "--api-key", "a", "--api-key", "b", "--num-replicas", "2", "--engine-seed", "7"]
+    args, site = serve_args(parsed(str(model_dir), *words, "--port", "81", "--route-prefix", "/llm"))
+    assert args.engine.tensor_parallel_size == 2
+    assert args.engine.seed == 7
+    assert args.num_replicas == 2
+    assert args.read_api_keys() == ["a", "b"]
+    assert args.model_name == model_dir.name
+    assert site.url() == "http://127.0.0.1:81/llm"
+    assert site.url("::1") == "http://[::1]:81/llm"
+
+
+def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"^max_body_bytes: .*greater than or equal to 1$"):
+        serve_args(parsed(str(model_dir), "--max-body-bytes", "0"))
+    with pytest.raises(SystemExit):
+        parsed(str(model_dir), "--port", "70000")

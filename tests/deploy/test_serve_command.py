@@ -1,0 +1,97 @@
+"""`eagleray serve` as a process: it answers, and drains when it is told to end."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from support.free_port import free_port
+from support.tiny_model import write_tiny_model
+
+SERVE = [sys.executable, "-m", "eagleray.deploy.cli", "serve"]
+ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+DRAIN_S = 30.0
+END_S = 30.0
+OPTIONS = [
+    *["--tp", "2", "--threads-per-rank", "1", "--cpus-per-rank", "0.1", "--device", "cpu"],
+    *["--kv-cache-bytes", "2000000", "--served-model-name", "tiny", "--drain-timeout-s", str(DRAIN_S)],
+]
+PATIENCE_S = 150.0
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(path)
+    return path
+
+
+@contextmanager
+def serving(model_dir: Path, *words: str) -> "Iterator[subprocess.Popen[str]]":
+    command = [*SERVE, str(model_dir), *OPTIONS, "--port", str(free_port()), *words]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=PATIENCE_S)
+
+
+def address(process: "subprocess.Popen[str]") -> str:
+    """What the command prints once the model answers."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.fullmatch(r"tiny answers at (http://127\.0\.0\.1:\d+)/v1\n", line)
+    assert found, line + (process.stderr.read() if process.stderr and process.poll() is not None else "")
+    return found[1]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RankActor" in "".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Path) -> None:
+    asked = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with serving(model_dir) as process:
+        url = address(process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S) as stream:
+            lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+            events = [next(lines) for _ in range(3)]
+            process.send_signal(signal.SIGTERM)
+            told = time.monotonic()
+            events += lines
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(timeout=PATIENCE_S) == 0
+        assert time.monotonic() - told < DRAIN_S + END_S
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:
+    with serving(model_dir) as process:
+        parent = psutil.Process(process.pid)
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(is_rank(each) for each in parent.children(recursive=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        family = parent.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=DRAIN_S + END_S) == 130
+    assert psutil.wait_procs(family, timeout=20)[1] == []
