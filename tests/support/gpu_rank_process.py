@@ -48,7 +48,7 @@ def sums(tp: TPGroup, cases: list[Case], in_graph: bool) -> list[Sums]:
 
 def eager_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
     rounds = [draw(tp, numel, dtype, seed) for seed in range(ROUNDS)]
-    totals = [sum_of(tp, inputs[tp.rank], seed) for seed, inputs in enumerate(rounds)]
+    totals = [sum_of(tp, inputs[tp.rank].clone(), seed) for seed, inputs in enumerate(rounds)]
     return [judge(total, inputs) for total, inputs in zip(totals, rounds, strict=True)]
 
 
