@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
         if x.is_cuda and self.fused:
             if self.tp.size > 1 and x.shape[0] <= exchange.MAX_ROWS:
                 return self.tp.sum_norm(x, residual, self.weight, self.eps)
-            return kernels.add_rms_norm(self.tp.all_reduce(x), residual, self.weight, self.eps)
+            return kernels.add_rms_norm(self.tp.add_up(x), residual, self.weight, self.eps)
         x = self.tp.all_reduce(x)
         residual = x if residual is None else x + residual
         return self.normalize(residual), residual

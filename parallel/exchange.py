@@ -1,7 +1,8 @@
-"""Small messages between GPUs of one node in one launch: each word travels with a flag, and nobody awaits a barrier.
+"""Small messages between GPUs of one node in one launch: words or lines travel with flags, and nobody awaits a barrier.
 
 A rank writes its words into another's inbox, 32 bits of data beside a 32-bit epoch in one 64-bit store, and reads its
-own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.)
+own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.) Longer
+messages are written as they are, half as long, and the epoch once behind them, when they are there (protocol Simple).
 Inboxes come in pairs used in turn: who sends epoch n + 2 of a row has heard of epoch n + 1 from all, or from one who
 had, and they had read epoch n. Sums are taken in order of rank, so all ranks get the same bits.
 """
@@ -19,8 +20,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import OVERLAP
 
-MAX_ROWS = 256  # of a sum; with more, less data beats fewer launches
+MAX_ROWS = 512  # of a sum; with more, less data beats fewer launches
 MAX_ROWS_AT_ONCE = 64  # of a sum for which every rank sends all it has to every other
+MAX_BYTES_AT_ONCE = 640 * 1024  # that a rank sends then
 _PAIRS_AT_ONCE = 128
 
 
@@ -55,6 +57,11 @@ def lines_of_sums(size: int) -> int:
     return MAX_ROWS_AT_ONCE + 2 * _owned(size)
 
 
+def has_owners(rows: int, row_bytes: int, size: int) -> bool:
+    """Whether `sum_norm` of so many rows among `size` ranks goes by the rows' owners."""
+    return rows > MAX_ROWS_AT_ONCE or rows * row_bytes * (size - 1) > MAX_BYTES_AT_ONCE
+
+
 def _owned(size: int) -> int:
     """How many rows a rank owns at most."""
     return -(-MAX_ROWS // size)
@@ -73,7 +80,8 @@ def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tenso
         x.view(torch.int32), None if residual is None else residual.view(torch.int32), weight.view(torch.int32),
         normed.view(torch.int32), total.view(torch.int32), inboxes.pointers, inboxes.epochs, eps,
         size // 2, inboxes.lines, MAX_ROWS_AT_ONCE, _owned(inboxes.size), RANK=inboxes.rank, SIZE=inboxes.size,
-        HAS_OWNERS=rows > MAX_ROWS_AT_ONCE, IS_BF16=x.dtype == torch.bfloat16, HAS_RESIDUAL=residual is not None,
+        HAS_OWNERS=has_owners(rows, size * x.itemsize, inboxes.size),
+        IS_BF16=x.dtype == torch.bfloat16, HAS_RESIDUAL=residual is not None,
         BLOCK=triton.next_power_of_2(size // 2), PDL=OVERLAP,
         num_warps=num_warps(size), launch_pdl=OVERLAP,
     )  # fmt: skip
@@ -105,7 +113,7 @@ def lines_of_pairs(max_pairs: int) -> tuple[int, int]:
 @triton.jit
 def _send_to(words, epoch, inbox, offset, inside):
     message = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
-    tl.store(inbox.to(tl.pointer_type(tl.int64)) + offset, message, mask=inside)
+    tl.store(tl.multiple_of(inbox, 16).to(tl.pointer_type(tl.int64)) + offset, message, mask=inside)
 
 
 @triton.jit
@@ -122,6 +130,28 @@ def _receive(inbox, offset, epoch, inside):
     while tl.min(((message >> 32) == expected).to(tl.int32), 0) == 0:
         message = tl.load(inbox + offset, mask=inside, other=expected << 32, volatile=True)
     return message.to(tl.int32)
+
+
+@triton.jit
+def _line(inbox, epoch, sender, line, lines, words, SIZE: tl.constexpr):
+    """Where a message without flags begins, in 32-bit words; behind its `words` stands its epoch."""
+    start = inbox.to(tl.pointer_type(tl.int64)) + _offset(epoch, sender, line, lines, words, SIZE)
+    return tl.multiple_of(start.to(tl.pointer_type(tl.int32), bitcast=True), 16)
+
+
+@triton.jit
+def _announce(line, words, epoch):
+    """All that this program has written on `line` is there. A barrier must come before."""
+    tl.atomic_xchg(line + words, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def _read_line(line, words, word, inside, epoch):
+    """The message of this epoch, once it is there; not from L1, which knows nothing of other GPUs."""
+    seen = tl.atomic_add(line + words, 0, sem="acquire", scope="sys")
+    while seen != epoch:
+        seen = tl.atomic_add(line + words, 0, sem="acquire", scope="sys")
+    return tl.load(line + word, mask=inside, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -152,14 +182,17 @@ def _word(low, high, IS_BF16: tl.constexpr):
 @triton.jit
 def _add_parts(
     own, kept, inbox, epoch, line, lines, words, word, inside,
-    RANK: tl.constexpr, SIZE: tl.constexpr, IS_BF16: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, HAS_OWNERS: tl.constexpr, IS_BF16: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """This rank's part, the others', which come on `line`, and what was kept, as words of the sum."""
     low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for sender in tl.static_range(SIZE):
         part = own
         if sender != RANK:
-            part = _receive(inbox, _offset(epoch, sender, line, lines, words, SIZE) + word, epoch, inside)
+            if HAS_OWNERS:
+                part = _read_line(_line(inbox, epoch, sender, line, lines, words, SIZE), words, word, inside, epoch)
+            else:
+                part = _receive(inbox, _offset(epoch, sender, line, lines, words, SIZE) + word, epoch, inside)
         part_low, part_high = _halves(part, IS_BF16)
         low += part_low
         high += part_high
@@ -205,15 +238,17 @@ def _sum_norm_kernel(
     place = row.to(tl.int64) * words + word
     epoch = tl.load(epochs + row) + 1
     own = tl.load(x + place, mask=inside, other=0)
-    inbox = tl.load(pointers + RANK).to(tl.pointer_type(tl.int64))
+    inbox = tl.multiple_of(tl.load(pointers + RANK), 16).to(tl.pointer_type(tl.int64))
     line, owner = row, row % SIZE
     if HAS_OWNERS:
         line = at_once + row // SIZE
         if owner != RANK:
-            offset = _offset(epoch, RANK, line, lines, words, SIZE) + word
-            _send_to(own, epoch, tl.load(pointers + owner), offset, inside)
-            offset = _offset(epoch, owner, line + owned, lines, words, SIZE) + word
-            tl.store(normed + place, _receive(inbox, offset, epoch, inside), mask=inside)
+            there = _line(tl.load(pointers + owner), epoch, RANK, line, lines, words, SIZE)
+            tl.store(there + word, own, mask=inside)
+            tl.debug_barrier()
+            _announce(there, words, epoch)
+            here = _line(inbox, epoch, owner, line + owned, lines, words, SIZE)
+            tl.store(normed + place, _read_line(here, words, word, inside, epoch), mask=inside)
     else:
         offset = _offset(epoch, RANK, line, lines, words, SIZE) + word
         _send_to_all(own, epoch, pointers, offset, inside, RANK, SIZE)
@@ -221,12 +256,21 @@ def _sum_norm_kernel(
         kept = tl.zeros([BLOCK], tl.int32)
         if HAS_RESIDUAL:
             kept = tl.load(residual + place, mask=inside, other=0)
-        sums = _add_parts(own, kept, inbox, epoch, line, lines, words, word, inside, RANK, SIZE, IS_BF16, BLOCK)
-        tl.store(total + place, sums, mask=inside)
+        sums = _add_parts(
+            own, kept, inbox, epoch, line, lines, words, word, inside, RANK, SIZE, HAS_OWNERS, IS_BF16, BLOCK
+        )
         result = _norm(sums, scales, words, eps, IS_BF16)  # of the sums as they are kept
         if HAS_OWNERS:
-            offset = _offset(epoch, RANK, line + owned, lines, words, SIZE) + word
-            _send_to_all(result, epoch, pointers, offset, inside, RANK, SIZE)
+            for peer in tl.static_range(SIZE):
+                if peer != RANK:
+                    there = _line(tl.load(pointers + peer), epoch, RANK, line + owned, lines, words, SIZE)
+                    tl.store(there + word, result, mask=inside)
+            tl.debug_barrier()
+            for peer in tl.static_range(SIZE):
+                if peer != RANK:
+                    there = _line(tl.load(pointers + peer), epoch, RANK, line + owned, lines, words, SIZE)
+                    _announce(there, words, epoch)
+        tl.store(total + place, sums, mask=inside)
         tl.store(normed + place, result, mask=inside)
     tl.debug_barrier()  # every warp has read the epoch
     tl.store(epochs + row, epoch)

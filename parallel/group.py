@@ -45,6 +45,12 @@ class TPGroup:
             return x
         return torch.ops.eagleray.all_reduce(x, op, self.size, self.name)  # type: ignore[no-any-return]
 
+    def add_up(self, x: Tensor) -> Tensor:
+        """As `all_reduce` for a sum, but in `x` itself, which must be contiguous."""
+        if self.size > 1:
+            torch.ops.eagleray.add_up(x, self.size, self.name)
+        return x
+
     def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`, on CUDA.
 
@@ -129,6 +135,7 @@ def destroy_tp_group(group: TPGroup) -> None:
 
 
 torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
+torch.library.define("eagleray::add_up", "(Tensor(a!) x, int size, str group) -> ()")
 torch.library.define(
     "eagleray::sum_norm",
     "(Tensor x, Tensor? residual, Tensor weight, float eps, int size, str group) -> (Tensor, Tensor)",
@@ -157,8 +164,7 @@ def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return _gather(x, size, group)
 
 
-@torch.library.impl("eagleray::all_reduce", "cpu")
-def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+def _reduce_in_order(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     """Gather, then reduce in order of rank.
 
     gloo's own all-reduce adds in an order that depends on an element's place in the message, so a token's sum would
@@ -171,6 +177,11 @@ def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     for other in gathered[1:]:
         total += other
     return total
+
+
+@torch.library.impl("eagleray::all_reduce", "cpu")
+def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+    return _reduce_in_order(x, op, size, group)
 
 
 @torch.library.impl("eagleray::all_reduce", "cuda")
@@ -187,6 +198,20 @@ def _reduce_on_gpus(x: Tensor, op: ReduceOp, group: str) -> Tensor:
     reduce = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
     dist.all_reduce(total, reduce, group=links.process_group)
     return total
+
+
+@torch.library.impl("eagleray::add_up", "cpu")
+def _add_up_cpu(x: Tensor, size: int, group: str) -> None:
+    x.copy_(_reduce_in_order(x, "sum", size, group))
+
+
+@torch.library.impl("eagleray::add_up", "cuda")
+def _add_up_cuda(x: Tensor, size: int, group: str) -> None:
+    links = _links_of(group)
+    if links.symmetric is not None and links.symmetric.takes(x, "sum"):
+        links.symmetric.add_up(x)
+    else:
+        dist.all_reduce(x, dist.ReduceOp.SUM, group=links.process_group)
 
 
 @torch.library.impl("eagleray::sum_norm", "cuda")
@@ -206,6 +231,11 @@ def _sum_norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.register_fake("eagleray::add_up")  # type: ignore[untyped-decorator]
+def _add_up_fake(x: Tensor, size: int, group: str) -> None:
+    """Changes what is in `x`, and nothing else."""
 
 
 @torch.library.register_fake("eagleray::all_reduce")  # type: ignore[untyped-decorator]

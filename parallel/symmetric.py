@@ -44,13 +44,24 @@ class SymmetricMemory:
         """The sum or maximum over all ranks, bitwise equal on all of them."""
         if op == "max":
             return exchange.highest(self._pairs, x)
-        name = self._group.group_name
-        buffer = self._buffer.view(x.dtype)[: x.numel()].view_as(x)
-        if x.nbytes <= ONE_SHOT_BYTES:
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)  # type: ignore[no-any-return]
-        buffer.copy_(x)
-        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
-        return buffer.clone()
+        return self._one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else self._two_shot(x).clone()
+
+    def add_up(self, x: Tensor) -> None:
+        """The same sum, in `x`."""
+        x.copy_(self._one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else self._two_shot(x))
+
+    def _one_shot(self, x: Tensor) -> Tensor:
+        buffer, name = self._part_of_buffer(x), self._group.group_name
+        return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)  # type: ignore[no-any-return]
+
+    def _two_shot(self, x: Tensor) -> Tensor:
+        """In the buffer, until the next collective."""
+        buffer = self._part_of_buffer(x).copy_(x)
+        torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self._group.group_name)
+        return buffer
+
+    def _part_of_buffer(self, x: Tensor) -> Tensor:
+        return self._buffer.view(x.dtype)[: x.numel()].view_as(x)
 
     def takes_norm(self, x: Tensor) -> bool:
         """Whether `sum_norm` works on such rows."""

@@ -51,7 +51,9 @@ def test_what_is_gathered_and_maxima(run_gpu_ranks: RunRanks, size: int) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_that_are_normed(run_gpu_ranks: RunRanks, size: int, dtype: torch.dtype) -> None:
     """Rows on both sides of what is sent to all, and of what one launch takes."""
-    shapes = [(rows, hidden) for hidden in (576, 2560, 3584, 4096, 5120, 8192) for rows in (1, 3, 64, 65, 256, 257)]
+    shapes = [
+        (rows, hidden) for hidden in (576, 2560, 3584, 4096, 5120, 8192) for rows in (1, 3, 20, 64, 65, 256, 512, 513)
+    ]
     of_ranks = run_gpu_ranks("norms", size, shapes=shapes, dtype=dtype)
     for of_rank in zip(*of_ranks, strict=True):
         assert len({digest for digest, _, _ in of_rank}) == 1, "ranks have other bits"

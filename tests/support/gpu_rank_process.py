@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.loader import load_model
-from eagleray.parallel.exchange import MAX_ROWS, MAX_ROWS_AT_ONCE
+from eagleray.parallel.exchange import MAX_ROWS, has_owners
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.actor import CUDA_ENVIRONMENT
 from eagleray.workers.channel import Endpoint, Hub, Peer
@@ -48,8 +48,13 @@ def sums(tp: TPGroup, cases: list[Case], in_graph: bool) -> list[Sums]:
 
 def eager_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
     rounds = [draw(tp, numel, dtype, seed) for seed in range(ROUNDS)]
-    totals = [tp.all_reduce(inputs[tp.rank]) for inputs in rounds]
+    totals = [sum_of(tp, inputs[tp.rank].clone(), seed) for seed, inputs in enumerate(rounds)]
     return [judge(total, inputs) for total, inputs in zip(totals, rounds, strict=True)]
+
+
+def sum_of(tp: TPGroup, x: Tensor, index: int) -> Tensor:
+    """Every second one in place."""
+    return tp.all_reduce(x) if index % 2 == 0 else tp.add_up(x)
 
 
 def graphed_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
@@ -60,7 +65,7 @@ def graphed_sums(tp: TPGroup, numel: int, dtype: torch.dtype) -> Sums:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        totals = [tp.all_reduce(x) for x in static]
+        totals = [sum_of(tp, x, index) for index, x in enumerate(static)]
     results = []
     for replay in range(2):
         rounds = [draw(tp, numel, dtype, 10 * replay + seed) for seed in range(ROUNDS)]
@@ -103,7 +108,8 @@ def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> lis
     for rows, size in shapes:
         x = torch.zeros(rows, size, dtype=dtype, device=device_of(tp.rank))
         residual, weight = draw(tp, rows * size, dtype, 77)[0].view(rows, size), draw(tp, size, dtype, 78)[0]
-        own = slice(tp.rank, None, tp.size) if MAX_ROWS_AT_ONCE < rows <= MAX_ROWS else slice(None)
+        has_own = rows <= MAX_ROWS and has_owners(rows, size * dtype.itemsize, tp.size)
+        own = slice(tp.rank, None, tp.size) if has_own else slice(None)
         tp.sum_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -104,6 +104,8 @@ def collectives(tp: TPGroup, numel: list[int]) -> list[dict[str, Tensor]]:
         before = x.clone()
         results.append({"sum": tp.all_reduce(x), "max": tp.all_reduce(x, "max"), "gathered": tp.all_gather(x)})
         assert torch.equal(x, before), "a collective changed its input"
+        assert torch.equal(tp.add_up(x), results[-1]["sum"])
+        assert torch.equal(x, results[-1]["sum"])
     return results
 
 
@@ -111,7 +113,7 @@ def compiled_collectives(tp: TPGroup) -> tuple[Tensor, Tensor]:
     """A function with both collectives, compiled as one graph, and its eager result."""
 
     def f(x: Tensor) -> Tensor:
-        return tp.all_gather(tp.all_reduce(x * 2) + tp.all_reduce(x, "max")).sum(0)
+        return tp.all_gather(tp.all_reduce(x * 2) + tp.all_reduce(x, "max") + tp.add_up(x + 1)).sum(0)
 
     x = torch.arange(6.0) + tp.rank
     return torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x)
