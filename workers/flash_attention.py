@@ -1,6 +1,7 @@
 """FlashAttention-3 behind the attention op: one call for slices of any length, over the paged cache.
 
-Source: Shah and others, FlashAttention-3, arXiv:2407.08608; the package's `flash_attn_interface`.
+Source: Shah and others, FlashAttention-3, arXiv:2407.08608; the package `flash_attn_interface`. Its operator is called
+as it is: the package's Python function around it imports torch._dynamo, seconds of a start, and checks every call.
 """
 
 from typing import Any
@@ -12,9 +13,9 @@ from eagleray.models.attention import AttentionSpec
 from eagleray.workers.context import AttentionMetadata
 
 try:
-    from flash_attn_interface import flash_attn_with_kvcache
+    import flash_attn_interface  # which registers the operator
 except ImportError:
-    flash_attn_with_kvcache = None
+    flash_attn_interface = None
 
 HEAD_SIZES = range(8, 257, 8)
 
@@ -22,10 +23,10 @@ HEAD_SIZES = range(8, 257, 8)
 def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether FlashAttention-3 is installed and computes such a layer here: on Hopper, in 16 bits, heads up to 256.
 
-    Wheels are built without soft caps, and know no sinks.
+    Wheels are built without soft caps, and not all know sinks.
     """
     return (
-        flash_attn_with_kvcache is not None
+        flash_attn_interface is not None
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device)[0] == 9
         and dtype in (torch.bfloat16, torch.float16)
@@ -46,17 +47,18 @@ def flash_attention(
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`."""
     assert sinks is None, "`supports` says no to layers with sinks"
     window = -1 if spec.sliding_window is None else spec.sliding_window - 1  # of keys before a query's own
-    out: Any = flash_attn_with_kvcache(
+    out: Any = torch.ops.flash_attn_3.fwd(
         q,
         k_cache,
         v_cache,
-        cache_seqlens=metadata.seq_lens,
+        seqused_k=metadata.seq_lens,
         page_table=metadata.block_table,
         cu_seqlens_q=metadata.query_start_loc,
         max_seqlen_q=metadata.max_query_len,
         softmax_scale=spec.scale,
-        causal=True,
-        window_size=(window, 0 if window >= 0 else -1),
+        is_causal=True,
+        window_size_left=window,
+        window_size_right=0 if window >= 0 else -1,
         num_splits=1 if metadata.is_padded else 0,  # 0: as many as its room, which bounds would make too large, is for
-    )
+    )[0]
     return out  # type: ignore[no-any-return]

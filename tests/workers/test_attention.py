@@ -48,7 +48,7 @@ def test_sinks_join_the_softmax(name: str) -> None:
 
 def test_flash_attention_is_not_for_layers_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a Hopper GPU with its package here."""
-    monkeypatch.setattr(flash_attention, "flash_attn_with_kvcache", object())
+    monkeypatch.setattr(flash_attention, "flash_attn_interface", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
     assert flash_attention.supports(spec(), torch.bfloat16, cuda)
