@@ -5,6 +5,9 @@ own inbox until every word bears the epoch that it waits for. (NCCL's protocol L
 messages are written as they are, half as long, and the epoch once behind them, when they are there (protocol Simple).
 Inboxes come in pairs used in turn: who sends epoch n + 2 of a row has heard of epoch n + 1 from all, or from one who
 had, and they had read epoch n. Sums are taken in order of rank, so all ranks get the same bits.
+
+Programs that wait for each other need not all run at once, but those of low numbers must start first, as GPUs have them
+do: then the first row that is not done is under way on every rank.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 

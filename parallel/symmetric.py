@@ -51,8 +51,9 @@ class SymmetricMemory:
         x.copy_(self._one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else self._two_shot(x))
 
     def _one_shot(self, x: Tensor) -> Tensor:
-        buffer, name = self._part_of_buffer(x), self._group.group_name
-        return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)  # type: ignore[no-any-return]
+        """Not by `one_shot_all_reduce_copy`: its first warp tells other ranks of copies that later warps still make."""
+        buffer, name = self._part_of_buffer(x).copy_(x), self._group.group_name
+        return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)  # type: ignore[no-any-return]
 
     def _two_shot(self, x: Tensor) -> Tensor:
         """In the buffer, until the next collective."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.shared_memory import shared_memory
 from eagleray.workers.decode_attention_kernels import (
     CHUNKS,
     FIELDS,
@@ -32,6 +33,7 @@ from eagleray.workers.decode_attention_kernels import (
 SECTION = 2048  # keys, at most until there are `MAX_SECTIONS`
 COMBINING_PROGRAMS = 1024
 FEW_PAIRS = 64  # of request and KV head
+LARGE_TILES = 160 << 10  # bytes of shared memory that a processor must have for them
 _LOG2_E = log2(2.718281828459045)
 
 
@@ -52,11 +54,11 @@ class LaunchConstants:
         return min(255, 65536 // (self.programs_per_sm * self.num_warps * 32) // 8 * 8)
 
 
-def launch_constants(spec: AttentionSpec, num_requests: int) -> LaunchConstants:
+def launch_constants(spec: AttentionSpec, num_requests: int, device: torch.device) -> LaunchConstants:
     """What was the fastest on an H200: large tiles for few pieces of work, many programs for many."""
     if spec.head_size > 128:
         return LaunchConstants(programs_per_sm=2, lanes=240)
-    if num_requests * spec.num_kv_heads <= FEW_PAIRS:
+    if num_requests * spec.num_kv_heads <= FEW_PAIRS and shared_memory(device) >= LARGE_TILES:
         return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2)
     return LaunchConstants()
 
@@ -75,7 +77,7 @@ class DecodeWorkspace:
     partial_ml: Tensor  # [max_pieces, heads, 2] float32
 
     def constants(self, spec: AttentionSpec, num_requests: int) -> LaunchConstants:
-        return self.fixed or launch_constants(spec, num_requests)
+        return self.fixed or launch_constants(spec, num_requests, self.header.device)
 
 
 def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
@@ -97,7 +99,7 @@ def allocate_workspace(
     constants: LaunchConstants | None = None,
 ) -> DecodeWorkspace:
     """Buffers for batches of up to `max_requests` requests (padding included) of up to `max_seq_len` tokens."""
-    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1))
+    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1, device))
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return DecodeWorkspace(
         fixed=constants,

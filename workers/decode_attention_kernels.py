@@ -15,7 +15,7 @@ CHUNKS = tl.constexpr(8)  # per section
 MAX_SECTIONS = tl.constexpr(16)  # per request
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["seq_lens", "rows", "n"])
 def plan_kernel(
     seq_lens,  # [n] int32
     rows,  # [n] int64, only if HAS_ROWS
@@ -70,6 +70,7 @@ def plan_kernel(
         start += tl.sum(tl.where(is_before, other_count[None, :], 0), 1)
     tl.store(requests + request * 4, start, mask=request < n)
     tl.store(header, tl.sum(count, 0))
+    tl.store(header + 1, 0)  # also after a step that failed between two launches
     row = request.to(tl.int64)
     if HAS_ROWS:
         row = tl.load(rows + request, mask=request < n, other=0)
@@ -120,7 +121,7 @@ def load_piece(work, piece):
     return tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table", "table_stride"])
 def attend_kernel(
     q,  # [n, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache

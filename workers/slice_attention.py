@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.shared_memory import shared_memory
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.slice_attention_kernels import slice_attend_kernel
 
@@ -39,17 +40,12 @@ class LaunchConstants:
 @cache
 def launch_constants(head_size: int, device: torch.device) -> LaunchConstants:
     """Such that queries, and in each stage a tile of keys and values, fit the shared memory, in 16 bits."""
-    kib = 228 if device.type != "cuda" else _shared_memory(device) >> 10  # Hopper's, and Blackwell's for data centres
+    kib = shared_memory(device) >> 10
     if head_size <= 128:  # 32 KiB of queries, 32 KiB per stage
         return LaunchConstants(num_stages=3 if kib >= 160 else 2)
     if kib >= 224:  # 64 KiB of queries, 64 KiB per stage
         return LaunchConstants(num_stages=2)
     return LaunchConstants(rows=64, tile=32, num_warps=4, num_stages=2)
-
-
-def _shared_memory(device: torch.device) -> int:
-    """Bytes per multiprocessor; one program can have 1 KiB less."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 def supports(spec: AttentionSpec, dtype: torch.dtype) -> bool:

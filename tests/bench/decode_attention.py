@@ -153,7 +153,9 @@ def check() -> bool:
         problem = Problem(Shape(heads, kv_heads, 24, 20000, head_size), lens.int().to(DEVICE))
         expected, outs = problem.reference(problem.caches[0]), []
         for lanes in (SECTIONS, ALL_CHUNKS):
-            _, attend = problem.ours(replace(launch_constants(problem.shape.spec, 24), lanes=lanes, worth_cutting=0))
+            _, attend = problem.ours(
+                replace(launch_constants(problem.shape.spec, 24, problem.q.device), lanes=lanes, worth_cutting=0)
+            )
             outs.append(attend(problem.caches[0]))
             torch.testing.assert_close(outs[-1].float(), expected, atol=1e-2, rtol=1.6e-2)
         error = (outs[0].float() - expected).abs().max().item()

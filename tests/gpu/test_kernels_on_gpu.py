@@ -68,20 +68,20 @@ def decodes(lengths: list[int], of: AttentionSpec, block_size: int = 128) -> Dec
 @pytest.mark.parametrize("name", SPECS)
 def test_decodes(name: str, lanes: int) -> None:
     batch = decodes(LENGTHS, SPECS[name])
-    check(batch, batch.run(lanes, tile=launch_constants(batch.spec, len(batch.lens)).tile))
+    check(batch, batch.run(lanes, tile=launch_constants(batch.spec, len(batch.lens), batch.q.device).tile))
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_decodes_with_window_and_soft_cap(head_size: int, block_size: int) -> None:
     batch = decodes([1, 127, 128, 129, 1300, 5000], spec(head_size=head_size, **BOTH), block_size)
-    check(batch, batch.run(tile=launch_constants(batch.spec, len(batch.lens)).tile))
+    check(batch, batch.run(tile=launch_constants(batch.spec, len(batch.lens), batch.q.device).tile))
 
 
 @pytest.mark.parametrize("head_size", [64, 256])
 def test_how_the_work_is_shared_changes_no_bit(head_size: int) -> None:
     batch = decodes([3000, 1500, 700, 1], spec(head_size=head_size))
-    tile = launch_constants(batch.spec, len(batch.lens)).tile
+    tile = launch_constants(batch.spec, len(batch.lens), batch.q.device).tile
     assert torch.equal(batch.run(FINE, tile=tile), batch.run(COARSE, tile=tile))
 
 
