@@ -1,14 +1,11 @@
 """Shared memory, of which a Triton kernel's tiles and stages must not take more than a GPU has."""
 
-from functools import cache
-
 import torch
 
 HOPPER = 228 << 10  # bytes per multiprocessor, as with Blackwell's for data centres; A100: 164, others: 100
 RESERVED = 1 << 10  # of these no program can have
 
 
-@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes per multiprocessor; off CUDA, Hopper's, since what runs there stands in for it."""
     if device.type != "cuda":
