@@ -1,0 +1,76 @@
+"""Ray Serve's own command with the configuration that `ray-service.yaml` gives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+
+from support.free_port import free_port
+from support.tiny_model import write_tiny_model
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+SERVE = Path(sys.executable).parent / "serve"
+PATIENCE_S = 90.0
+SMALL = {"device": "cpu", "tensor_parallel_size": 1, "cpus_per_rank": 0.1, "kv_cache_bytes": 4_000_000}
+
+
+def service() -> dict[str, Any]:
+    """What KubeRay hands to Serve."""
+    manifest = yaml.safe_load((DEPLOY / "ray-service.yaml").read_text())
+    config: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    return config
+
+
+@contextmanager
+def serve_run(*words: str, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """`serve run`, told to end as by Ctrl-C."""
+    command = [SERVE, "run", "--address", ray.get_runtime_context().gcs_address, *words]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"RAY_ADDRESS": ""})
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE_S)
+
+
+def wait_for_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            if httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # nothing listens yet
+        time.sleep(0.2)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_serve_run_with_the_services_configuration_answers(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    (tmp_path / "keys").write_text("sk-one\n")
+    port = free_port()
+    config = service() | {"http_options": {"host": "127.0.0.1", "port": port}}
+    config["applications"][0]["args"] |= SMALL | {"model": str(model), "api_keys_file": str(tmp_path / "keys")}
+    file, log = tmp_path / "service.yaml", tmp_path / "log"
+    file.write_text(yaml.safe_dump(config))
+    url = f"http://127.0.0.1:{port}"
+    with serve_run(str(file), log=log) as process:
+        wait_for_health(url, process, log)
+        asked = {"model": "llama-3.1-8b", "prompt": "a", "max_tokens": 3, "ignore_eos": True}
+        assert httpx.post(f"{url}/v1/completions", json=asked, timeout=PATIENCE_S).status_code == 401
+        key = {"authorization": "Bearer sk-one"}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, headers=key, timeout=PATIENCE_S)
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 3)
