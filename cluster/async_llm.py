@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from eagleray.cluster.chat import chat_prompt
 from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
@@ -26,7 +26,7 @@ class AsyncLLM:
     """An engine and its streaming front end, used from one event loop.
 
     One task reads the engine's news; each request keeps only its latest state, so a slow consumer gets several steps in
-    one output and memory stays bounded. Once it is closed, whatever needs the engine raises `RuntimeError`.
+    one output and memory stays bounded. Once it is closed, whatever needs the engine raises `EngineClosedError`.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class AsyncLLM:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this AsyncLLM is closed; make a new one")
+            raise EngineClosedError("this AsyncLLM is closed; make a new one")
 
     def _check_alive(self) -> None:
         if self._failure is not None:

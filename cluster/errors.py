@@ -7,3 +7,7 @@ class EngineStartError(RuntimeError):
 
 class EngineDeadError(RuntimeError):
     """A rank or the engine core is gone; every request that ran has ended with this cause."""
+
+
+class EngineClosedError(EngineDeadError):
+    """The engine was closed by its owner; whoever still asks it for something comes too late."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from eagleray.cluster.chat import chat_prompt
 from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
@@ -27,7 +27,7 @@ WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 class LLM:
     """An engine and its front end in one; close it or use it as a context manager.
 
-    Once it is closed, whatever needs the engine raises `RuntimeError`.
+    Once it is closed, whatever needs the engine raises `EngineClosedError`.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class LLM:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this LLM is closed; make a new one")
+            raise EngineClosedError("this LLM is closed; make a new one")
 
     def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
         self._engine.send(message)

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,12 +15,20 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from eagleray.cluster.cluster_address import answers, cluster_address
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
 Resources = dict[str, float]
+
+LOCAL = "local"  # what RAY_ADDRESS says for a cluster of this process alone
+TO_JOIN = "start it, or unset RAY_ADDRESS"
+TO_START = (
+    "try again when the machine is less busy, or start Ray with `ray start --head` first; Ray's logs are in "
+    "ray/session_latest/logs in RAY_TMPDIR, or else in /tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -39,47 +45,33 @@ class Room:
 
 
 def connect(config: EngineConfig, num_engines: int = 1) -> bool:
-    """Join the Ray cluster that `ray start` made here or that RAY_ADDRESS names; else start one for this process alone.
+    """Join the Ray cluster that `cluster_address` finds; else start one for this process alone.
 
     One that is started has room for this many engines on CPU, and ends with this process; returns whether it is such a
-    one. Raises `EngineStartError` if the cluster cannot be reached.
+    one. Raises `EngineStartError` if the cluster cannot be joined or started.
     """
     if ray.is_initialized():
         return False
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
-    address = os.environ.get("RAY_ADDRESS") or _left_by_ray_start() or "local"
+    address = cluster_address() or LOCAL
+    if not answers(address):  # which Ray would find out after two minutes
+        raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster; {TO_JOIN}")
     try:
         _init(address, config, num_engines, options)
-    except ConnectionError as error:
-        raise EngineStartError(
-            f"the Ray cluster at RAY_ADDRESS {os.environ.get('RAY_ADDRESS')!r} cannot be reached ({error}); start it, "
-            "or unset RAY_ADDRESS"
-        ) from error
-    return address == "local"
+    except Exception as error:  # Ray has many kinds, none of them its own
+        cause = f"{type(error).__name__}: {error}"
+        if address == LOCAL:
+            raise EngineStartError(f"Ray did not start on this machine ({cause}); {TO_START}") from error
+        raise EngineStartError(f"the Ray cluster at {address} cannot be joined ({cause}); {TO_JOIN}") from error
+    return address == LOCAL
 
 
 def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:
-    if address == "local":  # its logical CPUs are ours to choose: as many as the ranks ask for
+    if address == LOCAL:  # its logical CPUs are ours to choose: as many as the ranks ask for
         wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
         options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
     ray.init(address=address, **options)
-
-
-def _left_by_ray_start() -> str | None:
-    """The address of the cluster that `ray start` made on this machine, if it still answers.
-
-    `ray.init(address="auto")` would also join the private cluster of another process, and wait a minute for one that
-    was killed.
-    """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
-    try:
-        address = file.read_text().strip()
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except (OSError, ValueError):
-        return None
-    return address
 
 
 def choose_device(config: EngineConfig) -> str:

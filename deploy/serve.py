@@ -28,7 +28,7 @@ from eagleray.deploy.serve_args import ServeArgs
 
 logger = logging.getLogger(__name__)
 
-SPARE_REQUESTS = 64  # that Serve lets through to a replica that is full, which refuses them itself
+SPARE_REQUESTS = 10_000  # that Serve lets through beyond a replica's own limit, which refuses them in OpenAI's shape
 LOOK_S = 1.0  # between two looks at the engine's state for Ray's metrics
 
 
@@ -52,7 +52,7 @@ def build(args: ServeArgs) -> serve.Application:
         placement_group_bundles=[bundle] * engine.tensor_parallel_size,
         placement_group_strategy="PACK",
         max_ongoing_requests=max_requests + SPARE_REQUESTS,
-        max_queued_requests=max_requests + SPARE_REQUESTS,  # at a proxy, while no replica has room or none is there
+        max_queued_requests=max_requests + SPARE_REQUESTS,  # at a proxy, while no replica is there
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         health_check_period_s=args.health_check_period_s,
         graceful_shutdown_timeout_s=args.drain_timeout_s,

@@ -5,12 +5,13 @@ between nodes over tcp with CURVE encryption, whose server key is known only to 
 """
 
 import shutil
-import tempfile
 from math import ceil
 from pathlib import Path
 
 import msgspec
 import zmq
+
+from eagleray.workers.socket_directory import NAME, make_socket_directory
 
 HEARTBEAT_MS = 5000  # a node that vanishes without a word is noticed after this
 
@@ -38,8 +39,8 @@ class Hub:
         self.endpoint = self._listen_here() if ip is None else self._listen_everywhere(ip)
 
     def _listen_here(self) -> Endpoint:
-        self._directory = Path(tempfile.mkdtemp(prefix="eagleray-"))
-        address = f"ipc://{self._directory}/hub"
+        self._directory = make_socket_directory()
+        address = f"ipc://{self._directory / NAME}"
         self.socket.bind(address)
         return Endpoint(address)
 

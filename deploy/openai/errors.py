@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, Field
 
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 
 
 class ErrorDetail(BaseModel):
@@ -48,6 +48,8 @@ def as_api_error(error: Exception) -> ApiError:
     """How an exception is told to a client, who hears only the kind of what is not foreseen; log that one."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "this server is ending; try again, at another one", "server_error", code="engine_closed")
     if isinstance(error, EngineDeadError):
         return ApiError(503, f"the engine is gone: {error}; try again later", "server_error", code="engine_dead")
     return ApiError(

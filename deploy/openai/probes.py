@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from eagleray.cluster.errors import EngineDeadError
 from eagleray.deploy.openai.admission import route_path
-from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.errors import as_api_error
 from eagleray.deploy.openai.refusal import answer, refuse
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,7 +32,7 @@ class Probes:
     async def _health(self, send: Send) -> None:
         try:
             self._check()
-        except RuntimeError as error:  # `EngineDeadError`, or an engine that is closed
-            await refuse(send, ApiError(503, str(error), "server_error", code="engine_dead"))
+        except EngineDeadError as error:
+            await refuse(send, as_api_error(error))
         else:
             await answer(send, 200, b"", "text/plain")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eagleray.cluster.async_llm import AsyncLLM
     from eagleray.cluster.config import EngineConfig
-    from eagleray.cluster.errors import EngineDeadError, EngineStartError
+    from eagleray.cluster.errors import EngineClosedError, EngineDeadError, EngineStartError
     from eagleray.cluster.llm import LLM
     from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from eagleray.cluster.sampling_params import SamplingParams
@@ -19,6 +19,7 @@ _MODULES = {
     "AsyncLLM": "async_llm",
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
+    "EngineClosedError": "errors",
     "EngineDeadError": "errors",
     "EngineStartError": "errors",
     "Logprob": "outputs",
@@ -31,6 +32,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EngineClosedError",
     "EngineConfig",
     "EngineDeadError",
     "EngineStartError",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.llm import LLM
 from eagleray.cluster.outputs import RequestOutput
@@ -190,7 +190,7 @@ ASYNC_CALLS: dict[str, Callable[[AsyncLLM], Awaitable[object]]] = {
 def test_a_closed_engine_can_do_nothing_and_says_so(llm: LLM, call: Callable[[LLM], object]) -> None:
     for _ in range(2):
         llm.close()
-    with pytest.raises(RuntimeError, match="this LLM is closed; make a new one"):
+    with pytest.raises(EngineClosedError, match="this LLM is closed; make a new one"):
         call(llm)
     assert llm.tokenizer is not None
 
@@ -201,7 +201,7 @@ async def test_a_closed_async_engine_can_do_nothing_and_says_so(
 ) -> None:
     for _ in range(2):
         async_llm.close()
-    with pytest.raises(RuntimeError, match="this AsyncLLM is closed; make a new one"):
+    with pytest.raises(EngineClosedError, match="this AsyncLLM is closed; make a new one"):
         await call(async_llm)
     assert async_llm.tokenizer is not None
 

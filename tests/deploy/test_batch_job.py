@@ -13,6 +13,7 @@ import pytest
 from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
+from support.free_port import free_port
 
 SUBMIT = Path(__file__).parents[2] / "deploy" / "submit.sh"
 NUM_ROWS = 80
@@ -125,6 +126,17 @@ def test_two_replicas_share_the_rows_and_one_may_die(
     assert texts(read_results(tmp_path / "out.jsonl")) == expected
 
 
+@pytest.fixture
+def misled(ray_cluster: None, cluster: Cluster) -> Iterator[None]:
+    """Where there are two clusters, Ray believes this file about which one a job belongs to; it may be a dead one."""
+    file = Path(cluster.environment["RAY_TMPDIR"], "ray_current_cluster")
+    address = file.read_text()
+    file.write_text(f"127.0.0.1:{free_port()}")
+    yield
+    file.write_text(address)
+
+
+@pytest.mark.usefixtures("misled")
 def test_a_submitted_job_runs_to_its_end_with_objects_for_files(
     tmp_path: Path, cluster: Cluster, model: Path, input: Path, expected: dict[str, str]
 ) -> None:

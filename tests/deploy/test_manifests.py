@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from eagleray.deploy import cli
 from eagleray.deploy.arguments import Parser
@@ -46,24 +46,31 @@ def num_gpus(cluster: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def served() -> ServeArgs:
-    config = ServeDeploySchema.model_validate(yaml.safe_load(load("ray-service.yaml")["spec"]["serveConfigV2"]))
-    (application,) = config.applications
+    application = served_application()
     assert application.import_path == "eagleray.deploy.serve:build"
     return ServeArgs.model_validate(application.args)
 
 
+def served_application() -> ServeApplicationSchema:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(load("ray-service.yaml")["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    return application
+
+
 def test_serves_configuration_is_one_that_serve_and_the_server_accept() -> None:
     args = served()
-    deployment = build(args)
+    application = build(args)
     assert args.engine.device == "cuda"
-    assert deployment is not None
+    assert [each.name for each in served_application().deployments] == [application._bound_deployment.name]
 
 
 def test_a_worker_has_room_for_a_whole_replica_and_the_cluster_for_all() -> None:
     args = served()
     ((workers, gpus),) = num_gpus(cluster_of(load("ray-service.yaml")))
     assert gpus % args.engine.tensor_parallel_size == 0
-    assert workers * gpus >= args.num_replicas * args.engine.tensor_parallel_size
+    (deployment,) = served_application().deployments
+    assert isinstance(deployment.num_replicas, int)
+    assert workers * gpus >= deployment.num_replicas * args.engine.tensor_parallel_size
     worker = pods(cluster_of(load("ray-service.yaml")))[1]
     assert worker["terminationGracePeriodSeconds"] > args.drain_timeout_s
 

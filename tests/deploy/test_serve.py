@@ -47,13 +47,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def strangers(ray_cluster: None) -> list[int]:
-    """Ranks of other tests' engines on the same cluster."""
-    return rank_pids([])
-
-
-@pytest.fixture(scope="module")
-def url(strangers: list[int], model_dir: Path) -> Iterator[str]:
+def url(ray_cluster: None, model_dir: Path) -> Iterator[str]:
+    deadline = time.monotonic() + 10
+    while rank_pids():  # of an engine that an earlier test has closed
+        assert time.monotonic() < deadline, "an earlier test has left an engine on the cluster"
+        time.sleep(0.1)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(ServeArgs.model_validate({"model": str(model_dir)} | OPTIONS)))
@@ -79,10 +77,9 @@ def figure(url: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def rank_pids(strangers: list[int]) -> list[int]:
+def rank_pids() -> list[int]:
     everyone = psutil.Process().children(recursive=True)
-    found = [process.pid for process in everyone if "RankActor" in "".join(process.cmdline())]
-    return [pid for pid in found if pid not in strangers]
+    return [process.pid for process in everyone if "RankActor" in "".join(process.cmdline())]
 
 
 def test_the_openai_client_lists_the_model_and_streams_what_it_gets_whole(url: str) -> None:
@@ -120,6 +117,14 @@ def test_a_body_that_is_too_long_is_refused_whether_or_not_it_says_how_long(url:
         assert client.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)])
+def test_what_is_not_there_is_told_in_openais_shape(url: str, method: str, path: str, status: int) -> None:
+    with keyed(url) as client:
+        answer = client.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_a_request_keeps_its_id_and_gets_one_if_it_has_none(url: str) -> None:
     with keyed(url) as client:
         answer = client.get("/v1/models", headers={"x-request-id": "mine-1"})
@@ -144,6 +149,20 @@ async def test_a_full_queue_answers_429_says_when_to_come_again_and_empties_when
         assert (await client.post("/v1/completions", json=short)).status_code == 200
 
 
+async def test_more_requests_than_serve_would_hold_get_openais_429_too(url: str) -> None:
+    """Serve has limits of its own, beyond which its answer is plain text."""
+    limits = httpx.Limits(max_connections=300)
+    async with httpx.AsyncClient(base_url=url, headers=keyed(url).headers, timeout=PATIENCE_S, limits=limits) as client:
+        posts = [asyncio.create_task(client.post("/v1/completions", json=LONG)) for _ in range(3)]
+        await until(lambda: figure(url, "requests_running") == 2 and figure(url, "requests_waiting") == 1)
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=LONG) for _ in range(200)))
+        assert {answer.status_code for answer in answers} == {429}
+        assert {answer.json()["error"]["code"] for answer in answers} == {"queue_full"}
+        for post in posts:
+            post.cancel()
+        await until(lambda: figure(url, "requests_running") == 0)
+
+
 def test_metrics_count_what_was_asked_and_generated(url: str) -> None:
     counters = ["prompt_tokens_total", "generation_tokens_total", 'requests_total{finish_reason="length"}']
     histograms = ["time_to_first_token_seconds", "time_per_output_token_seconds", "request_seconds"]
@@ -157,11 +176,11 @@ def test_metrics_count_what_was_asked_and_generated(url: str) -> None:
     assert figure(url, "kv_blocks") > 0
 
 
-async def test_a_dead_rank_is_told_by_health_and_serve_replaces_the_replica(url: str, strangers: list[int]) -> None:
+async def test_a_dead_rank_is_told_by_health_and_serve_replaces_the_replica(url: str) -> None:
     def health() -> int:
         return httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code
 
-    before = rank_pids(strangers)
+    before = rank_pids()
     assert len(before) == 2
     assert health() == 200
     os.kill(before[1], signal.SIGKILL)
@@ -169,5 +188,5 @@ async def test_a_dead_rank_is_told_by_health_and_serve_replaces_the_replica(url:
     await until(lambda: health() == 200)
     with keyed(url) as client:
         assert client.post("/v1/completions", json=LONG | {"max_tokens": 3}).status_code == 200
-    assert len(rank_pids(strangers)) == 2
-    assert not set(rank_pids(strangers)) & set(before)
+    assert len(rank_pids()) == 2
+    assert not set(rank_pids()) & set(before)

@@ -59,9 +59,9 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def _address(file: Path, process: "subprocess.Popen[bytes]", log: Path) -> str:
-    """What `ray start` writes there once the cluster is up."""
+    """What `ray start` writes there once the cluster is up, a moment after it has said so."""
     deadline = time.monotonic() + START_S
-    while "Ray runtime started" not in log.read_text():
+    while "Ray runtime started" not in log.read_text() or not file.exists() or not file.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)

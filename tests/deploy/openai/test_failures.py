@@ -120,6 +120,19 @@ def test_a_dead_engine_is_a_503(server: Server, engine: LocalEngine, path: str, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_server_whose_engine_was_closed_is_a_503(server: Server, stream: bool) -> None:
+    server.on_loop(_close(server))
+    for path in BODIES:
+        answer = ask(server, path, stream=stream)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closed")
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def _close(server: Server) -> None:
+    server.engine.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_one_bad_prompt_of_several_ends_the_others(server: Server, engine: LocalEngine, stream: bool) -> None:
     answer = ask(server, "/v1/completions", prompt=[[5, 6], [50_000], [7]], max_tokens=200, stream=stream)
     assert answer.status_code == 400

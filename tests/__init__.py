@@ -1,0 +1,1 @@
+"""A package, as `deploy/openai` below it is one."""

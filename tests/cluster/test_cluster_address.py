@@ -1,0 +1,68 @@
+"""Which Ray cluster is joined, and what is said when there is none to be had."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eagleray.cluster.cluster_address import IN_A_JOB, answers, cluster_address
+from support.free_port import free_port
+
+CONNECT = """
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.placement import connect
+try:
+    connect(EngineConfig(model="x"))
+except EngineStartError as error:
+    print(error)
+"""
+
+
+def refusal(**environment: str) -> str:
+    """What a program is told that wants an engine in this environment."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, "-c", CONNECT], env=clean | environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_a_cluster_that_is_gone_is_named_at_once() -> None:
+    begin = time.monotonic()
+    address = f"127.0.0.1:{free_port()}"
+    assert refusal(RAY_ADDRESS=address).startswith(f"nothing answers at {address}, the address of the Ray cluster; ")
+    assert time.monotonic() - begin < 30
+
+
+def test_whatever_ray_raises_is_told_with_a_remedy() -> None:
+    message = refusal(RAY_ADDRESS="nonsense")
+    assert message.startswith("the Ray cluster at nonsense cannot be joined (ValueError: ")
+    assert message.endswith("; start it, or unset RAY_ADDRESS")
+    message = refusal(RAY_ADDRESS="local", RAY_TMPDIR="/proc/nowhere")
+    assert message.startswith("Ray did not start on this machine (FileNotFoundError: ")
+    assert "ray start --head" in message
+
+
+def test_a_cluster_that_ray_start_left_behind_is_taken_only_if_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv(IN_A_JOB, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert cluster_address() is None
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}\n")
+    assert cluster_address() is None
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster_address() == "10.0.0.1:6379"
+    monkeypatch.setenv(IN_A_JOB, "{}")
+    assert cluster_address() == "10.0.0.1:6379", "no raylet has started this process"
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "ray://10.0.0.1:10001", "head"])
+def test_addresses_of_other_forms_are_left_to_ray(address: str) -> None:
+    assert answers(address)
