@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.schema import MAX_STOP_STRINGS, ChatRequest, CompletionRequest, GenerationRequest
+from eagleray.deploy.openai.ranges import MAX_STOP_STRINGS
+from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 
 SAME_NAME = (
     "n",
@@ -53,6 +54,9 @@ def chat_params(request: ChatRequest) -> SamplingParams:
     if old is not None and new is not None and old != new:
         message = f"max_tokens is {old} and max_completion_tokens is {new}, its new name; give one of them"
         raise ApiError(400, message, param="max_tokens")
+    low, high, remedy = RANGES["max_tokens"]
+    if new is not None and not low <= new <= high:
+        raise ApiError(400, f"max_completion_tokens is {new}; {remedy}", param="max_completion_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         message = f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
