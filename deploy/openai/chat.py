@@ -69,7 +69,7 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
 
 async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
-    params = chat_params(request)
+    params = chat_params(request, served.defaults)
     return Job.of("chatcmpl", request, [await conversation_prompt(served, request)], [params])
 
 

@@ -1,6 +1,7 @@
 """What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would be ignored.
 
-None, JSON's null, stands for a field's default everywhere. `SamplingParams` checks ranges and words the errors.
+None, JSON's null, stands for a field's default everywhere, be that the model's own. `SamplingParams` checks ranges and
+words the errors.
 """
 
 from typing import Annotated, Any, Literal
@@ -56,7 +57,7 @@ class GenerationRequest(Asked):
         None, description="Choices for each prompt; choice i draws with seed + i. 1 by default."
     )
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
-    temperature: Temperature | None = Field(None, description="0 is greedy; 1 by default.")
+    temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
     top_p: TopP | None = Field(None, description="Draw from the most likely tokens of this total probability.")
     stop: SomeText | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."

@@ -1,6 +1,8 @@
 """Every field that shapes the answer does so, on both endpoints and in streams, as it does in the engine itself."""
 
 import asyncio
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ from tokenizers.processors import TemplateProcessing
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.deploy.batch_replica import AppReplica
+from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest
 from support.http_client import create_streamed, created, ends, post, put_together
 from support.http_server import Server, serving
@@ -138,6 +143,25 @@ def test_nulls_stand_for_defaults(tiny: Server) -> None:
     nulls = dict.fromkeys(("temperature", "n", "stop", "logit_bias", "user", "stream", "stream_options", "echo"))
     body = {"prompt": PROMPT, "seed": 5, "ignore_eos": True}
     assert post(tiny, "/v1/completions", **body, **nulls)["choices"] == post(tiny, "/v1/completions", **body)["choices"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_models_defaults_count_where_a_request_does_not_say(tiny: Server, path: str) -> None:
+    defaults = {"temperature": 0.5, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 3.0}
+    app = AppReplica(make_app(replace(tiny.served, defaults=defaults)))
+    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": MESSAGES}
+
+    def choices(**changes: Any) -> Any:
+        body = BASE | prompt | changes
+        return json.loads(tiny.on_loop(app.answer(path, json.dumps(body).encode())).body)["choices"]
+
+    for name, value in defaults.items():
+        others = defaults | {name: getattr(SamplingParams(), name)}
+        assert choices() == post(tiny, path, **BASE, **prompt, **defaults)["choices"]
+        assert choices(**{name: None}) == choices(**{name: value}) == choices()
+        without = choices(**{name: others[name]})
+        assert without == post(tiny, path, **BASE, **prompt, **others)["choices"]
+    assert choices(temperature=3.0) != choices(), "what a request says goes first"
 
 
 async def test_lower_priority_numbers_run_first(tiny: Server) -> None:
