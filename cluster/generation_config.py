@@ -1,9 +1,17 @@
-"""What a checkpoint says about how generation ends."""
+"""What a checkpoint says about how generation goes and ends."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
+from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM's, but for its limit of tokens
 
 
 def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:
@@ -11,16 +19,53 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
 
     Both files may hold one id or a list. Raises `ValueError` for anything else.
     """
-    named = _eos_of(Path(model) / "generation_config.json") or _eos_of(Path(model) / "config.json")
+    named = _eos_of(Path(model) / FILE) or _eos_of(Path(model) / "config.json")
     own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return frozenset(named).union(own)
 
 
+def sampling_defaults(model: str | Path) -> dict[str, float]:
+    """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
+
+    As vLLM, this takes `do_sample: false` for no word on temperature. Raises `ValueError` for values out of range.
+    """
+    file = Path(model) / FILE
+    found = {name: value for name, value in _read(file).items() if name in DEFAULTED and value is not None}
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; mend the file, or leave it alone with generation_config 'none'") from None
+    return found
+
+
+def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:
+    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's; the log says which.
+
+    Raises `ValueError` for a file that is wrong.
+    """
+    found = sampling_defaults(model) if choice == "auto" else {}
+    if found:
+        words = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        logger.info("sampling defaults of the model's generation_config.json: %s", words)
+    return found
+
+
 def _eos_of(file: Path) -> list[int]:
-    if not file.is_file():
-        return []
-    value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    value = _read(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
         raise ValueError(f"eos_token_id in {file} is {value!r}; write one token id or a list of them")
     return ids
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__} and no object; fetch the file again")
+    return content

@@ -70,7 +70,7 @@ class SamplingParams:
                 raise ValueError(f"{field.name} is {value!r}; give {wanted}{' or None' if optional else ''}")
 
     def _check_ranges(self) -> None:
-        for name, (low, high, remedy) in _RANGES.items():
+        for name, (low, high, remedy) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; {remedy}")
@@ -135,7 +135,7 @@ _TYPES = {  # a field's declared type -> whether a value is of it, and how to sa
     "dict[int, float]": (_is_biases, "a dict from token ids to finite numbers"),
 }
 
-_RANGES: dict[str, tuple[float, float, str]] = {
+RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, how to say so
     "n": (1, MAX_N, f"give a number from 1 to {MAX_N}"),
     "temperature": (0, MAX_FACTOR, f"give a number from 0 to {MAX_FACTOR:g}; 0 is greedy"),
     "top_p": (0, 1, "give a number above 0, up to 1; 1 keeps every token"),

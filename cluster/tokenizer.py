@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.prompts import Message, check_text
+from eagleray.cluster.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -30,6 +31,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        self.token_bytes = TokenBytes(backend)
         self._chat_templates = chat_templates
 
     @classmethod

@@ -5,22 +5,33 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.generation_config import chosen_defaults
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.batch_input import Survey, read_lines, survey
 from eagleray.deploy.batch_journal import Done, Identity, Journal, read_identity, sidecar
 from eagleray.deploy.batch_progress import BatchProgress
 from eagleray.deploy.batch_run import BatchRun, Replica
 from eagleray.deploy.batch_storage import Places
-from eagleray.deploy.engine import measured_engine
+from eagleray.deploy.engine import starting
 
 WINDOWS = 2  # rows in flight for each that an engine runs, so that it always has some to choose from
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What every replica is started with."""
+
+    config: EngineConfig
+    name: str  # of the model, to rows
+    defaults: dict[str, float]  # of sampling
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     places = Places.of(arguments.input, arguments.output, arguments.work_dir)
     config = engine_config(arguments)
-    name = arguments.served_model_name or Path(config.model).resolve().name
+    defaults = chosen_defaults(config.model, arguments.generation_config)
+    engine = EngineOptions(config, arguments.served_model_name or Path(config.model).resolve().name, defaults)
     err = Console(stderr=True)
     with err.status(f"reading {places.input}"):
         file = places.fetch()
@@ -48,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         progress = BatchProgress(err, known.num_rows, done.num_rows, done.num_failed)
         try:
             if left:
-                asyncio.run(_run_rows(file, known, done, journal, progress, config, name, arguments.replicas, err))
+                asyncio.run(_run_rows(file, known, done, journal, progress, engine, arguments.replicas, err))
         except BaseException:
             if progress.num_done:
                 logger.info("%d of %d results are kept; the same command goes on", progress.num_done, known.num_rows)
@@ -74,14 +86,13 @@ async def _run_rows(
     done: Done,
     journal: Journal,
     progress: BatchProgress,
-    config: EngineConfig,
-    name: str,
+    engine: EngineOptions,
     num_replicas: int | None,
     err: Console,
 ) -> None:
-    window = WINDOWS * config.max_num_seqs
+    window = WINDOWS * engine.config.max_num_seqs
     lines = (line for line in read_lines(file, known) if not done.lines[line.number])
-    async with _replicas(config, name, num_replicas, known.num_rows - done.num_rows, window, err) as replicas:
+    async with _replicas(engine, num_replicas, known.num_rows - done.num_rows, window, err) as replicas:
         with progress:
             progress.begin()
             await BatchRun(lines, journal, progress).run(replicas, window)
@@ -89,22 +100,21 @@ async def _run_rows(
 
 @asynccontextmanager
 async def _replicas(
-    config: EngineConfig, name: str, wanted: int | None, num_rows: int, window: int, err: Console
+    engine: EngineOptions, wanted: int | None, num_rows: int, window: int, err: Console
 ) -> AsyncIterator[Sequence[Replica]]:
     """One engine in this process, or several in actors."""
     if wanted == 1:
-        from eagleray.cluster.async_llm import AsyncLLM
-        from eagleray.deploy.batch_replica import engine_replica
+        with starting(engine.config, err):
+            from eagleray.deploy.batch_engine import EngineReplica  # takes seconds, under the line that says so
 
-        with measured_engine(config, err) as (engine, front_end):
-            llm = AsyncLLM.attach(engine, front_end)
-            try:
-                yield [engine_replica(llm, engine.info, name)]
-            finally:
-                llm.close()
+        replica = EngineReplica(engine.config, engine.name, engine.defaults)
+        try:
+            yield [replica]
+        finally:
+            replica.close()
         return
     from eagleray.deploy.batch_actors import choose_num_replicas, running_replicas
 
-    count = choose_num_replicas(wanted, config, num_rows)
-    async with running_replicas(config, name, count, window) as replicas:
+    count = choose_num_replicas(wanted, engine.config, num_rows)
+    async with running_replicas(engine.config, engine.name, engine.defaults, count, window) as replicas:
         yield replicas

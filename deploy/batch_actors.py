@@ -2,21 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import ray
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.calls import describe
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.placement import choose_device, connect, rank_resources
-from eagleray.deploy.batch_replica import AppReplica, engine_replica
+from eagleray.deploy.batch_engine import EngineReplica
 from eagleray.deploy.batch_rows import Answer
 from eagleray.deploy.batch_run import Replica
-from eagleray.deploy.engine import launch_as
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +22,9 @@ logger = logging.getLogger(__name__)
 class ReplicaActor:
     """A replica in a process of its own, which tokenises and makes text for its engine."""
 
-    async def start(self, config: EngineConfig, model_name: str) -> None:
+    async def start(self, config: EngineConfig, model_name: str, defaults: Mapping[str, float]) -> None:
         """Raises what a start of an engine raises."""
-        self._llm, self._replica = await asyncio.to_thread(_start, config, model_name)
+        self._replica = await asyncio.to_thread(EngineReplica, config, model_name, defaults)
 
     async def answer(self, url: str, body: bytes) -> Answer:
         """As `Replica.answer`."""
@@ -34,19 +32,25 @@ class ReplicaActor:
 
     async def close(self) -> None:
         """End the engine."""
-        self._llm.close()
+        self._replica.close()
 
 
 class RemoteReplica:
     """A `ReplicaActor` from outside."""
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, config: EngineConfig, model_name: str, defaults: Mapping[str, float], window: int) -> None:
+        self._engine = (config, model_name, defaults)
+        self._window = window
+        self._actor = self._make()
+
+    async def start(self) -> None:
+        """Raises what a start of an engine raises, and `RayActorError`."""
+        await self._actor.start.remote(*self._engine)
 
     async def answer(self, url: str, body: bytes) -> Answer:
         """Raises `EngineDeadError` if the engine or the actor is gone."""
         try:
-            answer: Answer = await self.actor.answer.remote(url, body)
+            answer: Answer = await self._actor.answer.remote(url, body)
         except ray.exceptions.RayActorError as error:
             raise EngineDeadError(f"the process of a replica: {describe(error)}") from None
         except ray.exceptions.RayTaskError as error:
@@ -54,6 +58,28 @@ class RemoteReplica:
                 raise error.cause from None
             raise
         return answer
+
+    async def restart(self) -> None:
+        """As `Replica.restart`; the actor, which may be gone, too, is replaced."""
+        await self.close()
+        self.kill()
+        self._actor = self._make()
+        try:
+            await self.start()
+        except ray.exceptions.RayError as error:
+            raise EngineStartError(describe(error)) from None
+
+    async def close(self) -> None:
+        """End the engine; if its actor cannot, `kill` does."""
+        with suppress(ray.exceptions.RayError):
+            await self._actor.close.remote()
+
+    def kill(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
+
+    def _make(self) -> Any:
+        return ray.remote(max_restarts=0)(ReplicaActor).options(num_cpus=0, max_concurrency=self._window + 2).remote()
 
 
 def choose_num_replicas(wanted: int | None, config: EngineConfig, num_rows: int) -> int:
@@ -72,31 +98,21 @@ def choose_num_replicas(wanted: int | None, config: EngineConfig, num_rows: int)
 
 @asynccontextmanager
 async def running_replicas(
-    config: EngineConfig, model_name: str, count: int, window: int
+    config: EngineConfig, model_name: str, defaults: Mapping[str, float], count: int, window: int
 ) -> AsyncIterator[Sequence[Replica]]:
     """Start so many at once. Those that fail are left out, with a warning, unless all do: then `EngineStartError`."""
-    actors: list[Any] = [
-        ray.remote(max_restarts=0)(ReplicaActor).options(num_cpus=0, max_concurrency=window + 2).remote()
-        for _ in range(count)
-    ]
+    replicas = [RemoteReplica(config, model_name, defaults, window) for _ in range(count)]
     try:
-        started = await asyncio.gather(
-            *(actor.start.remote(config, model_name) for actor in actors), return_exceptions=True
-        )
+        started = await asyncio.gather(*(replica.start() for replica in replicas), return_exceptions=True)
         failures = [describe(each) for each in started if isinstance(each, BaseException)]
         if len(failures) == count:
             raise EngineStartError(failures[0])
         for cause in failures:
             logger.warning("one of %d replicas did not start: %s", count, cause)
         logger.info("%d of %d replicas ready", count - len(failures), count)
-        yield [RemoteReplica(actor) for actor, each in zip(actors, started, strict=True) if each is None]
-        await asyncio.gather(*(actor.close.remote() for actor in actors), return_exceptions=True)
+        ready = [replica for replica, each in zip(replicas, started, strict=True) if each is None]
+        yield ready
+        await asyncio.gather(*(replica.close() for replica in ready))
     finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _start(config: EngineConfig, model_name: str) -> tuple[AsyncLLM, AppReplica]:
-    engine, front_end = launch_as(config)
-    llm = AsyncLLM.attach(engine, front_end)
-    return llm, engine_replica(llm, engine.info, model_name)
+        for replica in replicas:
+            replica.kill()

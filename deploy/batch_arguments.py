@@ -38,6 +38,12 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what rows may name as their model (default: the last part of --model)",
     )
+    engines.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="whose sampling counts where rows do not say: auto is the model's, none OpenAI's (default: auto)",
+    )
     add_engine(parser)
 
 

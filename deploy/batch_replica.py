@@ -1,18 +1,13 @@
-"""An engine that answers rows with the server's own code: the HTTP app is called in this process, without HTTP."""
+"""Rows are answered by the server's own code: the HTTP app is called in this process, without HTTP."""
 
 import asyncio
-import time
 from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import EngineInfo
 from eagleray.deploy.batch_rows import Answer
-from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.served import Served
 
 HEADERS = [(b"content-type", b"application/json")]
 SERVER = ("batch", 80)
@@ -37,12 +32,6 @@ class AppReplica:
         if exchange.status == 503:
             raise EngineDeadError(exchange.body.decode(errors="replace"))
         return Answer(exchange.status, bytes(exchange.body))
-
-
-def engine_replica(llm: AsyncLLM, info: EngineInfo, model_name: str) -> AppReplica:
-    """The server's app over an engine."""
-    served = Served(engine=llm, model_name=model_name, max_model_len=info.max_model_len, created=int(time.time()))
-    return AppReplica(make_app(served))
 
 
 class _Exchange:

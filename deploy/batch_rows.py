@@ -145,6 +145,13 @@ def refusal(line: Line, error: RowError) -> bytes:
     return _encode(_Result(f"batch_req_{line.number}", name, response, _Fault(error.code, str(error))))
 
 
+def fatal(num_deaths: int, cause: str) -> Answer:
+    """For a request that ended so many engines which ran nothing else."""
+    message = f"{num_deaths} engines died while they ran this row and no other; the last cause: {cause}"
+    error = {"message": message, "type": "server_error", "param": None, "code": "engine_died"}
+    return Answer(500, msgspec.json.encode({"error": error}))
+
+
 def recorded(text: bytes) -> tuple[int, str | None, bool]:
     """Line number, custom_id and success of a line of the output. Raises `ValueError` if it is none of ours."""
     known = _recorded.decode(text)

@@ -4,14 +4,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy import batch_rows
 from eagleray.deploy.batch_journal import Journal
 from eagleray.deploy.batch_progress import BatchProgress
 from eagleray.deploy.batch_rows import Answer, Line, RowError
 
+SHRINK = 8  # how much smaller a group is for each death that its rows saw
+MAX_ALONE = 2  # deaths that a row may cause alone: one may have been chance
+MAX_IN_VAIN = 10  # deaths without an answer: more than one row needs to be found, if engines can answer others
 SYNC_S = 1.0  # what a machine that loses power may lose; a job that is killed loses nothing that was written
 
 T = TypeVar("T")
@@ -23,63 +27,136 @@ class Replica(Protocol):
     """An engine behind the server's code."""
 
     async def answer(self, url: str, body: bytes) -> Answer:
-        """Raises `EngineDeadError` if the engine is gone; the row can go to another one."""
+        """Raises `EngineDeadError` if the engine is gone; the row can be tried again."""
+
+    async def restart(self) -> None:
+        """Start another engine for one that is gone. Raises `EngineStartError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A row that ran when engines died, and may be why."""
+
+    line: Line
+    num_deaths: int = 0
+    num_alone: int = 0  # of these, with no other row beside it
 
 
 class BatchRun:
-    """Every replica pulls rows from what is left. A replica that dies gives its rows back to the others."""
+    """Every replica pulls rows from what is left. One that dies is started anew.
+
+    The rows that it ran are tried again in groups of an eighth of the size, and of those that die again in groups of
+    an eighth of that, down to single ones. So the row that is to blame is found after a few deaths, and ends as an
+    error; the others have their answers.
+    """
 
     def __init__(self, lines: Iterator[Line], journal: Journal, progress: BatchProgress) -> None:
         """`lines` are those without a result."""
         self._lines = lines
-        self._given_back: deque[Line] = deque()
+        self._suspects: deque[Suspect] = deque()
         self._journal = journal
         self._progress = progress
+        self._num_in_vain = 0  # deaths since the last answer
+        self._blamed: list[tuple[Suspect, str]] = []  # and the rows that they are blamed on, each with the last cause
 
     async def run(self, replicas: Sequence[Replica], window: int) -> None:
         """Until every line has its result; each replica has at most `window` rows.
 
-        Raises `EngineDeadError` with the last cause when rows are left and no replica, `ValueError` if the input
-        changes, `OSError` if the disk takes no more.
+        Raises `EngineDeadError` with the last cause when rows are left and no replica, or when engines only die;
+        `ValueError` if the input changes, `OSError` if the disk takes no more.
         """
         syncing = asyncio.create_task(self._sync())
         try:
             while replicas:
-                deaths = await _together([self._drive(replica, window) for replica in replicas])
-                replicas = [replica for replica, death in zip(replicas, deaths, strict=True) if death is None]
+                ends = await _together([self._drive(replica, window) for replica in replicas])
+                replicas = [replica for replica, end in zip(replicas, ends, strict=True) if end is None]
                 if syncing.done():
                     syncing.result()  # a disk that fails
-                if not self._given_back:
+                if not self._suspects:
+                    self._give_up()
                     return
         finally:
             syncing.cancel()
-        raise EngineDeadError(next(filter(None, deaths)))
+        raise EngineDeadError(next(filter(None, ends)))
 
     async def _drive(self, replica: Replica, window: int) -> str | None:
-        """Why the replica died, or None once there is no line left to take."""
-        deaths = await _together([self._pull(replica) for _ in range(window)])
-        if (death := next(filter(None, deaths), None)) is not None:
-            logger.warning("an engine is gone, and its rows go to others if there are any: %s", death)
-        return death
-
-    async def _pull(self, replica: Replica) -> str | None:
-        while (line := self._next()) is not None:
-            try:
-                row = batch_rows.parse(line)
-                answer = await replica.answer(row.url, bytes(row.body))
-            except RowError as error:
-                self._record(batch_rows.refusal(line, error), failed=True)
-                await asyncio.sleep(0)  # others have their turn, however many lines are refused
-            except EngineDeadError as error:
-                self._given_back.append(line)
-                return str(error)
+        """Why the replica is gone for good, or None once there is no line left to take."""
+        recovers = False  # then suspects come first
+        while True:
+            if recovers and (group := self._group(window)):
+                deaths = await _together([self._try(replica, suspect, len(group) == 1) for suspect in group])
             else:
-                num_tokens = batch_rows.num_completion_tokens(answer)
-                self._record(batch_rows.result(line, answer), answer.status != 200, num_tokens)
+                deaths = await _together([self._pull(replica) for _ in range(window)])
+                if not (self._suspects or any(deaths)):
+                    return None
+            recovers = True
+            death = next(filter(None, deaths), None)
+            if death is not None and (end := await self._restart(replica, death)) is not None:
+                return end
+
+    def _group(self, window: int) -> list[Suspect]:
+        """Suspects to be tried together, of one number of deaths; the fewer, the more deaths they saw."""
+        if not self._suspects:
+            return []
+        num_deaths = self._suspects[0].num_deaths
+        size = max(1, window // SHRINK**num_deaths)
+        group: list[Suspect] = []
+        while self._suspects and self._suspects[0].num_deaths == num_deaths and len(group) < size:
+            group.append(self._suspects.popleft())
+        return group
+
+    async def _restart(self, replica: Replica, death: str) -> str | None:
+        """None with a new engine, or why there is none. Raises `EngineDeadError` if engines do nothing but die."""
+        self._num_in_vain += 1
+        if self._num_in_vain >= MAX_IN_VAIN:
+            raise EngineDeadError(f"{self._num_in_vain} engines died one after the other, and answered no row: {death}")
+        logger.warning("an engine is gone, another is started: %s", death)
+        try:
+            await replica.restart()
+        except EngineStartError as error:
+            logger.warning("no engine takes its place, and its rows go to others if there are any: %s", error)
+            return f"{death}; then no other could start: {error}"
         return None
 
-    def _next(self) -> Line | None:
-        return self._given_back.popleft() if self._given_back else next(self._lines, None)
+    async def _pull(self, replica: Replica) -> str | None:
+        """Take lines until there is none left; why the engine died, if it did."""
+        for line in self._lines:
+            if (death := await self._try(replica, Suspect(line), alone=False)) is not None:
+                return death
+        return None
+
+    async def _try(self, replica: Replica, row: Suspect, alone: bool) -> str | None:
+        """Record a row's result, or make it a suspect and say why the engine died."""
+        try:
+            request = batch_rows.parse(row.line)
+            answer = await replica.answer(request.url, bytes(request.body))
+        except RowError as error:
+            self._record(batch_rows.refusal(row.line, error), failed=True)
+            await asyncio.sleep(0)  # others have their turn, however many lines are refused
+        except EngineDeadError as error:
+            self._suspect(Suspect(row.line, row.num_deaths + 1, row.num_alone + alone), str(error))
+            return str(error)
+        else:
+            self._num_in_vain = 0
+            self._give_up()
+            num_tokens = batch_rows.num_completion_tokens(answer)
+            self._record(batch_rows.result(row.line, answer), answer.status != 200, num_tokens)
+        return None
+
+    def _suspect(self, row: Suspect, death: str) -> None:
+        """To be tried again, or to blame. Those that saw fewer deaths come first."""
+        if row.num_alone == MAX_ALONE:
+            self._blamed.append((row, death))
+            return
+        self._suspects.append(row)
+        self._suspects = deque(sorted(self._suspects, key=lambda each: each.num_deaths))
+
+    def _give_up(self) -> None:
+        """Rows that are to blame have their results once an engine has answered another: so it was not the engines."""
+        for row, death in self._blamed:
+            logger.warning("line %d is given up: engines died of it", row.line.number)
+            self._record(batch_rows.result(row.line, batch_rows.fatal(row.num_alone, death)), failed=True)
+        self._blamed.clear()
 
     def _record(self, text: bytes, failed: bool, num_tokens: int = 0) -> None:
         self._journal.append(text)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @contextmanager
 def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
     """Start an engine, with a line on the terminal while that takes; close it whatever happens."""
-    with _starting(config, err):
+    with starting(config, err):
         from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the line that says so
     engine = AsyncLLM(**asdict(config))
     try:
@@ -36,7 +36,7 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
 
     A directory without a tokenizer will do: prompts are token ids then.
     """
-    with _starting(config, err):
+    with starting(config, err):
         from eagleray.cluster.launch import launch  # noqa: F401  # as above
     engine, front_end = launch_as(config)
     try:
@@ -56,7 +56,7 @@ def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
 
 
 @contextmanager
-def _starting(config: EngineConfig, err: Console) -> Iterator[None]:
+def starting(config: EngineConfig, err: Console) -> Iterator[None]:
     """The same line that `launch` shows, for as long as what it needs is imported."""
     quiet_ray()
     with shown_start(config, err):

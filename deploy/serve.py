@@ -14,6 +14,7 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation_config import chosen_defaults
 from eagleray.cluster.launch import launch
 from eagleray.cluster.placement import Room, choose_device, rank_resources, room_here
 from eagleray.deploy.demo_model import resolve_model
@@ -73,6 +74,7 @@ class Replica:
         self._args = args = args.model_copy(update={"engine": engine_config})
         self._metrics = Metrics()
         self._keys = args.read_api_keys()
+        self._defaults = chosen_defaults(args.engine.model, args.generation_config)
         engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics)
         self._info = engine.info
         self._llm = AsyncLLM.attach(engine, front_end)
@@ -88,6 +90,7 @@ class Replica:
             model_name=args.model_name,
             max_model_len=self._info.max_model_len,
             created=self._created,
+            defaults=self._defaults,
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
         app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)

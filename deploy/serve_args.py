@@ -3,7 +3,7 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -17,6 +17,10 @@ class ServeArgs(BaseModel):
 
     engine: EngineConfig
     served_model_name: str | None = Field(None, description="the model's name to clients; its directory's if not given")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="whose sampling counts where requests do not say: auto is the model's, none OpenAI's",
+    )
     num_replicas: int = Field(1, ge=1, description="engines, each with ranks of its own")
     autoscaling_config: dict[str, Any] | None = Field(
         None, description="Ray Serve's AutoscalingConfig as JSON, instead of num_replicas"

@@ -1,7 +1,6 @@
 """The routes."""
 
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel
@@ -9,7 +8,7 @@ from pydantic import BaseModel
 from eagleray.deploy.openai.chat import chat_chunks, chat_completion
 from eagleray.deploy.openai.completions import completion, completion_chunks
 from eagleray.deploy.openai.connection import while_connected
-from eagleray.deploy.openai.errors import ErrorReply
+from eagleray.deploy.openai.description import describe, failures, streamed
 from eagleray.deploy.openai.events import EventStream
 from eagleray.deploy.openai.handlers import install_handlers
 from eagleray.deploy.openai.inputs import conversation_prompt, text_tokens, tokens_text
@@ -32,8 +31,6 @@ from eagleray.deploy.openai.schema import (
 )
 from eagleray.deploy.openai.served import Served
 
-Responses = dict[int | str, dict[str, Any]]
-
 
 def make_app(served: Served) -> FastAPI:
     """OpenAI's API for one model; `/docs` describes it."""
@@ -42,6 +39,7 @@ def make_app(served: Served) -> FastAPI:
     app.include_router(generation_routes(served))
     app.include_router(token_routes(served))
     app.include_router(model_routes(served))
+    describe(app, ChatCompletionChunk)
     return app
 
 
@@ -49,14 +47,14 @@ def generation_routes(served: Served) -> APIRouter:
     """The two ways to generate."""
     router = APIRouter(tags=["generate"])
 
-    @router.post("/v1/completions", response_model=Completion, responses=_streamed(Completion))
+    @router.post("/v1/completions", response_model=Completion, responses=streamed(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         if body.stream:
             return EventStream(completion_chunks(served, body))
         return _json(await while_connected(request.receive, completion(served, body)))
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=_streamed(ChatCompletionChunk))
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=streamed(ChatCompletionChunk))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         if body.stream:
@@ -70,7 +68,7 @@ def token_routes(served: Served) -> APIRouter:
     """vLLM's extensions around the tokenizer."""
     router = APIRouter(tags=["tokens"])
 
-    @router.post("/tokenize", responses=_errors(400, 404))
+    @router.post("/tokenize", responses=failures())
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """The token ids of a text, or of a conversation in the model's chat template."""
         served.check_model(body.model)
@@ -80,7 +78,7 @@ def token_routes(served: Served) -> APIRouter:
             ids = (await conversation_prompt(served, body))["prompt_token_ids"]
         return Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids)
 
-    @router.post("/detokenize", responses=_errors(400, 404))
+    @router.post("/detokenize", responses=failures())
     async def detokenize(body: DetokenizeRequest) -> Text:
         """The text of token ids, special tokens included."""
         served.check_model(body.model)
@@ -100,18 +98,18 @@ def model_routes(served: Served) -> APIRouter:
         max_model_len=served.max_model_len,
     )
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", responses=failures(of_model=False))
     async def models() -> ModelList:
         """The one model."""
         return ModelList(object="list", data=[card])
 
-    @router.get("/v1/models/{model:path}", responses=_errors(404))
+    @router.get("/v1/models/{model:path}", responses=failures())
     async def model(model: str) -> ModelCard:
         """A model by its name."""
         served.check_model(model)
         return card
 
-    @router.get("/version")
+    @router.get("/version", responses=failures(of_model=False))
     async def get_version() -> Version:
         """Eagleray's version."""
         return Version(version=version("eagleray"))
@@ -121,29 +119,3 @@ def model_routes(served: Served) -> APIRouter:
 
 def _json(reply: BaseModel) -> Response:
     return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
-
-
-MEANINGS = {
-    400: "The request cannot be served as it is; `param` names the field.",
-    404: "There is no such model.",
-    500: "The server failed; its log says more.",
-    503: "The engine is gone, or ended the request.",
-}
-
-
-def _errors(*statuses: int) -> Responses:
-    described: Responses = {status: {"model": ErrorReply, "description": MEANINGS[status]} for status in statuses}
-    return described | {"default": {"model": ErrorReply, "description": "Any other failure."}}
-
-
-def _streamed(chunk: type[BaseModel]) -> Responses:
-    events = {
-        "schema": {"type": "string", "description": f"Events whose data is a {chunk.__name__} in JSON."},
-        "example": 'data: {"id": "…", "choices": […]}\n\ndata: [DONE]\n\n',
-    }
-    answer = {
-        "description": "The whole answer; with `stream`, server-sent events as the model generates, the last of them "
-        "`data: [DONE]`. A failure on the way is an event `error` with an `ErrorReply`, after which nothing comes.",
-        "content": {"text/event-stream": events},
-    }
-    return {200: answer} | _errors(400, 404, 500, 503)

@@ -6,6 +6,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
 from eagleray.deploy.openai.logprobs import chat_logprobs
@@ -36,7 +38,7 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
         object="chat.completion",
         created=created,
         model=served.model_name,
-        choices=_choices(count.latest[0], job.params[0].logprobs),
+        choices=_choices(count.latest[0], job.params[0], served.engine.tokenizer),
         usage=count.usage(),
     )
 
@@ -62,18 +64,18 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
             count.latest[number] = output
             for sequence in output.outputs:
                 if (news := growth[sequence.index].take(sequence)) is not None:
-                    yield chunk([_chunk_choice(sequence.index, news, job.params[0].logprobs)])
+                    yield chunk([_chunk_choice(sequence.index, news, job.params[0], served.engine.tokenizer)])
     if request.stream_options is not None and request.stream_options.include_usage:
         yield chunk([], usage=count.usage())
 
 
 async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
-    params = chat_params(request)
+    params = chat_params(request, served.defaults)
     return Job.of("chatcmpl", request, [await conversation_prompt(served, request)], [params])
 
 
-def _choices(output: RequestOutput, num_top: int | None) -> list[ChatChoice]:
+def _choices(output: RequestOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> list[ChatChoice]:
     choices = []
     for sequence in output.outputs:
         news = Growth().take(sequence)
@@ -83,7 +85,7 @@ def _choices(output: RequestOutput, num_top: int | None) -> list[ChatChoice]:
             ChatChoice(
                 index=sequence.index,
                 message=AnswerMessage(role="assistant", content=news.text),
-                logprobs=_logprobs(news, num_top),
+                logprobs=_logprobs(news, params, tokenizer),
                 finish_reason=news.finish_reason,
                 stop_reason=news.stop_reason,
             )
@@ -91,17 +93,18 @@ def _choices(output: RequestOutput, num_top: int | None) -> list[ChatChoice]:
     return choices
 
 
-def _chunk_choice(index: int, news: News, num_top: int | None) -> ChunkChoice:
+def _chunk_choice(index: int, news: News, params: SamplingParams, tokenizer: Tokenizer | None) -> ChunkChoice:
     return ChunkChoice(
         index=index,
         delta=ChatDelta(role="assistant", content=news.text) if news.first else ChatDelta(content=news.text),
-        logprobs=_logprobs(news, num_top),
+        logprobs=_logprobs(news, params, tokenizer),
         finish_reason=news.finish_reason,
         stop_reason=news.stop_reason,
     )
 
 
-def _logprobs(news: News, num_top: int | None) -> ChatLogprobs | None:
-    if news.logprobs is None or num_top is None:
+def _logprobs(news: News, params: SamplingParams, tokenizer: Tokenizer | None) -> ChatLogprobs | None:
+    if news.logprobs is None or params.logprobs is None:
         return None
-    return chat_logprobs(news.token_ids, news.logprobs, num_top)
+    skip = params.skip_special_tokens
+    return chat_logprobs(news.token_ids, news.logprobs, params.logprobs, tokenizer, skip_special_tokens=skip)

@@ -42,7 +42,7 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
     served.check_model(request.model)
     prompts = await completion_prompts(served, request)
     rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
-    return Job.of("cmpl", request, prompts, [completion_params(request, room) for room in rooms])
+    return Job.of("cmpl", request, prompts, [completion_params(request, room, served.defaults) for room in rooms])
 
 
 class Reply:

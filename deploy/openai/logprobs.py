@@ -48,13 +48,27 @@ def text_logprobs(
     )
 
 
-def chat_logprobs(token_ids: Sequence[int], entries: Sequence[Entry], num_top: int) -> ChatLogprobs:
-    """Chat's form."""
+def chat_logprobs(
+    token_ids: Sequence[int],
+    entries: Sequence[Entry],
+    num_top: int,
+    tokenizer: Tokenizer | None,
+    *,
+    skip_special_tokens: bool,
+) -> ChatLogprobs:
+    """Chat's form. The bytes of all tokens together are those of the text."""
+    left_out = tokenizer.special_token_ids if tokenizer is not None and skip_special_tokens else frozenset[int]()
+
+    def top(token_id: int, logprob: Logprob) -> TopLogprob:
+        spelt = b"" if token_id in left_out else _bytes(token_id, logprob, tokenizer)
+        known = None if spelt is None else list(spelt)
+        return TopLogprob(token=_name(token_id, logprob), logprob=_finite(logprob), bytes=known)
+
     return ChatLogprobs(
         content=[
             TokenLogprob(
-                **_top(token_id, entry[token_id]).model_dump(),
-                top_logprobs=[_top(other, logprob) for other, logprob in _most_likely(entry, num_top)],
+                **top(token_id, entry[token_id]).model_dump(),
+                top_logprobs=[top(other, logprob) for other, logprob in _most_likely(entry, num_top)],
             )
             for token_id, entry in zip(token_ids, entries, strict=True)
         ]
@@ -66,10 +80,11 @@ def _most_likely(entry: Entry, num_top: int) -> list[tuple[int, Logprob]]:
     return [item for item in ranked if item[1].rank <= num_top][:num_top]
 
 
-def _top(token_id: int, logprob: Logprob) -> TopLogprob:
-    name = _name(token_id, logprob)
-    whole = logprob.decoded_token is not None and "\N{REPLACEMENT CHARACTER}" not in name
-    return TopLogprob(token=name, logprob=_finite(logprob), bytes=list(name.encode()) if whole else None)
+def _bytes(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> bytes | None:
+    """As the vocabulary has them, or else as the token's own text does, unless that is a part of a character."""
+    found = None if tokenizer is None else tokenizer.token_bytes.of(token_id)
+    text = logprob.decoded_token
+    return text.encode() if found is None and text is not None and "\N{REPLACEMENT CHARACTER}" not in text else found
 
 
 def _by_name(entry: Entry) -> dict[str, float]:

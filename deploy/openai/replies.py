@@ -49,7 +49,9 @@ class Completion(BaseModel):
 class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description="The token in UTF-8; null for a part of a character.")
+    bytes: list[int] | None = Field(
+        description="What it adds to the text, be it a part of a character; null if not known."
+    )
 
 
 class TokenLogprob(TopLogprob):

@@ -1,10 +1,12 @@
 """A request's fields as `SamplingParams`."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.schema import MAX_STOP_STRINGS, ChatRequest, CompletionRequest, GenerationRequest
+from eagleray.deploy.openai.ranges import MAX_STOP_STRINGS
+from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 
 SAME_NAME = (
     "n",
@@ -24,12 +26,14 @@ SAME_NAME = (
     "include_stop_str_in_output",
     "skip_special_tokens",
 )
+Defaults = Mapping[str, float]
+
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 FIELDS = frozenset({*CompletionRequest.model_fields, *ChatRequest.model_fields})
 
 
-def completion_params(request: CompletionRequest, room: int) -> SamplingParams:
-    """`room` is how many tokens the model holds after the prompt.
+def completion_params(request: CompletionRequest, room: int, defaults: Defaults) -> SamplingParams:
+    """`room` is how many tokens the model holds after the prompt, `defaults` are the model's own.
 
     With `echo` and max_tokens 0, which asks for the prompt alone, the one token that is generated is to be dropped.
     """
@@ -39,7 +43,7 @@ def completion_params(request: CompletionRequest, room: int) -> SamplingParams:
     if prompt_only(request):
         max_tokens = 1
     prompt_logprobs = request.logprobs if request.echo else None
-    return _params(request, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    return _params(request, defaults, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
 
 
 def prompt_only(request: CompletionRequest) -> bool:
@@ -47,12 +51,15 @@ def prompt_only(request: CompletionRequest) -> bool:
     return bool(request.echo) and request.max_tokens == 0
 
 
-def chat_params(request: ChatRequest) -> SamplingParams:
+def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """Without a limit of the client's, the model's room is the limit."""
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
         message = f"max_tokens is {old} and max_completion_tokens is {new}, its new name; give one of them"
         raise ApiError(400, message, param="max_tokens")
+    low, high, remedy = RANGES["max_tokens"]
+    if new is not None and not low <= new <= high:
+        raise ApiError(400, f"max_completion_tokens is {new}; {remedy}", param="max_completion_tokens")
     if request.top_logprobs is not None and not request.logprobs:
         message = f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
@@ -60,11 +67,12 @@ def chat_params(request: ChatRequest) -> SamplingParams:
         message = f"top_logprobs is {request.top_logprobs}; give a number from 0 to 20"
         raise ApiError(400, message, param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _params(request, max_tokens=old if new is None else new, logprobs=logprobs)
+    return _params(request, defaults, max_tokens=old if new is None else new, logprobs=logprobs)
 
 
-def _params(request: GenerationRequest, **others: Any) -> SamplingParams:
+def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> SamplingParams:
     same = {name: value for name in SAME_NAME if (value := getattr(request, name)) is not None}
+    same = {**defaults, **same}
     if isinstance(request.stop, list) and len(request.stop) > MAX_STOP_STRINGS:
         message = f"stop has {len(request.stop)} texts; give at most {MAX_STOP_STRINGS}"
         raise ApiError(400, message, param="stop")

@@ -1,17 +1,37 @@
 """What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would be ignored.
 
-None, JSON's null, stands for a field's default everywhere. `SamplingParams` checks ranges and words the errors.
+None, JSON's null, stands for a field's default everywhere, be that the model's own. `SamplingParams` checks ranges and
+words the errors.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-MAX_STOP_STRINGS = 64  # each is looked for with every token
-
-Ids = Annotated[list[int], Field(fail_fast=True)]
-Texts = Annotated[list[str], Field(fail_fast=True)]
-ListsOfIds = Annotated[list[Ids], Field(fail_fast=True)]
+from eagleray.deploy.openai.ranges import (
+    MAX_STOP_STRINGS,
+    Biases,
+    FrequencyPenalty,
+    Ids,
+    ListsOfIds,
+    MaxTokens,
+    MaxTokensOrNone,
+    MinP,
+    MinTokens,
+    NumChoices,
+    NumLogprobs,
+    PresencePenalty,
+    Priority,
+    RepetitionPenalty,
+    Seed,
+    SomeIds,
+    SomeText,
+    SomeTexts,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 class Asked(BaseModel):
@@ -33,29 +53,33 @@ class GenerationRequest(Asked):
 
     stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    n: int | None = Field(None, description="Choices for each prompt; choice i draws with seed + i. 1 by default.")
-    max_tokens: int | None = Field(None, description="At most so many tokens are generated for each choice.")
-    temperature: float | None = Field(None, description="0 is greedy; 1 by default.")
-    top_p: float | None = Field(None, description="Draw from the most likely tokens of this total probability.")
-    stop: str | Texts | None = Field(
+    n: NumChoices | None = Field(
+        None, description="Choices for each prompt; choice i draws with seed + i. 1 by default."
+    )
+    max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
+    temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
+    top_p: TopP | None = Field(None, description="Draw from the most likely tokens of this total probability.")
+    stop: SomeText | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
-    seed: int | None = Field(None, description="From 0; equal seeds draw equal tokens, in any batch.")
-    presence_penalty: float | None = Field(None, description="From -2 to 2.")
-    frequency_penalty: float | None = Field(None, description="From -2 to 2.")
-    logit_bias: dict[str, float] | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
+    seed: Seed | None = Field(None, description="From 0; equal seeds draw equal tokens, in any batch.")
+    presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
+    frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
+    logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
     user: str | None = Field(None, description="Who asks; goes to the server's log together with the answer's id.")
 
-    top_k: int | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
-    min_p: float | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
-    repetition_penalty: float | None = Field(None, description="Extension: above 1 discourages what is there already.")
-    min_tokens: int | None = Field(None, description="Extension: nothing ends a choice before so many tokens.")
+    top_k: TopK | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
+    min_p: MinP | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, description="Extension: above 1 discourages what is there already."
+    )
+    min_tokens: MinTokens | None = Field(None, description="Extension: nothing ends a choice before so many tokens.")
     ignore_eos: bool | None = Field(None, description="Extension: go on after the end of sequence.")
     stop_token_ids: Ids | None = Field(None, description="Extension: token ids that end a choice.")
-    allowed_token_ids: Ids | None = Field(None, description="Extension: draw nothing else.")
+    allowed_token_ids: SomeIds | None = Field(None, description="Extension: draw nothing else.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
     skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
-    priority: int | None = Field(None, description="Extension: lower runs first; 0 by default.")
+    priority: Priority | None = Field(None, description="Extension: lower runs first; 0 by default.")
 
 
 class CompletionRequest(GenerationRequest):
@@ -65,11 +89,12 @@ class CompletionRequest(GenerationRequest):
         json_schema_extra={"examples": [{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}]}
     )
 
-    prompt: str | Ids | Texts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
+    prompt: SomeText | SomeIds | SomeTexts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
     echo: bool | None = Field(None, description="Put the prompt before the answer, in `logprobs`, too.")
-    logprobs: int | None = Field(
-        None, description="Log-probabilities, with those of so many most likely tokens (to 20)."
+    max_tokens: MaxTokensOrNone | None = Field(
+        None, description="At most so many tokens are generated for each choice; 0 only with `echo`. 16 by default."
     )
+    logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, with those of so many likely tokens.")
     add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
 
 
@@ -109,9 +134,9 @@ class ChatRequest(GenerationRequest, Conversation):
         }
     )
 
-    max_completion_tokens: int | None = Field(None, description="The new name of `max_tokens`.")
+    max_completion_tokens: MaxTokens | None = Field(None, description="The new name of `max_tokens`.")
     logprobs: bool | None = Field(None, description="Return log-probabilities of the tokens.")
-    top_logprobs: int | None = Field(None, description="With so many of the most likely tokens (0 to 20).")
+    top_logprobs: NumLogprobs | None = Field(None, description="With so many of the most likely tokens.")
 
 
 class TokenizeText(Asked):

@@ -1,6 +1,7 @@
 """What an app serves."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ class Served:
     model_name: str
     max_model_len: int  # tokens of prompt and answer together
     created: int  # seconds since 1970
+    defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request does not say
 
     @property
     def tokenizer(self) -> Tokenizer:

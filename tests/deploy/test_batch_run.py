@@ -13,27 +13,41 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.batch_input import read_lines, survey
 from eagleray.deploy.batch_journal import Identity, Journal
 from eagleray.deploy.batch_progress import BatchProgress
 from eagleray.deploy.batch_replica import AppReplica
-from eagleray.deploy.batch_rows import Line
+from eagleray.deploy.batch_rows import Answer, Line
 from eagleray.deploy.batch_run import BatchRun
 from eagleray.deploy.batch_storage import Places
 from support.batch_files import read_results, row, write_rows
 
 NUM_ROWS = 60
+POISON = "poison"
 
 
 class Server:
-    """A tiny app instead of a model: it repeats what it is asked, and dies after so many answers."""
+    """A tiny app instead of a model: it repeats what it is asked, and dies after so many answers or of a poison."""
 
-    def __init__(self, dies_after: int | None = None) -> None:
-        self.num_running = self.most_running = self.num_answers = 0
+    def __init__(self, dies_after: int | None = None, max_restarts: int = 0) -> None:
+        self.num_running = self.most_running = self.num_answers = self.num_restarts = 0
         self._dies_after = dies_after
+        self._max_restarts = max_restarts
+        self._dead = False
         routes = [Route(url, self._answer, methods=["POST"]) for url in ("/v1/completions", "/v1/chat/completions")]
-        self.replica = AppReplica(Starlette(routes=routes))
+        self._replica = AppReplica(Starlette(routes=routes))
+
+    async def answer(self, url: str, body: bytes) -> Answer:
+        return await self._replica.answer(url, body)
+
+    async def restart(self) -> None:
+        if self.num_restarts == self._max_restarts:
+            raise EngineStartError("no GPU is left")
+        await asyncio.sleep(0)
+        self._dead = False
+        self._dies_after = None if self._dies_after else self._dies_after  # 0 is always
+        self.num_restarts += 1
 
     async def _answer(self, request: Request) -> JSONResponse:
         asked = await request.json()
@@ -43,7 +57,9 @@ class Server:
             await asyncio.sleep(0)
         self.num_running -= 1
         self.num_answers += 1
-        if self._dies_after is not None and self.num_answers > self._dies_after:
+        if asked.get("user") == POISON or (self._dies_after is not None and self.num_answers > self._dies_after):
+            self._dead = True
+        if self._dead:
             return JSONResponse({"error": {"message": "rank 1 is gone"}}, 503)
         return JSONResponse({"id": "cmpl-1", "asked": asked, "usage": {"completion_tokens": 2}})
 
@@ -67,7 +83,7 @@ async def answered(input: Path, servers: list[Server], window: int) -> tuple[Bat
             yield line
 
     with Journal(input.with_name("out.jsonl.partial"), Identity(known.size, known.sha256, "m")) as journal:
-        await BatchRun(watched(), journal, progress).run([server.replica for server in servers], window)
+        await BatchRun(watched(), journal, progress).run(servers, window)
     return progress, ahead
 
 
@@ -107,6 +123,44 @@ async def test_the_last_replicas_death_ends_the_job_and_keeps_what_is_done(input
     with pytest.raises(EngineDeadError, match="rank 1 is gone"):
         await answered(input, [Server(dies_after=3), Server(dies_after=4)], window=5)
     assert len(read_results(input.with_name("out.jsonl.partial"))) == 7
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 100])
+@pytest.mark.parametrize("poisoned", [(0,), (37,), (59,), (3, 4, 50)], ids=str)
+@pytest.mark.parametrize("num_servers", [1, 3])
+async def test_rows_that_kill_engines_are_found_and_fail_alone(
+    input: Path, window: int, poisoned: tuple[int, ...], num_servers: int
+) -> None:
+    bodies = [{"user": POISON} if index in poisoned else {} for index in range(NUM_ROWS)]
+    write_rows(input, [row(index, **bodies[index]) for index in range(NUM_ROWS)])
+    servers = [Server(max_restarts=100) for _ in range(num_servers)]
+    progress, _ = await answered(input, servers, window)
+    results = read_results(input.with_name("out.jsonl.partial"))
+    assert sorted(result["custom_id"] for result in results) == sorted(f"row {index}" for index in range(NUM_ROWS))
+    failed = {result["custom_id"]: result for result in results if result["response"]["status_code"] != 200}
+    assert failed.keys() == {f"row {index}" for index in poisoned}
+    for result in failed.values():
+        assert (result["response"]["status_code"], result["error"]) == (500, None)
+        error = result["response"]["body"]["error"]
+        assert (error["type"], error["code"]) == ("server_error", "engine_died")
+        assert error["message"].startswith("2 engines died while they ran this row and no other; the last cause: ")
+        assert "rank 1 is gone" in error["message"]
+    assert progress.num_failed == len(poisoned)
+    assert sum(server.num_restarts for server in servers) <= 6 * len(poisoned)
+
+
+async def test_an_engine_that_dies_by_chance_is_replaced_and_no_row_fails(input: Path) -> None:
+    server = Server(dies_after=7, max_restarts=1)
+    await answered(input, [server], window=16)
+    assert requests(input) == [row(index)["body"] for index in range(NUM_ROWS)]
+
+
+async def test_engines_that_only_die_end_the_job_and_no_row_is_blamed(input: Path) -> None:
+    server = Server(dies_after=0, max_restarts=100)
+    with pytest.raises(EngineDeadError, match=r"10 engines died one after the other, and answered no row: .*rank 1"):
+        await answered(input, [server], window=100)
+    assert server.num_restarts == 9
+    assert not input.with_name("out.jsonl.partial").exists()
 
 
 def test_an_output_in_an_object_store_needs_a_work_directory(tmp_path: Path) -> None:

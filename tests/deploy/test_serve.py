@@ -43,6 +43,7 @@ LONG = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "ignore_eos": True, 
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     write_tiny_model(path)
+    (path / "generation_config.json").write_text('{"top_k": 1, "eos_token_id": 257}')
     return path
 
 
@@ -92,6 +93,19 @@ def test_the_openai_client_lists_the_model_and_streams_what_it_gets_whole(url: s
     assert "".join(chunk.text for chunk in chunks) == whole.text
     assert chunks[-1].finish_reason == whole.finish_reason
     assert len(chunks) > 5
+
+
+def test_the_models_own_sampling_counts_where_a_request_does_not_say(url: str) -> None:
+    """It takes the likeliest token only."""
+    with keyed(url) as client:
+
+        def text(**asked: int) -> str:
+            body = {"model": "tiny", "prompt": "Once", "max_tokens": 20, "ignore_eos": True} | asked
+            found: str = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+            return found
+
+        assert text(seed=1) == text(seed=2) == text(temperature=0)
+        assert text(seed=1, top_k=0) != text(seed=2, top_k=0)
 
 
 @pytest.mark.parametrize("key", ["sk-wrong", KEY + "x"])

@@ -86,6 +86,13 @@ def test_the_command_line_says_the_same(model_dir: Path) -> None:
     assert site.url("::1") == "http://[::1]:81/llm"
 
 
+def test_the_models_sampling_can_be_left_alone(model_dir: Path) -> None:
+    for words, expected in (([], "auto"), (["--generation-config", "none"], "none")):
+        assert serve_args(parsed(str(model_dir), *words))[0].generation_config == expected
+    with pytest.raises(ValueError, match=r"^generation_config: Input should be 'auto' or 'none'$"):
+        serve_args(parsed(str(model_dir), "--generation-config", "mine"))
+
+
 def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"^max_body_bytes: .*greater than or equal to 1$"):
         serve_args(parsed(str(model_dir), "--max-body-bytes", "0"))

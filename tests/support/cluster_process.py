@@ -29,10 +29,11 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
+def running_cluster(**variables: str) -> Iterator[Cluster]:
     """Its workers, its jobs and the programs that join it share an environment, and with that its token.
 
-    It has a directory of its own, where programs and jobs would otherwise find other clusters of the machine.
+    `variables` are added to it. The cluster has a directory of its own, where programs and jobs would otherwise find
+    other clusters of the machine.
     """
     directory = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, since sockets lie there
     dashboard = free_port()
@@ -43,6 +44,7 @@ def running_cluster() -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_TMPDIR": directory,
         "RAY_worker_niceness": "0",
+        **variables,
     }
     ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     options = [f"--num-cpus={NUM_CPUS}", "--include-dashboard=true", f"--temp-dir={directory}"]

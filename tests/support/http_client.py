@@ -1,12 +1,36 @@
-"""What clients of the HTTP API send and see, without a client library."""
+"""What clients of the HTTP API send and see, with OpenAI's client library and without one."""
 
 import json
 from typing import Any
 
 import httpx
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 
 from eagleray.cluster.outputs import RequestOutput
 from support.http_server import Server
+
+FIELDS: dict[str, frozenset[str]] = {  # all that the library knows
+    "/v1/completions": frozenset(CompletionParams.__annotations__),
+    "/v1/chat/completions": frozenset(ChatParams.__annotations__),
+}
+
+
+def create(server: Server, path: str, **body: Any) -> Any:
+    """What the library makes of the answer; what it does not know goes as `extra_body`."""
+    resource: Any = server.openai.chat.completions if "chat" in path else server.openai.completions
+    known = {name: value for name, value in body.items() if name in FIELDS[path]}
+    extra = {name: value for name, value in body.items() if name not in FIELDS[path]}
+    return resource.create(**{"model": server.served.model_name} | known, extra_body=extra)
+
+
+def created(server: Server, path: str, **body: Any) -> dict[str, Any]:
+    found: dict[str, Any] = create(server, path, **body).model_dump()
+    return found
+
+
+def create_streamed(server: Server, path: str, **body: Any) -> list[dict[str, Any]]:
+    return [chunk.model_dump() for chunk in create(server, path, stream=True, **body)]
 
 
 def ends(output: RequestOutput) -> list[tuple[str, str | None, int | str | None]]:

@@ -9,34 +9,51 @@ from typing import Any, TypeVar
 
 import openai
 import uvicorn
+from starlette.types import ASGIApp
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
 
 T = TypeVar("T")
+Wrapper = Callable[[ASGIApp], ASGIApp]
 PATIENCE_S = 30.0
+
+
+def bare(app: ASGIApp) -> ASGIApp:
+    """Nothing around it."""
+    return app
+
+
+def guarded(key: str, max_body_bytes: int, max_requests: int) -> Wrapper:
+    """What a replica puts around it."""
+    return lambda app: RequestIds(
+        ApiKeys(BodyLimit(BoundedQueue(app, max_requests), max_body_bytes), [key]), reply=True
+    )
 
 
 class Server:
     """uvicorn and an `AsyncLLM`, with an event loop of their own in a thread of this process."""
 
-    def __init__(self, engine: AsyncLLM, model_name: str, max_model_len: int) -> None:
+    def __init__(self, engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper, key: str) -> None:
         self.engine = engine
+        self._around, self._key = around, key
         self.served = Served(engine, model_name, max_model_len, created=1_700_000_000)
         self._started = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), name="server")
         self._thread.start()
         assert self._started.wait(PATIENCE_S), "the server did not start"
         self.url = f"http://127.0.0.1:{self._port}"
-        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self._key, max_retries=0, timeout=60)
 
     def async_openai(self) -> openai.AsyncOpenAI:
         """A client for the caller's event loop."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self._key, max_retries=0, timeout=60)
 
     def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something on the server's event loop."""
@@ -65,7 +82,9 @@ class Server:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        config = uvicorn.Config(make_app(self.served), port=0, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            self._around(make_app(self.served)), port=0, log_level="warning", timeout_graceful_shutdown=5
+        )
         self._server = uvicorn.Server(config)
         serving = asyncio.create_task(self._server.serve())
         while not self._server.started:
@@ -81,9 +100,11 @@ class Server:
 
 
 @contextmanager
-def serving(engine: AsyncLLM, model_name: str, max_model_len: int) -> Iterator[Server]:
-    """A server, and at the end neither it nor the engine."""
-    server = Server(engine, model_name, max_model_len)
+def serving(
+    engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper = bare, key: str = "none"
+) -> Iterator[Server]:
+    """A server, and at the end neither it nor the engine. `around` puts its application into others."""
+    server = Server(engine, model_name, max_model_len, around, key)
     try:
         yield server
     finally:

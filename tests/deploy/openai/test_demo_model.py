@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from eagleray.cluster.async_llm import AsyncLLM
+from support.http_client import post, streamed
 from support.http_server import Server, serving
 
 QUESTION = "What is the capital of France?"
@@ -55,3 +56,21 @@ def test_characters_of_several_tokens_come_whole(demo: Server) -> None:
     assert "".join(texts) == direct.text
     assert any(ord(letter) > 0xFFFF for letter in direct.text), "a prompt whose answer has none tests nothing"
     assert "" in texts[:-1], "tokens that end no character bring no text"
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("prompt", ["Say only this: 🦅🐟🦅🐟🦅🐟🦅🐟", "Repeat: 日本語 日本語 日本語 日本語"])
+def test_the_bytes_of_all_tokens_are_the_text(demo: Server, prompt: str, as_stream: bool) -> None:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": prompt.partition(": ")[2][:5]}]
+    body = {"messages": messages, "continue_final_message": True, "temperature": 0, "max_tokens": 40}
+    body |= {"logprobs": True, "top_logprobs": 3}
+    if as_stream:
+        choices = [chunk["choices"][0] for chunk in streamed(demo, "/v1/chat/completions", **body)]
+        text = "".join(choice["delta"]["content"] for choice in choices)
+    else:
+        choices = post(demo, "/v1/chat/completions", **body)["choices"]
+        text = choices[0]["message"]["content"]
+    tokens = [token for choice in choices for token in choice["logprobs"]["content"]]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace") == text
+    assert any("\N{REPLACEMENT CHARACTER}" in token["token"] for token in tokens), "no part of a character: no test"
+    assert all(top["bytes"] is not None for token in tokens for top in token["top_logprobs"])

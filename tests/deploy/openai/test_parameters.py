@@ -1,12 +1,25 @@
 """Every field that shapes the answer does so, on both endpoints and in streams, as it does in the engine itself."""
 
 import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from support.http_client import ends, post, put_together, streamed
-from support.http_server import Server
+from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.deploy.batch_replica import AppReplica
+from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest
+from support.http_client import create_streamed, created, ends, post, put_together
+from support.http_server import Server, serving
+from support.local_engine import LocalEngine
 from support.tiny_model import END_ID
 
 PROMPT = "To be, or not to be"
@@ -47,21 +60,50 @@ SHAPING: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what a client sends,
 IDS = ["+".join(f"{name}={str(value)[:12]}" for name, value in asked.items()) for asked, _ in SHAPING]
 
 
+HERE = Path(__file__).parent
+TESTED = {  # fields whose effect is no other text
+    "model": "test_answers.py: test_a_completion_is_the_engines",
+    "prompt": "test_answers.py: test_prompts_are_texts_or_ids_or_lists_of_either",
+    "messages": "test_answers.py: test_a_conversation_becomes_this_text",
+    "add_generation_prompt": "test_answers.py: test_a_conversation_becomes_this_text",
+    "continue_final_message": "test_answers.py: test_a_conversation_becomes_this_text",
+    "chat_template_kwargs": "test_answers.py: test_a_conversation_becomes_this_text",
+    "stream": "test_answers.py: test_streams_are_whole_with_the_async_client",
+    "stream_options": "test_answers.py: test_usage_is_in_a_stream_only_if_asked_for",
+    "echo": "test_answers.py: test_an_echo_comes_before_the_answer",
+    "logprobs": "test_answers.py: test_logprobs_of_completions test_logprobs_of_chats",
+    "top_logprobs": "test_answers.py: test_logprobs_of_chats",
+    "add_special_tokens": "test_parameters.py: test_a_start_token_can_be_left_out",
+    "stop": "test_parameters.py: test_stop_texts_end_an_answer_and_are_no_part_of_it",
+    "max_completion_tokens": "test_parameters.py: test_both_names_of_the_limit_of_a_chat",
+    "priority": "test_parameters.py: test_lower_priority_numbers_run_first",
+    "user": "test_parameters.py: test_a_user_is_logged_with_the_answers_id",
+}
+
+
+@pytest.mark.parametrize("field", sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields}))
+def test_every_field_has_a_test_of_its_effect(field: str) -> None:
+    if not any(field in asked for asked, _ in SHAPING):
+        file, _, names = TESTED[field].partition(": ")
+        for name in names.split():
+            assert f"def {name}(" in (HERE / file).read_text()
+
+
 @pytest.mark.parametrize(("asked", "told"), SHAPING, ids=IDS)
 def test_a_field_does_what_it_does_in_the_engine(tiny: Server, asked: dict[str, Any], told: dict[str, Any]) -> None:
     plain = ends(tiny.generate(PROMPT, **BASE))
     shaped = ends(tiny.generate(PROMPT, **BASE | told))
     assert shaped != plain, "a field whose effect does not show is not tested"
     body = BASE | asked
-    whole = post(tiny, "/v1/completions", prompt=PROMPT, **body)
+    whole = created(tiny, "/v1/completions", prompt=PROMPT, **body)
     assert [(each["text"], each["finish_reason"], each["stop_reason"]) for each in whole["choices"]] == shaped
-    assert put_together(streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == shaped
+    assert put_together(create_streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == shaped
 
     answer = ends(tiny.generate(CHAT_PROMPT, **BASE | told))
-    chat = post(tiny, "/v1/chat/completions", messages=MESSAGES, **body)
+    chat = created(tiny, "/v1/chat/completions", messages=MESSAGES, **body)
     found = [(each["message"]["content"], each["finish_reason"], each["stop_reason"]) for each in chat["choices"]]
     assert found == answer
-    assert put_together(streamed(tiny, "/v1/chat/completions", messages=MESSAGES, **body)) == answer
+    assert put_together(create_streamed(tiny, "/v1/chat/completions", messages=MESSAGES, **body)) == answer
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -70,14 +112,14 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(tiny: Server, as_list: b
     stop = text[20:23]
     body = BASE | {"temperature": 0.0, "max_tokens": 60, "stop": [stop, "unheard of"] if as_list else stop}
     expected = [(text[: text.index(stop)], "stop", stop)]
-    whole = post(tiny, "/v1/completions", prompt=PROMPT, **body)["choices"][0]
+    whole = created(tiny, "/v1/completions", prompt=PROMPT, **body)["choices"][0]
     assert [(whole["text"], whole["finish_reason"], whole["stop_reason"])] == expected
-    assert put_together(streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == expected
+    assert put_together(create_streamed(tiny, "/v1/completions", prompt=PROMPT, **body)) == expected
 
 
 def test_equal_seeds_draw_equal_texts_and_others_do_not(tiny: Server) -> None:
     def text(**seed: int) -> str:
-        found: str = post(tiny, "/v1/completions", prompt=PROMPT, ignore_eos=True, **seed)["choices"][0]["text"]
+        found: str = created(tiny, "/v1/completions", prompt=PROMPT, ignore_eos=True, **seed)["choices"][0]["text"]
         return found
 
     assert text(seed=7) == text(seed=7)
@@ -94,13 +136,32 @@ def test_without_a_limit_completions_end_at_16_tokens_and_chats_where_the_model_
 def test_both_names_of_the_limit_of_a_chat(tiny: Server) -> None:
     for limit in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}):
         body = {"messages": MESSAGES, "ignore_eos": True, **limit}
-        assert post(tiny, "/v1/chat/completions", **body)["usage"]["completion_tokens"] == 3
+        assert created(tiny, "/v1/chat/completions", **body)["usage"]["completion_tokens"] == 3
 
 
 def test_nulls_stand_for_defaults(tiny: Server) -> None:
     nulls = dict.fromkeys(("temperature", "n", "stop", "logit_bias", "user", "stream", "stream_options", "echo"))
     body = {"prompt": PROMPT, "seed": 5, "ignore_eos": True}
     assert post(tiny, "/v1/completions", **body, **nulls)["choices"] == post(tiny, "/v1/completions", **body)["choices"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_models_defaults_count_where_a_request_does_not_say(tiny: Server, path: str) -> None:
+    defaults = {"temperature": 0.5, "top_k": 40, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 3.0}
+    app = AppReplica(make_app(replace(tiny.served, defaults=defaults)))
+    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": MESSAGES}
+
+    def choices(**changes: Any) -> Any:
+        body = BASE | prompt | changes
+        return json.loads(tiny.on_loop(app.answer(path, json.dumps(body).encode())).body)["choices"]
+
+    for name, value in defaults.items():
+        others = defaults | {name: getattr(SamplingParams(), name)}
+        assert choices() == post(tiny, path, **BASE, **prompt, **defaults)["choices"]
+        assert choices(**{name: None}) == choices(**{name: value}) == choices()
+        without = choices(**{name: others[name]})
+        assert without == post(tiny, path, **BASE, **prompt, **others)["choices"]
+    assert choices(temperature=3.0) != choices(), "what a request says goes first"
 
 
 async def test_lower_priority_numbers_run_first(tiny: Server) -> None:
@@ -119,6 +180,22 @@ async def test_lower_priority_numbers_run_first(tiny: Server) -> None:
     soon = [asyncio.create_task(run("soon", 1, 200)) for _ in range(8)]
     await asyncio.gather(*first, *late, *soon)
     assert ended == ["first"] * 8 + ["soon"] * 8 + ["late"] * 8
+
+
+def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_dir(demo_model_dir)
+    start = "<|im_start|>"
+    tokenizer.backend.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 1)])
+    limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
+    engine = AsyncLLM.attach(LocalEngine(), FrontEnd(tokenizer, limits))
+    ids = tokenizer.encode(PROMPT, add_special_tokens=False)
+    with serving(engine, "local", 256) as server:
+        for asked, expected in ((None, [1, *ids]), (True, [1, *ids]), (False, ids)):
+            body = {"prompt": PROMPT, "add_special_tokens": asked}
+            assert post(server, "/tokenize", **body)["tokens"] == expected
+            ours = created(server, "/v1/completions", **body, max_tokens=3)
+            by_ids = created(server, "/v1/completions", prompt=expected, max_tokens=3)
+            assert (ours["choices"], ours["usage"]["prompt_tokens"]) == (by_ids["choices"], len(expected))
 
 
 def test_a_user_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:

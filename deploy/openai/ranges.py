@@ -1,0 +1,57 @@
+"""Types of fields whose ranges stand in the OpenAPI document; `SamplingParams` checks them and words the errors."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from eagleray.cluster.front_end import MAX_PRIORITY
+from eagleray.cluster.sampling_params import MAX_SEED, RANGES
+
+MAX_STOP_STRINGS = 64  # each is looked for with every token
+
+
+def _schema(name: str, kind: str, **others: Any) -> dict[str, Any]:
+    """JSON schema of a number of `SamplingParams`."""
+    low, high, _ = RANGES[name]
+    return {"type": kind, "minimum": low, "maximum": high} | others
+
+
+def _number(name: str) -> WithJsonSchema:
+    return WithJsonSchema(_schema(name, "number"))
+
+
+def _count(name: str, **others: Any) -> WithJsonSchema:
+    return WithJsonSchema(_schema(name, "integer", **others))
+
+
+NumChoices = Annotated[int, _count("n")]
+MaxTokens = Annotated[int, _count("max_tokens")]
+MaxTokensOrNone = Annotated[int, _count("max_tokens", minimum=0)]
+MinTokens = Annotated[int, _count("min_tokens")]
+Temperature = Annotated[float, _number("temperature")]
+TopP = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
+TopK = Annotated[int, _count("top_k")]
+MinP = Annotated[float, _number("min_p")]
+Seed = Annotated[  # FastAPI writes bounds as floats, which have no 2**64 - 1
+    int, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SEED + 1})
+]
+PresencePenalty = Annotated[float, _number("presence_penalty")]
+FrequencyPenalty = Annotated[float, _number("frequency_penalty")]
+RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
+NumLogprobs = Annotated[int, _count("logprobs")]
+Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
+
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+Ids = Annotated[list[TokenId], Field(fail_fast=True)]
+SomeIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+SomeText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
+SomeTexts = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+ListsOfIds = Annotated[list[SomeIds], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOP_STRINGS})]
+
+BIASES = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+Biases = Annotated[dict[str, float], WithJsonSchema(BIASES)]
