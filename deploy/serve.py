@@ -19,6 +19,7 @@ from eagleray.cluster.placement import Room, choose_device, rank_resources, room
 from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.http_time import HttpTime
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.openai.playground import Playground
 from eagleray.deploy.openai.probes import Probes
@@ -91,7 +92,7 @@ class Replica:
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
         app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
-        app = Playground(RequestIds(app, reply=False))
+        app = HttpTime(Playground(RequestIds(app, reply=False)), self._metrics.observe_http)
         return Probes(app, self.check_health, self._metrics_text)
 
     def check_health(self) -> None:
