@@ -26,6 +26,7 @@ from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.server_start import BEFORE_ENGINE
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Replica:
     """One engine and its HTTP application. It takes no resources itself: it sits beside rank 0, in its bundle."""
 
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        begin = time.monotonic()
         _log_to_stderr()
         engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
         self._args = args = args.model_copy(update={"engine": engine_config})
@@ -76,6 +78,8 @@ class Replica:
         self._keys = args.read_api_keys()
         engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics)
         self._info = engine.info
+        before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
+        self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
         self._llm = AsyncLLM.attach(engine, front_end)
         self._llm.check_health(args.stall_timeout_s)  # from now on a death is noticed
         self._looks = asyncio.create_task(self._look_often(), name="eagleray metrics")

@@ -11,6 +11,7 @@ from ray.util import metrics as ray_metrics
 
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.messages import EngineStats
+from eagleray.deploy.server_start import START_METRIC
 
 TIME_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600]
 TOKEN_BUCKETS_S = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5]
@@ -44,14 +45,14 @@ class Counter:
 class Gauge:
     """What is so now."""
 
-    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
-        self._ray = ray_metrics.Gauge(name, text)
-        self._prometheus = PrometheusGauge(name, text, registry=registry)
+    def __init__(self, name: str, text: str, registry: CollectorRegistry, labels: tuple[str, ...] = ()) -> None:
+        self._ray = ray_metrics.Gauge(name, text, labels)
+        self._prometheus = PrometheusGauge(name, text, labels, registry=registry)
 
-    def set(self, value: float) -> None:
+    def set(self, value: float, labels: Mapping[str, str] = UNLABELLED) -> None:
         """Replace the value."""
-        self._ray.set(value)
-        self._prometheus.set(value)
+        self._ray.set(value, dict(labels))
+        (self._prometheus.labels(**labels) if labels else self._prometheus).set(value)
 
 
 class Histogram:
@@ -73,6 +74,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a time stamp beside every counter
         self._registry = every = CollectorRegistry()
+        self._start_s = Gauge(START_METRIC, "What the replica's start took, by part.", every, ("part",))
         self._running = Gauge("eagleray_requests_running", "Sequences that the last step ran.", every)
         self._waiting = Gauge("eagleray_requests_waiting", "Sequences that wait for a row or for memory.", every)
         self._used_blocks = Gauge("eagleray_kv_blocks_used", "Blocks of the KV cache that requests hold.", every)
@@ -102,6 +104,11 @@ class Metrics:
         }
         self._http_s = Histogram("eagleray_http_seconds", HTTP, every, PART_BUCKETS_S)
         self._seen = EngineStats()
+
+    def start(self, seconds: Mapping[str, float]) -> None:
+        """Say what the replica's start took."""
+        for part, value in seconds.items():
+            self._start_s.set(value, {"part": part})
 
     def end(self, generation: Generation) -> None:
         """Count a request that has ended. One whose engine is gone has no end of its own, and counts as an error."""

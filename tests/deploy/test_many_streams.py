@@ -1,4 +1,4 @@
-"""Two hundred streams at once from a real local Ray Serve: none is lost, none mixed up, and those cut off leave nothing."""
+"""Two hundred streams at once from a real local Ray Serve: none is lost or mixed up, those cut off leave nothing."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +32,8 @@ OPTIONS: dict[str, Any] = {
 GAUGES = ("requests_running", "requests_waiting", "kv_blocks_used")
 Body = dict[str, Any]
 DONE = "[DONE]"
+ENDLESS = 3000  # tokens
+HALF = "\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +71,18 @@ def body(number: int) -> Body:
     return {"prompt": prompt, "max_tokens": 20 + number % 17, "temperature": 0, "ignore_eos": True}
 
 
-async def events(client: httpx.AsyncClient, number: int) -> AsyncGenerator[str, None]:
+async def events(client: httpx.AsyncClient, asked: Body) -> AsyncGenerator[str, None]:
     """The data of each event, in its order."""
-    async with client.stream("POST", "/v1/completions", json=body(number) | {"stream": True}) as answer:
+    async with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as answer:
         assert answer.status_code == 200
         async for line in answer.aiter_lines():
             if line:
                 yield line.removeprefix("data: ")
 
 
-async def stream(client: httpx.AsyncClient, number: int, max_events: int | None = None) -> str:
-    """The text of a whole stream, or of its first events, after which the client leaves."""
-    found: list[str] = []
-    async with aclosing(events(client, number)) as every:
-        async for event in every:
-            found.append(event)
-            if len(found) == max_events and event != DONE:
-                return text_of(found)
+async def stream(client: httpx.AsyncClient, number: int) -> str:
+    """The text of a whole stream."""
+    found = [event async for event in events(client, body(number))]
     assert found[-1] == DONE
     assert json.loads(found[-2])["choices"][0]["finish_reason"] == "length"
     assert len({json.loads(event)["id"] for event in found[:-1]}) == 1
@@ -98,15 +94,27 @@ def text_of(found: list[str]) -> str:
 
 
 async def leave(client: httpx.AsyncClient, number: int, moment: int) -> str:
-    """The text that came before the client left: after so many events, or even before the answer began."""
-    if moment > 0:
-        return await stream(client, number, moment)
-    asking = asyncio.create_task(stream(client, number))
-    await asyncio.sleep(-moment / 100)
-    asking.cancel()
+    """The text that came before the client left: after so many events, or maybe before the answer began.
+
+    Without that the request would run for much longer than all the others.
+    """
+    found: list[str] = []
+
+    async def read() -> None:
+        async with aclosing(events(client, body(number) | {"max_tokens": ENDLESS})) as every:
+            async for event in every:
+                found.append(event)
+                if len(found) == moment:
+                    return
+
+    asking = asyncio.create_task(read())
+    if moment <= 0:
+        await asyncio.sleep(-moment / 100)
+        asking.cancel()
     with suppress(asyncio.CancelledError):
-        return await asking
-    return ""
+        await asking
+    assert DONE not in found
+    return text_of(found)
 
 
 async def until_idle(client: httpx.AsyncClient) -> None:
@@ -143,9 +151,9 @@ async def test_half_of_two_hundred_leave_at_random_and_nothing_is_left_of_them(
     ]
     texts = await asyncio.gather(*streams)
     assert texts[::2] == [alone[number] for number in numbers[::2]]
-    left = list(zip(texts[1::2], numbers[1::2], strict=True))
-    assert all(alone[number].startswith(text) for text, number in left)
-    assert sum(len(text) < len(alone[number]) for text, number in left) > NUM_STREAMS // 4, "hardly any left in time"
+    for text, number in zip(texts[1::2], numbers[1::2], strict=True):
+        whole = alone[number].rstrip(HALF)  # a character that begins with its last token
+        assert text[: len(whole)] == whole[: len(text)]
     await until_idle(client)
     again = await asyncio.gather(*(stream(client, number) for number in numbers))  # in every row
     assert again == [alone[number] for number in numbers]

@@ -59,6 +59,20 @@ def address(process: "subprocess.Popen[str]") -> str:
     return found[1]
 
 
+def start_parts(process: "subprocess.Popen[str]") -> tuple[float, dict[str, float], dict[str, float]]:
+    """Seconds in all, by part, and by part of the engine's, as the command says them once the model answers."""
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if "ready in" in line)
+    found = re.search(r"ready in ([\d.]+) s: (.*) \((.*)\)(.*)", line)
+    assert found, line
+    return float(found[1]), seconds_of(found[2] + found[4]), seconds_of(found[3])
+
+
+def seconds_of(text: str) -> dict[str, float]:
+    pairs = (part.rsplit(" ", 1) for part in text.strip().split(", "))
+    return {part: float(seconds) for part, seconds in pairs}
+
+
 def is_rank(process: psutil.Process) -> bool:
     try:
         return "RankActor" in "".join(process.cmdline())
@@ -68,8 +82,16 @@ def is_rank(process: psutil.Process) -> bool:
 
 def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Path) -> None:
     asked = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    begin = time.monotonic()
     with serving(model_dir) as process:
         url = address(process)
+        passed = time.monotonic() - begin
+        total, parts, of_engine = start_parts(process)
+        assert 0.5 * passed < total < passed
+        assert list(parts) == ["imports", "Ray", "Serve", "replica process", "engine", "first answer"]
+        assert sum(parts.values()) == pytest.approx(total, abs=0.05 * (len(parts) + 1))  # all are rounded
+        assert "weights" in of_engine
+        assert sum(of_engine.values()) == pytest.approx(parts["engine"], abs=0.05 * (len(of_engine) + 1))
         family = psutil.Process(process.pid).children(recursive=True)
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S) as stream:
             lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
