@@ -20,6 +20,7 @@ from eagleray.cluster.errors import EngineStartError
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
+from eagleray.deploy.serve_environment import set_environment
 from eagleray.deploy.server_start import ANSWER, IMPORTS, RAY, REPLICA, SERVE, Laps, line, replica_parts
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _on_ray(args: ServeArgs, end: End, laps: Laps) -> Iterator[bool]:
     from eagleray.cluster.placement import connect
 
     quiet_ray()
+    set_environment()
     laps.end(IMPORTS)
     try:
         private = connect(args.engine, args.max_replicas)

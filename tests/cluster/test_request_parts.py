@@ -16,6 +16,7 @@ from eagleray.cluster.messages import Abort, EngineOutputs, Shutdown, Submit
 from eagleray.cluster.outputs import RequestParts
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.step_clock import StepClock
 from eagleray.cluster.submission import ModelLimits
 from eagleray.workers.channel import Hub, Peer
 from eagleray.workers.reporter import Reporter
@@ -129,6 +130,18 @@ def test_what_is_slow_takes_the_time(slow: dict[str, Any], part: str) -> None:
     (parts,) = Engine(**slow).run([1, 2, 3])
     assert largest(parts) == part
     assert getattr(parts, part) > SLOW_S * (STEPS - 2)
+
+
+def test_no_part_is_longer_than_the_time_that_passed() -> None:
+    """A rank's clock and the driver's windows need not agree."""
+    clock = StepClock()
+    clock.start(time.monotonic())
+    begin = clock.time
+    clock.end_step(gpu_s=100.0)
+    clock.send_or_sleep(100.0)
+    clock.end_step(gpu_s=0.0)
+    assert min(msgspec.structs.astuple(clock.spent)) >= 0
+    assert sum(msgspec.structs.astuple(clock.spent)) == pytest.approx(clock.time - begin)
 
 
 def test_work_that_a_slow_step_hides_does_not_count() -> None:

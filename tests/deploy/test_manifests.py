@@ -16,6 +16,7 @@ from eagleray.deploy.arguments import Parser
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.serve import build
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_environment import FASTER_STREAMS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = {"ray-service.yaml": "RayService", "ray-job.yaml": "RayJob"}
@@ -110,6 +111,17 @@ def test_ray_up_accepts_the_cluster() -> None:
     validate_config(config)
     assert config["available_node_types"]["local.cluster.node"]["min_workers"] == 1
     assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
+
+
+def test_every_node_of_the_service_has_serves_settings_for_streams() -> None:
+    for pod in pods(cluster_of(load("ray-service.yaml"))):
+        environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        assert environment == FASTER_STREAMS
+    commands = load("cluster.yaml")
+    for kind in ("head", "worker"):
+        assert all(
+            f"{name}={value}" in commands[f"{kind}_start_ray_commands"][1] for name, value in FASTER_STREAMS.items()
+        )
 
 
 def test_grafana_shows_every_metric_that_there_is_and_no_other(ray_cluster: None) -> None:
