@@ -77,7 +77,9 @@ class EngineCore:
             pass  # what keeps the ranks busy goes first
         self._send_news()
         if not self._stopping:
+            begin = time.monotonic()
             self._wait()
+            self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
 
     def _take_messages(self) -> None:
         while message := self._front_ends.receive():
@@ -123,7 +125,9 @@ class EngineCore:
             return False
         if in_flight == 0:
             self._step_due = time.monotonic() + self._step_timeout_s
+        begin = time.monotonic()
         self._executor.send(step)
+        self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
         return True
 
     def _wait(self) -> None:

@@ -112,6 +112,7 @@ class FrontEnd:
                 if tokens.finish_reason is None:
                     aborts.append(tokens.id)
                 if generation.finished:
+                    generation.divide(completion, news.stats.spent, now)
                     del self._generations[generation.request_id]
                     self._on_end(generation)
         return list(changed.values()), aborts

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from eagleray.cluster.detokenizer import Detokenizer
 from eagleray.cluster.messages import EngineRequest, Tokens
-from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RequestParts
 from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.step_clock import Begun, Spent
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.workers.wire import TokenLogprobs
 
@@ -26,6 +27,7 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    begun: Begun | None = None
 
     def take(self, news: Tokens, generation: "Generation", eos_token_ids: frozenset[int]) -> None:
         """Add tokens up to the one that completes a stop string; see to the end if this is it."""
@@ -70,6 +72,7 @@ class Generation:
     arrival_time: float = field(default_factory=time.monotonic)
     first_token_time: float | None = None
     finished_time: float | None = None
+    parts: RequestParts | None = None  # once it has ended by itself
 
     @property
     def finished(self) -> bool:
@@ -79,13 +82,24 @@ class Generation:
     def take(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
         """News of one of `completions`, received at `now`."""
         completion.take(news, self, eos_token_ids)
+        completion.begun = news.begun or completion.begun
         self.prompt_logprobs += map(self.named, news.prompt_logprobs)
         if self.num_cached_tokens is None:
             self.num_cached_tokens = news.num_cached_tokens
         if news.token_ids and self.first_token_time is None:
             self.first_token_time = now
         if completion.finish_reason is not None:
-            self._see_end(now)
+            self._see_end(time.monotonic())
+
+    def divide(self, last: Completion, spent: Spent, heard: float) -> None:
+        """Say where its time went: the end of its `last` sequence was `heard` when the engine had `spent` that."""
+        if last.begun is None or self.finished_time is None:
+            return
+        ran, queue = spent - last.begun.before, last.begun.queue
+        detokenize = self.finished_time - heard
+        known = queue + ran.schedule + ran.broadcast + ran.gpu + detokenize
+        channel = self.finished_time - self.arrival_time - known
+        self.parts = RequestParts(queue, ran.schedule, ran.broadcast, ran.gpu, detokenize, channel)
 
     def end(self, reason: str) -> None:
         """End every sequence that runs."""
@@ -104,7 +118,7 @@ class Generation:
             outputs=[self._completion_output(completion) for completion in self.completions],
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
-            metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time),
+            metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time, self.parts),
         )
 
     def named(self, entry: TokenLogprobs) -> Logprobs:

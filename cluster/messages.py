@@ -3,6 +3,7 @@
 import msgspec
 
 from eagleray.cluster.start_report import StartReport
+from eagleray.cluster.step_clock import Begun, Spent
 from eagleray.workers.channel import Endpoint
 from eagleray.workers.wire import Sampling, TokenLogprobs
 
@@ -50,6 +51,7 @@ class Tokens(msgspec.Struct, omit_defaults=True):
     logprobs: list[TokenLogprobs] = []  # one for each of token_ids, when asked for
     prompt_logprobs: list[TokenLogprobs] = []  # for prompt tokens 1, 2, … as their slices run, when asked for
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once, with the first news
+    begun: Begun | None = None  # with the first news after it was taken from the queue
 
 
 class ProfileAnswer(msgspec.Struct, omit_defaults=True):
@@ -69,6 +71,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     num_blocks: int = 0
     num_preemptions: int = 0  # since the start
     num_prefix_hit_tokens: int = 0  # since the start
+    spent: Spent = Spent()
 
 
 class EngineOutputs(msgspec.Struct, omit_defaults=True):

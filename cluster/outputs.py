@@ -27,12 +27,29 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestParts:
+    """Where the time from a request's arrival to its end went, in seconds; of several sequences the last one's.
+
+    Of what happens at once only one counts, so that the parts add up. What the ranks compute comes first: the work of
+    driver and front end counts where it is not hidden behind them.
+    """
+
+    queue: float  # waiting in the engine, until the ranks are free for its first step; again after a preemption
+    schedule: float  # the driver's work on steps
+    broadcast: float  # steps and their outputs on the way between driver and ranks, until they are taken
+    gpu: float  # from the launch of steps to their outputs
+    detokenize: float  # the last tokens into text
+    channel: float  # all the rest: between front end and engine, both ways, until either has time to look
+
+
+@dataclass(frozen=True, slots=True)
 class RequestMetrics:
     """When things happened, in seconds of `time.monotonic()`."""
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    parts: RequestParts | None = None  # of a request that has ended by itself
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -19,6 +19,7 @@ class Plan:
     slices: list[Slice] = field(default_factory=list)
     uneven: dict[int, int] = field(default_factory=dict)  # row -> number of tokens, where it is not one
     starts: list[RowStart] = field(default_factory=list)
+    started: list[Request] = field(default_factory=list)
     blocks: dict[int, list[int]] = field(default_factory=dict)
     preempted: bool = False
 
@@ -35,3 +36,4 @@ class InFlight:
     step: int
     slices: list[Slice]
     num_tokens: int
+    started: list[Request]  # its first step, or the first after a preemption

@@ -1,5 +1,6 @@
 """One sequence on its way: what is known of it, and how far the ranks are."""
 
+import time
 from array import array
 from dataclasses import dataclass, field
 
@@ -7,6 +8,7 @@ import msgspec
 
 from eagleray.cluster.block_pool import ROOT, hash_block
 from eagleray.cluster.messages import EngineRequest
+from eagleray.cluster.step_clock import NOTHING, Begun, Spent, StepClock
 from eagleray.workers.wire import RowStart, Sampling, TokenLogprobs
 
 FrontEndId = bytes
@@ -36,6 +38,10 @@ class Request:
     num_published: int = 0  # blocks of `block_ids` offered to the prefix cache
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first start
     num_prompt_logprobs: int = 0  # delivered
+    waits_since: float | None = field(default_factory=time.monotonic)  # None once its first step is done
+    queued_s: float = 0.0  # in earlier waits
+    ran: Spent = NOTHING  # before it was preempted
+    begun: Begun | None = None
     finished: bool = False
 
     @classmethod
@@ -81,6 +87,20 @@ class Request:
         if token_id in self.stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= self.num_prompt_tokens + self.max_tokens else None
+
+    def begin(self, began: float, before: Spent) -> Begun:
+        """Its first step is done, whose window `began` when the engine had spent what it had `before`."""
+        assert self.waits_since is not None
+        self.queued_s += max(0.0, began - self.waits_since)
+        self.waits_since = None
+        self.begun = Begun(self.queued_s, before - self.ran)
+        return self.begun
+
+    def wait_again(self, clock: StepClock) -> None:
+        """It was preempted: until its next first step is done, time goes to the queue."""
+        if self.waits_since is None:
+            assert self.begun is not None
+            self.waits_since, self.ran = clock.time, clock.spent - self.begun.before
 
     def take_prompt_logprobs(self, start: int, logprobs: list[TokenLogprobs]) -> list[TokenLogprobs]:
         """Those not delivered yet, of `logprobs` that begin at prompt token `start + 1`.

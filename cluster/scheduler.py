@@ -2,6 +2,7 @@
 
 import heapq
 import logging
+import time
 from array import array
 from bisect import insort
 from collections import deque
@@ -12,6 +13,7 @@ from eagleray.cluster.caution import Caution
 from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.plan import InFlight, Plan
 from eagleray.cluster.request import FrontEndId, Request
+from eagleray.cluster.step_clock import StepClock
 from eagleray.workers.wire import Step, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks)
+        self.clock = StepClock()
         self._block_size = block_size
         self._caution = Caution(max_num_batched_tokens, max_num_seqs)
         self._max_slice_tokens = max_slice_tokens or max_num_batched_tokens
@@ -52,6 +55,7 @@ class Scheduler:
         self._waiting: list[tuple[int, int, Request]] = []  # a heap; finished requests in it are skipped
         self._running: list[Request] = []  # in order; the last is preempted first
         self._in_flight: deque[InFlight] = deque()
+        self._untold: dict[tuple[FrontEndId, int], Request] = {}  # that began and had no news since
         self._restart = False  # the next step is the first after one that ran out of memory
         self._num_steps = 0
         self._num_arrived = 0
@@ -79,6 +83,7 @@ class Scheduler:
             num_blocks=self.pool.num_blocks,
             num_preemptions=self._num_preemptions,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            spent=self.clock.spent,
         )
 
     # ---- requests come and go
@@ -144,16 +149,20 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Fill the token budget: running requests first, then waiting ones. None if nothing can run now."""
+        begin = time.monotonic()
         max_tokens = self._caution.max_tokens
         plan = Plan(max_tokens)
         self._continue_running(plan)
         if not plan.preempted:
             self._admit_waiting(plan)
         if not plan.slices:
+            if not self._in_flight:
+                self.clock.stop()
             return None
         plan.slices.sort(key=itemgetter(1))
         self._num_steps += 1
-        self._in_flight.append(InFlight(self._num_steps, plan.slices, max_tokens - plan.budget))
+        self._in_flight.append(InFlight(self._num_steps, plan.slices, max_tokens - plan.budget, plan.started))
+        self.clock.start(begin)
         stopped, self._stopped_rows = self._stopped_rows, []
         if len(plan.slices) < len(self._running):
             plan.rest(self._running)
@@ -201,6 +210,7 @@ class Scheduler:
         """Let a request wait again; its prompt and committed tokens are computed anew later."""
         self._vacate(request)
         self._num_preemptions += 1
+        request.wait_again(self.clock)
         heapq.heappush(self._waiting, (*request.order, request))
 
     def _run(self, request: Request, num_tokens: int, plan: Plan) -> None:
@@ -252,6 +262,7 @@ class Scheduler:
         request.num_published = len(cached)
         request.row = heapq.heappop(self._free_rows)
         plan.starts.append(request.row_start())
+        plan.started.append(request)
         self._num_prefix_hit_tokens += num_cached
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_cached
@@ -271,6 +282,7 @@ class Scheduler:
         """Commit what the oldest step in flight sampled. Tokens of requests that have ended meanwhile are dropped."""
         due = self._in_flight.popleft()
         assert due.step == output.step, f"step {output.step} returned while step {due.step} was due"
+        self._end_window(due, output.gpu_seconds)
         if output.out_of_memory:
             return self._begin_anew(due, output.out_of_memory)
         sampled = iter(array("i", output.token_ids))
@@ -289,7 +301,24 @@ class Scheduler:
             elif not tokens.prompt_logprobs:
                 continue
             news.append((request.front_end, tokens))
+        if self._untold:
+            self._tell_begun(news)
         return news
+
+    def _end_window(self, due: InFlight, gpu_s: float) -> None:
+        """The clock's window of a step ends, and with it the wait of those that it took from the queue."""
+        began, before = self.clock.time, self.clock.spent
+        self.clock.end_step(gpu_s)
+        for request in due.started:
+            if request.row is not None and request.waits_since is not None:
+                request.begin(began, before)
+                self._untold[request.front_end, request.id] = request
+
+    def _tell_begun(self, news: list[News]) -> None:
+        for front_end, tokens in news:
+            if request := self._untold.pop((front_end, tokens.id), None):
+                tokens.begun = request.begun
+        self._untold = {key: request for key, request in self._untold.items() if not request.finished}
 
     def _commit(self, request: Request, token_id: int, tokens: Tokens) -> None:
         if len(request.token_ids) == request.num_prompt_tokens:

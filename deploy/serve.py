@@ -20,12 +20,14 @@ from eagleray.cluster.placement import Room, choose_device, rank_resources, room
 from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.http_time import HttpTime
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.openai.playground import Playground
 from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.server_start import BEFORE_ENGINE
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Replica:
     """One engine and its HTTP application. It takes no resources itself: it sits beside rank 0, in its bundle."""
 
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+        begin = time.monotonic()
         _log_to_stderr()
         engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
         self._args = args = args.model_copy(update={"engine": engine_config})
@@ -77,6 +80,8 @@ class Replica:
         self._defaults = chosen_defaults(args.engine.model, args.generation_config)
         engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics)
         self._info = engine.info
+        before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
+        self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
         self._llm = AsyncLLM.attach(engine, front_end)
         self._llm.check_health(args.stall_timeout_s)  # from now on a death is noticed
         self._looks = asyncio.create_task(self._look_often(), name="eagleray metrics")
@@ -94,7 +99,7 @@ class Replica:
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
         app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
-        app = Playground(RequestIds(app, reply=False))
+        app = HttpTime(Playground(RequestIds(app, reply=False)), self._metrics.observe_http)
         return Probes(app, self.check_health, self._metrics_text)
 
     def check_health(self) -> None:

@@ -20,6 +20,8 @@ from eagleray.cluster.errors import EngineStartError
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
+from eagleray.deploy.serve_environment import set_environment
+from eagleray.deploy.server_start import ANSWER, IMPORTS, RAY, REPLICA, SERVE, Laps, line, replica_parts
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -80,13 +82,16 @@ class End:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end. Raises `ValueError` before anything starts, `EngineStartError` if the model does not."""
+    laps = Laps()
     args, site = serve_args(arguments)
     end = End(args.drain_timeout_s + END_S)
     end.listen()
     try:
-        with _on_ray(args, end) as private, _deployed(args, site, private) as url:
+        with _on_ray(args, end, laps) as private, _deployed(args, site, private, laps) as url:
             urllib.request.urlopen(f"{url}/health", timeout=args.engine.start_timeout_s).close()
+            laps.end(ANSWER)
             print(f"{args.model_name} answers at {url}/v1", flush=True)
+            logger.info("%s", line(laps.seconds, replica_parts(url, args.engine.start_timeout_s)))
             end.wait()
             logger.info("no new requests from now on; those that run may take %g s", args.drain_timeout_s)
     except ToldToEnd:
@@ -95,15 +100,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _on_ray(args: ServeArgs, end: End) -> Iterator[bool]:
+def _on_ray(args: ServeArgs, end: End, laps: Laps) -> Iterator[bool]:
     """Join or start Ray for as long as the command runs; gives whether it ends with the command."""
     import ray
 
     from eagleray.cluster.placement import connect
 
     quiet_ray()
+    set_environment()
+    laps.end(IMPORTS)
     try:
         private = connect(args.engine, args.max_replicas)
+        laps.end(RAY)
         end.listen()  # Ray's own handler of SIGTERM would end the process
         end.begin()
         yield private
@@ -112,18 +120,21 @@ def _on_ray(args: ServeArgs, end: End) -> Iterator[bool]:
 
 
 @contextmanager
-def _deployed(args: ServeArgs, site: Site, private: bool) -> Iterator[str]:
+def _deployed(args: ServeArgs, site: Site, private: bool, laps: Laps) -> Iterator[str]:
     """The application's address, for as long as it is to run. On a Ray that others use, Serve ends if it began here."""
     from ray import serve
 
     from eagleray.deploy.serve import build
 
+    laps.end(IMPORTS)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = _check_site(site)
     try:
         if ours:
             serve.start(http_options={"host": site.host, "port": site.port})
+        laps.end(SERVE)
         _run(build(args), site)
+        laps.end(REPLICA)
         yield site.url(_here(site))
     finally:
         _drain(site.name, args.drain_timeout_s + DELETE_S)

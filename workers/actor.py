@@ -144,10 +144,11 @@ class RankActor:
                 if (answer := profiler.handle(message)) is not None:
                     hub.send(msgspec.msgpack.encode(answer))
                 continue
+            begin = time.monotonic()
             pending = worker.launch(message)
             profiler.count_step()
             if reporter is not None:
-                reporter.report(pending)
+                reporter.report(pending, begin)
         profiler.drop()
         hub.close()
 

@@ -1,5 +1,6 @@
 """Sends outputs from a thread of its own: the next step is launched while the last one's tokens are on their way."""
 
+import time
 from queue import SimpleQueue
 from threading import Thread
 from typing import Protocol
@@ -20,13 +21,13 @@ class Reporter:
     """Waits for each output in turn and sends it to the hub."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._pending: SimpleQueue[Pending] = SimpleQueue()
+        self._pending: SimpleQueue[tuple[Pending, float]] = SimpleQueue()
         self._failure: BaseException | None = None
         Thread(target=self._run, args=(endpoint,), name="reporter", daemon=True).start()
 
-    def report(self, pending: Pending) -> None:
-        """Send an output once it is there, after those before it."""
-        self._pending.put(pending)
+    def report(self, pending: Pending, launched: float) -> None:
+        """Send an output once it is there, after those before it. `launched` is `time.monotonic()` of its launch."""
+        self._pending.put((pending, launched))
 
     def check(self) -> None:
         """Raise what ended the thread, if something did."""
@@ -36,8 +37,14 @@ class Reporter:
     def _run(self, endpoint: Endpoint) -> None:
         hub = Peer(endpoint, b"outputs")
         encode = msgspec.msgpack.Encoder().encode
+        last = 0.0  # when the output before was there
         try:
             while True:
-                hub.send(encode(self._pending.get().wait()))
+                pending, launched = self._pending.get()
+                output = pending.wait()
+                now = time.monotonic()
+                output.gpu_seconds = now - max(launched, last)
+                last = now
+                hub.send(encode(output))
         except BaseException as error:  # it belongs to the thread that serves
             self._failure = error

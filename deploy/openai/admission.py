@@ -87,7 +87,7 @@ class BoundedQueue:
         self.num_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _may_generate(scope):
+        if not may_generate(scope):
             await self._app(scope, receive, send)
         elif self.num_requests >= self._max_requests:
             message = f"{self.num_requests} requests run or wait here already; retry in a while"
@@ -107,7 +107,8 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _may_generate(scope: Scope) -> bool:
+def may_generate(scope: Scope) -> bool:
+    """Whether a request is one of those that the engine is asked for."""
     return scope["type"] == "http" and scope["method"] == "POST" and route_path(scope).startswith("/v1/")
 
 

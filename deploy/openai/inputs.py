@@ -1,4 +1,4 @@
-"""What clients send as the prompts that the engine takes. Long texts take long: that is left to threads."""
+"""What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
 
@@ -9,6 +9,8 @@ from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 
+SHORT = 1000  # characters: they take less time than a thread takes to begin where others want the processor, too
+FEW = 20  # messages
 RESERVED = frozenset(  # what the template's renderer takes for itself
     {
         *("self", "messages", "conversations", "tools", "chat_template", "template_kwargs"),
@@ -34,6 +36,8 @@ async def text_tokens(served: Served, text: str, add_special_tokens: bool | None
     """A text's token ids. Raises `ApiError` 400."""
     tokenizer = served.tokenizer
     with bad_requests():
+        if len(text) <= SHORT:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens is not False)
         return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens is not False)
 
 
@@ -62,8 +66,11 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
         "continue_final_message": goes_on,
         "add_generation_prompt": conversation.add_generation_prompt is not False,
     }
+    messages = _messages(conversation)
     with bad_requests():
-        return await asyncio.to_thread(chat_prompt, served.tokenizer, _messages(conversation), options)
+        if len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT:
+            return chat_prompt(served.tokenizer, messages, options)
+        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:

@@ -11,6 +11,7 @@ from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.http_time import engine_time
 from eagleray.deploy.openai.merge import merged
 from eagleray.deploy.openai.replies import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
@@ -66,6 +67,8 @@ async def _outputs(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[Re
     with bad_requests(FIELDS):
         async with aclosing(stream):
             async for output in stream:
+                if output.finished and (in_engine := engine_time.get()) is not None:
+                    in_engine.note(output.metrics)
                 yield output
 
 

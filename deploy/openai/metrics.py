@@ -11,9 +11,20 @@ from ray.util import metrics as ray_metrics
 
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.messages import EngineStats
+from eagleray.deploy.server_start import START_METRIC
 
 TIME_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600]
 TOKEN_BUCKETS_S = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5]
+PART_BUCKETS_S = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+PARTS = {  # of `RequestParts`
+    "queue": "Of a request: until the ranks were free for its first step, and again after a preemption.",
+    "schedule": "Of a request: the driver's work on steps while no rank computed.",
+    "broadcast": "Of a request: steps and their outputs on the way between driver and ranks.",
+    "gpu": "Of a request: its steps on the ranks, from launch to output.",
+    "detokenize": "Of a request: its last tokens into text.",
+    "channel": "Of a request: on the way between serving process and engine, and until either looked.",
+}
+HTTP = "Of a request: in the serving process, before it went to the engine and after its last token came."
 UNLABELLED: Mapping[str, str] = MappingProxyType({})
 
 
@@ -34,14 +45,14 @@ class Counter:
 class Gauge:
     """What is so now."""
 
-    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
-        self._ray = ray_metrics.Gauge(name, text)
-        self._prometheus = PrometheusGauge(name, text, registry=registry)
+    def __init__(self, name: str, text: str, registry: CollectorRegistry, labels: tuple[str, ...] = ()) -> None:
+        self._ray = ray_metrics.Gauge(name, text, labels)
+        self._prometheus = PrometheusGauge(name, text, labels, registry=registry)
 
-    def set(self, value: float) -> None:
+    def set(self, value: float, labels: Mapping[str, str] = UNLABELLED) -> None:
         """Replace the value."""
-        self._ray.set(value)
-        self._prometheus.set(value)
+        self._ray.set(value, dict(labels))
+        (self._prometheus.labels(**labels) if labels else self._prometheus).set(value)
 
 
 class Histogram:
@@ -63,6 +74,7 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a time stamp beside every counter
         self._registry = every = CollectorRegistry()
+        self._start_s = Gauge(START_METRIC, "What the replica's start took, by part.", every, ("part",))
         self._running = Gauge("eagleray_requests_running", "Sequences that the last step ran.", every)
         self._waiting = Gauge("eagleray_requests_waiting", "Sequences that wait for a row or for memory.", every)
         self._used_blocks = Gauge("eagleray_kv_blocks_used", "Blocks of the KV cache that requests hold.", every)
@@ -87,7 +99,16 @@ class Metrics:
         self._request_s = Histogram(
             "eagleray_request_seconds", "From a prompt's arrival to its last token.", every, TIME_BUCKETS_S
         )
+        self._part_s = {
+            part: Histogram(f"eagleray_{part}_seconds", text, every, PART_BUCKETS_S) for part, text in PARTS.items()
+        }
+        self._http_s = Histogram("eagleray_http_seconds", HTTP, every, PART_BUCKETS_S)
         self._seen = EngineStats()
+
+    def start(self, seconds: Mapping[str, float]) -> None:
+        """Say what the replica's start took."""
+        for part, value in seconds.items():
+            self._start_s.set(value, {"part": part})
 
     def end(self, generation: Generation) -> None:
         """Count a request that has ended. One whose engine is gone has no end of its own, and counts as an error."""
@@ -100,9 +121,16 @@ class Metrics:
             self._first_token_s.observe(first - generation.arrival_time)
         if last is not None:
             self._request_s.observe(last - generation.arrival_time)
+        if generation.parts is not None:
+            for part, histogram in self._part_s.items():
+                histogram.observe(getattr(generation.parts, part))
         num_later = max(len(completion.token_ids) for completion in generation.completions) - 1
         if first is not None and last is not None and num_later > 0:
             self._token_s.observe((last - first) / num_later)
+
+    def observe_http(self, seconds: float) -> None:
+        """Add what an answered request spent outside the engine."""
+        self._http_s.observe(seconds)
 
     def look(self, stats: EngineStats, *, idle: bool) -> None:
         """Take over the engine's state. It is as old as the last step's news, so `idle` says that nothing runs."""

@@ -16,6 +16,7 @@ from eagleray.deploy.arguments import Parser
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.serve import build
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_environment import FASTER_STREAMS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = {"ray-service.yaml": "RayService", "ray-job.yaml": "RayJob"}
@@ -119,13 +120,25 @@ def test_ray_up_accepts_the_cluster() -> None:
     assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
 
 
+def test_every_node_of_the_service_has_serves_settings_for_streams() -> None:
+    for pod in pods(cluster_of(load("ray-service.yaml"))):
+        environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        assert environment == FASTER_STREAMS
+    commands = load("cluster.yaml")
+    for kind in ("head", "worker"):
+        assert all(
+            f"{name}={value}" in commands[f"{kind}_start_ray_commands"][1] for name, value in FASTER_STREAMS.items()
+        )
+
+
 def test_grafana_shows_every_metric_that_there_is_and_no_other(ray_cluster: None) -> None:
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", Metrics().text().decode(), re.MULTILINE))
     board = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     names = {name for query in queries for name in re.findall(r"\bray_(\w+)", query)}
+    sums = {f"{name}_{what}" for name, kind in kinds.items() if kind == "histogram" for what in ("sum", "count")}
     of_histograms = {f"{name}_bucket" for name, kind in kinds.items() if kind == "histogram"}
-    assert names == of_histograms | {name for name, kind in kinds.items() if kind != "histogram"}
+    assert names - sums == of_histograms | {name for name, kind in kinds.items() if kind != "histogram"}
     for query in queries:
         counters = [name for name, kind in kinds.items() if kind == "counter" and f"ray_{name}" in query]
         assert all(f"rate(ray_{name}[" in query for name in counters)

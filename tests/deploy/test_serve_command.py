@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from eagleray.deploy.serve_environment import FASTER_STREAMS, set_environment
 from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
@@ -59,6 +60,20 @@ def address(process: "subprocess.Popen[str]") -> str:
     return found[1]
 
 
+def start_parts(process: "subprocess.Popen[str]") -> tuple[float, dict[str, float], dict[str, float]]:
+    """Seconds in all, by part, and by part of the engine's, as the command says them once the model answers."""
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if "ready in" in line)
+    found = re.search(r"ready in ([\d.]+) s: (.*) \((.*)\)(.*)", line)
+    assert found, line
+    return float(found[1]), seconds_of(found[2] + found[4]), seconds_of(found[3])
+
+
+def seconds_of(text: str) -> dict[str, float]:
+    pairs = (part.rsplit(" ", 1) for part in text.strip().split(", "))
+    return {part: float(seconds) for part, seconds in pairs}
+
+
 def is_rank(process: psutil.Process) -> bool:
     try:
         return "RankActor" in "".join(process.cmdline())
@@ -68,9 +83,20 @@ def is_rank(process: psutil.Process) -> bool:
 
 def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Path) -> None:
     asked = {"prompt": "a", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    begin = time.monotonic()
     with serving(model_dir) as process:
         url = address(process)
+        passed = time.monotonic() - begin
+        total, parts, of_engine = start_parts(process)
+        assert 0.5 * passed < total < passed
+        assert list(parts) == ["imports", "Ray", "Serve", "replica process", "engine", "first answer"]
+        assert sum(parts.values()) == pytest.approx(total, abs=0.05 * (len(parts) + 1))  # all are rounded
+        assert "weights" in of_engine
+        assert sum(of_engine.values()) == pytest.approx(parts["engine"], abs=0.05 * (len(of_engine) + 1))
         family = psutil.Process(process.pid).children(recursive=True)
+        environments = [each.environ() for each in family if is_rank(each)]
+        assert all(environment.items() >= FASTER_STREAMS.items() for environment in environments)
+        assert len(environments) == 2
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S) as stream:
             lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
             events = [next(lines) for _ in range(3)]
@@ -82,6 +108,13 @@ def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Pat
         assert process.wait(timeout=PATIENCE_S) == 0
         assert time.monotonic() - told < DRAIN_S + END_S
     assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_what_the_user_has_set_of_serves_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, other = list(FASTER_STREAMS)[:2]
+    monkeypatch.setattr(os, "environ", {name: "mine"})
+    set_environment()
+    assert (os.environ[name], os.environ[other]) == ("mine", FASTER_STREAMS[other])
 
 
 def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:

@@ -1,0 +1,181 @@
+"""Where a request's time went: each part grows when what it stands for is slow, and together they are all of it."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+
+from eagleray.cluster.engine_core import EngineCore
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.generation import Generation
+from eagleray.cluster.messages import Abort, EngineOutputs, Shutdown, Submit
+from eagleray.cluster.outputs import RequestParts
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.step_clock import StepClock
+from eagleray.cluster.submission import ModelLimits
+from eagleray.workers.channel import Hub, Peer
+from eagleray.workers.reporter import Reporter
+from eagleray.workers.wire import Profile, Profiled, RankReport, Step, StepOutput
+from support.toy_rank import VOCAB_SIZE, ToyRank
+
+BLOCK_SIZE = 4
+STEPS = 12
+SLOW_S = 0.02
+
+
+@dataclass
+class Slow:
+    """An output that the device takes its time for."""
+
+    output: StepOutput
+    seconds: float
+
+    def wait(self) -> StepOutput:
+        time.sleep(self.seconds)
+        return self.output
+
+
+class ReportingExecutor:
+    """A toy rank behind the reporter and the channel of real ones."""
+
+    def __init__(self, num_blocks: int, step_s: float, send_s: float) -> None:
+        self.num_blocks = num_blocks
+        self._hub = Hub()
+        self.pollable: Sequence[Any] = (self._hub.socket,)
+        self._rank = ToyRank(num_blocks, BLOCK_SIZE)
+        self._reporter = Reporter(self._hub.endpoint)
+        self._step_s, self._send_s = step_s, send_s
+
+    def send(self, message: Step | Profile) -> None:
+        assert isinstance(message, Step)
+        time.sleep(self._send_s)
+        launched = time.monotonic()
+        self._reporter.report(Slow(self._rank.run(message), self._step_s), launched)
+
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        message = self._hub.receive()
+        return None if message is None else msgspec.msgpack.decode(message[1], type=RankReport)
+
+    def close(self) -> None:
+        self._hub.close()
+
+
+class SlowScheduler(Scheduler):
+    """One that has much to think about."""
+
+    seconds = 0.0
+
+    def schedule(self) -> Step | None:
+        if self.num_unfinished:
+            time.sleep(self.seconds)
+        return super().schedule()
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """An engine core in a thread, and a front end in this one."""
+
+    rows: int = 8
+    num_blocks: int = 200
+    step_s: float = 0.0
+    send_s: float = 0.0
+    schedule_s: float = 0.0
+    ended: list[Generation] = field(default_factory=list)
+
+    def run(self, *prompts: list[int]) -> list[RequestParts]:
+        """Requests of `STEPS` tokens, all at once; their parts in the order in which they end."""
+        hub = Hub()
+        scheduler = SlowScheduler(
+            num_blocks=self.num_blocks, block_size=BLOCK_SIZE, max_num_seqs=self.rows, max_num_batched_tokens=64
+        )
+        scheduler.seconds = self.schedule_s
+        executor = ReportingExecutor(self.num_blocks, self.step_s, self.send_s)
+        core = EngineCore(scheduler, executor, hub, steps_in_flight=2, step_timeout_s=30)
+        thread = threading.Thread(target=core.run)
+        thread.start()
+        limits = ModelLimits(max_model_len=500, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset())
+        front_end = FrontEnd(None, limits, on_end=self.ended.append)
+        peer = Peer(hub.endpoint, b"front end")
+        params = SamplingParams(max_tokens=STEPS, ignore_eos=True)
+        generations = [front_end.prepare(prompt, params) for prompt in prompts]
+        requests = [request for generation in generations for request in front_end.add(generation)]
+        peer.send(msgspec.msgpack.encode(Submit(requests)))
+        while front_end.num_running:
+            payload = peer.receive(20)
+            assert payload is not None
+            _, aborts = front_end.process(msgspec.msgpack.decode(payload, type=EngineOutputs))
+            peer.send(msgspec.msgpack.encode(Abort(aborts)))
+        peer.send(msgspec.msgpack.encode(Shutdown()))
+        thread.join()
+        peer.close()
+        self.num_preemptions = scheduler.stats().num_preemptions
+        return [generation.parts for generation in self.ended if generation.parts is not None]
+
+
+def largest(parts: RequestParts) -> str:
+    return max(parts.__slots__, key=lambda name: float(getattr(parts, name)))
+
+
+@pytest.mark.parametrize(
+    ("slow", "part"),
+    [({"step_s": SLOW_S}, "gpu"), ({"send_s": SLOW_S}, "broadcast"), ({"schedule_s": SLOW_S}, "schedule")],
+)
+def test_what_is_slow_takes_the_time(slow: dict[str, Any], part: str) -> None:
+    """Nothing hides it here; only the sums' ends lie elsewhere, at the first and the last step."""
+    (parts,) = Engine(**slow).run([1, 2, 3])
+    assert largest(parts) == part
+    assert getattr(parts, part) > SLOW_S * (STEPS - 2)
+
+
+def test_no_part_is_longer_than_the_time_that_passed() -> None:
+    """A rank's clock and the driver's windows need not agree."""
+    clock = StepClock()
+    clock.start(time.monotonic())
+    begin = clock.time
+    clock.end_step(gpu_s=100.0)
+    clock.send_or_sleep(100.0)
+    clock.end_step(gpu_s=0.0)
+    assert min(msgspec.structs.astuple(clock.spent)) >= 0
+    assert sum(msgspec.structs.astuple(clock.spent)) == pytest.approx(clock.time - begin)
+
+
+def test_work_that_a_slow_step_hides_does_not_count() -> None:
+    (parts,) = Engine(step_s=2 * SLOW_S, schedule_s=SLOW_S / 2).run([1, 2, 3])
+    assert largest(parts) == "gpu"
+    assert parts.schedule < SLOW_S * STEPS / 4
+
+
+def test_the_parts_add_up_and_hardly_anything_is_left_for_the_channel() -> None:
+    engine = Engine(step_s=SLOW_S)
+    for parts, generation in zip(engine.run([1], [2, 3], [4] * 50), engine.ended, strict=True):
+        assert generation.finished_time is not None
+        passed = generation.finished_time - generation.arrival_time
+        assert sum(astuple(parts)) == pytest.approx(passed)
+        assert -1e-3 < parts.channel < passed / 4
+        assert min(astuple(parts)[:-1]) >= 0
+
+
+def test_a_full_engine_makes_the_queue_grow() -> None:
+    first, second, third = Engine(rows=1, step_s=SLOW_S).run([1], [2], [3])
+    assert first.queue < second.queue < third.queue
+    assert second.queue > SLOW_S * (STEPS - 2)
+    assert third.queue > SLOW_S * (STEPS - 2) * 2
+    assert max(each.gpu for each in (first, second, third)) < second.queue * 2
+
+
+def test_a_request_that_is_preempted_waits_again_and_its_parts_still_add_up() -> None:
+    """Three requests that fit only while they are short."""
+    engine = Engine(num_blocks=9, step_s=SLOW_S)
+    *_, last = engine.run([1] * 6, [2] * 6, [3] * 6)
+    assert engine.num_preemptions > 0
+    assert last.queue > SLOW_S * 3
+    for generation in engine.ended:
+        assert generation.parts is not None
+        assert generation.finished_time is not None
+        passed = generation.finished_time - generation.arrival_time
+        assert -1e-3 < generation.parts.channel < passed / 4
