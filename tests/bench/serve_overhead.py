@@ -39,6 +39,7 @@ def main() -> None:
         "cpus_per_rank": 0.1,
         "max_model_len": 1024,
         "enable_prefix_caching": False,
+        "load_format": settings.load_format,
         **({"kv_cache_bytes": 100_000_000} if settings.on_cpu else {}),
     }
     args = ServeArgs.model_validate(options | {"served_model_name": "model"})
@@ -63,6 +64,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--on-cpu", action=argparse.BooleanOptionalAction, default=not os.path.exists("/dev/nvidia0"))
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--threads-per-rank", type=int)
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--input-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--num-requests", type=int, default=50)
