@@ -211,6 +211,7 @@ class AsyncLLM:
                         self._profiled[answer.id].set()
                 for generation in changed:
                     self._wake(generation)
+                await asyncio.sleep(0)  # more news may be there already, and who reads these must have a turn
         except EngineDeadError as error:
             self._fail(str(error))
         except Exception as error:

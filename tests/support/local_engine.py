@@ -58,10 +58,10 @@ class LocalEngine:
         return EngineOutputs(news, self.scheduler.stats()) if news else None
 
     async def areceive(self) -> EngineOutputs:
-        while True:
+        """At once where there are news, as from a socket that never runs dry."""
+        while not (news := self.receive(0)):
             await asyncio.sleep(0.001)
-            if news := self.receive(0):
-                return news
+        return news
 
     def close(self) -> None:
         self.closed = True
