@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import os
 import time
 from dataclasses import asdict, replace
+from math import inf
 
 import ray
 from ray import serve
@@ -13,6 +15,7 @@ from starlette.types import ASGIApp
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
+from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation_config import chosen_defaults
 from eagleray.cluster.launch import launch
@@ -32,7 +35,8 @@ from eagleray.deploy.server_start import BEFORE_ENGINE
 logger = logging.getLogger(__name__)
 
 SPARE_REQUESTS = 10_000  # that Serve lets through beyond a replica's own limit, which refuses them in OpenAI's shape
-LOOK_S = 1.0  # between two looks at the engine's state for Ray's metrics
+LOOK_S = 1.0  # between two looks at the engine's state
+LAST_ANSWERS_S = 1.0  # for what a dead engine's requests are told
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -103,7 +107,10 @@ class Replica:
         return Probes(app, self.check_health, self._metrics_text)
 
     def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica after three failures. Raises `EngineDeadError`."""
+        """Called by Ray Serve, which replaces a replica after three failures. Raises `EngineDeadError`.
+
+        A late step may yet end. A replica whose engine is dead does not wait for that; see `_end_if_dead`.
+        """
         self._llm.check_health(self._args.stall_timeout_s)
 
     def __del__(self) -> None:
@@ -122,7 +129,17 @@ class Replica:
     async def _look_often(self) -> None:
         while True:
             self._look()
+            await self._end_if_dead()
             await asyncio.sleep(LOOK_S)
+
+    async def _end_if_dead(self) -> None:
+        """Without an engine this process only draws requests, since none is refused as fast. Serve sees it end."""
+        try:
+            self._llm.check_health(max_silence_s=inf)
+        except EngineDeadError as error:
+            logger.error("this replica ends, since its engine has: %s", error)
+            await asyncio.sleep(LAST_ANSWERS_S)
+            os._exit(1)
 
 
 def _launch(config: EngineConfig, room: Room, metrics: Metrics) -> tuple[EngineClient, FrontEnd]:

@@ -20,6 +20,7 @@ from support.http_streams import Stream
 from support.tiny_model import write_tiny_model
 
 PATIENCE_S = 90.0
+TWO_LOOKS_S = 15.0  # of Serve, which replaces a replica after three at the earliest
 ACTORS = ("RankActor", "CoreActor", "ServeReplica")
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -28,7 +29,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_bytes": 8_000_000,
     "served_model_name": "tiny",
     "max_num_seqs": 8,
-    "health_check_period_s": 0.5,
+    "health_check_period_s": 10,
     "drain_timeout_s": 90,
 }
 SHORT = {"prompt": "a", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
@@ -84,8 +85,8 @@ def groups() -> list[str]:
     return [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
-def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+def until(what: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
     while not what():
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.1)
@@ -147,8 +148,9 @@ def test_a_replica_whose_rank_dies_is_replaced_while_the_other_serves_on(url: st
     for stream in streams:
         stream.start()
     until(lambda: all(len(stream.events) > 3 for stream in streams))
+    replicas = processes("ServeReplica")
     os.kill(before[0], signal.SIGKILL)
-    until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503)
+    until(lambda: not set(replicas) <= set(processes("ServeReplica")), TWO_LOOKS_S)
     answers = []
 
     def replaced() -> bool:
@@ -156,7 +158,7 @@ def test_a_replica_whose_rank_dies_is_replaced_while_the_other_serves_on(url: st
         return len(processes("RankActor")) == 2 and states() == ["RUNNING"] * 2
 
     until(replaced)
-    assert {200} <= set(answers) <= {200, 503}
+    assert set(answers) == {200}, "who has no engine draws no requests"
     for stream in streams:
         stream.join()
     ends = [stream.end for stream in streams]
