@@ -97,7 +97,10 @@ class Metrics:
             "eagleray_time_per_output_token_seconds", "Mean of a request after its first token.", every, TOKEN_BUCKETS_S
         )
         self._request_s = Histogram(
-            "eagleray_request_seconds", "From a prompt's arrival to its last token.", every, TIME_BUCKETS_S
+            "eagleray_request_seconds",
+            "From a prompt's arrival to its last token, unless it was cut off.",
+            every,
+            TIME_BUCKETS_S,
         )
         self._part_s = {
             part: Histogram(f"eagleray_{part}_seconds", text, every, PART_BUCKETS_S) for part, text in PARTS.items()
@@ -119,9 +122,8 @@ class Metrics:
         first, last = generation.first_token_time, generation.finished_time
         if first is not None:
             self._first_token_s.observe(first - generation.arrival_time)
-        if last is not None:
+        if last is not None and generation.parts is not None:  # what was cut off is in none of them
             self._request_s.observe(last - generation.arrival_time)
-        if generation.parts is not None:
             for part, histogram in self._part_s.items():
                 histogram.observe(getattr(generation.parts, part))
         num_later = max(len(completion.token_ids) for completion in generation.completions) - 1
