@@ -175,6 +175,7 @@ async def test_more_requests_than_serve_would_hold_get_openais_429_too(url: str)
         for post in posts:
             post.cancel()
         await until(lambda: figure(url, "requests_running") == 0)
+    assert figure(url, "request_seconds_count") == figure(url, "queue_seconds_count"), "what is cut off is in neither"
 
 
 def test_metrics_count_what_was_asked_and_generated(url: str) -> None:
