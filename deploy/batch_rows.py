@@ -102,7 +102,7 @@ def custom_id(text: bytes) -> str | None:
     """The custom_id of a line, or None if it has none that can be read."""
     try:
         return _named.decode(text).custom_id
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -110,9 +110,10 @@ def parse(line: Line) -> Row:
     """The request of a line. Raises `RowError`."""
     try:
         row = _row.decode(line.text)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         form = '{"custom_id": "…", "method": "POST", "url": "/v1/chat/completions", "body": {…}}'
-        raise RowError("invalid_row", f"line {line.number} is not a row: {error}; write it as {form}") from None
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RowError("invalid_row", f"line {line.number} is not a row: {cause}; write it as {form}") from None
     if line.duplicate_of is not None:
         raise RowError(
             "duplicate_custom_id",
@@ -176,7 +177,7 @@ def _known(body: bytes) -> _Completion:
 def _wants_stream(body: msgspec.Raw) -> bool:
     try:
         return _streams.decode(body).stream
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return False  # the server's own code says what is wrong with it
 
 

@@ -5,13 +5,14 @@ from importlib.metadata import version
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel
 
+from eagleray.deploy.openai.bodies import body_route
 from eagleray.deploy.openai.chat import chat_chunks, chat_completion
 from eagleray.deploy.openai.completions import completion, completion_chunks
 from eagleray.deploy.openai.connection import while_connected
 from eagleray.deploy.openai.description import describe, failures, streamed
 from eagleray.deploy.openai.events import EventStream
 from eagleray.deploy.openai.handlers import install_handlers
-from eagleray.deploy.openai.inputs import conversation_prompt, text_tokens, tokens_text
+from eagleray.deploy.openai.inputs import conversation_prompt, texts_tokens, tokens_text
 from eagleray.deploy.openai.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -45,7 +46,7 @@ def make_app(served: Served) -> FastAPI:
 
 def generation_routes(served: Served) -> APIRouter:
     """The two ways to generate."""
-    router = APIRouter(tags=["generate"])
+    router = APIRouter(tags=["generate"], route_class=body_route(served, generates=True))
 
     @router.post("/v1/completions", response_model=Completion, responses=streamed(Completion))
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -66,17 +67,17 @@ def generation_routes(served: Served) -> APIRouter:
 
 def token_routes(served: Served) -> APIRouter:
     """vLLM's extensions around the tokenizer."""
-    router = APIRouter(tags=["tokens"])
+    router = APIRouter(tags=["tokens"], route_class=body_route(served, generates=False))
 
-    @router.post("/tokenize", responses=failures())
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    @router.post("/tokenize", response_model=Tokens, responses=failures())
+    async def tokenize(body: TokenizeRequest) -> Response:
         """The token ids of a text, or of a conversation in the model's chat template."""
         served.check_model(body.model)
         if isinstance(body, TokenizeText):
-            ids = await text_tokens(served, body.prompt, body.add_special_tokens)
+            (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens)
         else:
             ids = (await conversation_prompt(served, body))["prompt_token_ids"]
-        return Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids)
+        return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids))
 
     @router.post("/detokenize", responses=failures())
     async def detokenize(body: DetokenizeRequest) -> Text:

@@ -11,7 +11,7 @@ from eagleray.deploy.openai.inputs import completion_prompts, prompt_text
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
 from eagleray.deploy.openai.logprobs import Entry, Offsets, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
-from eagleray.deploy.openai.sampling import completion_params, prompt_only
+from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS, completion_params, prompt_only
 from eagleray.deploy.openai.schema import CompletionRequest
 from eagleray.deploy.openai.served import Served
 
@@ -42,7 +42,9 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
     served.check_model(request.model)
     prompts = await completion_prompts(served, request)
     rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
-    return Job.of("cmpl", request, prompts, [completion_params(request, room, served.defaults) for room in rooms])
+    rooms = [max(1, min(room, DEFAULT_MAX_TOKENS)) for room in rooms]  # all that their parameters depend on
+    params = {room: completion_params(request, room, served.defaults) for room in set(rooms)}
+    return Job.of("cmpl", request, prompts, [params[room] for room in rooms])
 
 
 class Reply:

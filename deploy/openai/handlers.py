@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.openai.bodies import BodyError
 from eagleray.deploy.openai.errors import ApiError, as_api_error
 from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
 
@@ -38,6 +39,8 @@ async def _invalid(_: Request, error: Exception) -> Response:
 
 async def _http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error, BodyError):
+        return error_response(error.error)
     response = error_response(ApiError(error.status_code, str(error.detail)))
     response.headers.update(error.headers or {})
     return response
@@ -60,6 +63,8 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
             return ApiError(400, f"{path} is missing; it is required", param=path)
     if not path:
         return ApiError(400, "the body must be a JSON object, sent with content-type: application/json")
+    if (kind := _kind_of_part(errors)) is not None:
+        return ApiError(400, f"{path} has a part of type {kind}; only parts of type text are supported", param=path)
     ways = dict.fromkeys(_wanted(error) for error in errors if _path(error) == path)  # one for each type it may have
     return ApiError(400, f"{path} is {_shown(first.get('input'))}; {' or '.join(ways)}", param=path)
 
@@ -75,6 +80,24 @@ def _wanted(error: Any) -> str:
     return message[:1].lower() + message[1:]
 
 
+def _kind_of_part(errors: Sequence[Any]) -> str | None:
+    """What stands for the type of a message's part that is no text."""
+    wrong = (error for error in errors if error["type"] == "literal_error" and error["loc"][-1] == "type")
+    return next((_shown(error.get("input")) for error in wrong), None)
+
+
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = repr(_beginning(value, 3))
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def _beginning(value: object, depth: int) -> object:
+    """As much of a value as is ever shown, since all of it may take long to write."""
+    if isinstance(value, str):
+        return value[: MAX_SHOWN + 1]
+    if isinstance(value, list):
+        return [_beginning(each, depth - 1) for each in value[:MAX_SHOWN]] if depth else "…"
+    if isinstance(value, dict):
+        some = islice(value.items(), MAX_SHOWN)
+        return {name[: MAX_SHOWN + 1]: _beginning(each, depth - 1) for name, each in some} if depth else "…"
+    return value

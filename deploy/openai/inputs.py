@@ -1,9 +1,10 @@
 """What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
+from typing import Any
 
 from eagleray.cluster.chat import chat_prompt
-from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.prompts import TokensPrompt, check_text
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
@@ -24,32 +25,42 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
     prompts = _as_list(request.prompt)
     if not prompts or not all(prompts):
         raise ApiError(400, "prompt is empty; give it at least one token", param="prompt")
-    return [
-        {"prompt_token_ids": prompt}
-        if isinstance(prompt, list)
-        else {"prompt": prompt, "prompt_token_ids": await text_tokens(served, prompt, request.add_special_tokens)}
-        for prompt in prompts
-    ]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        return [{"prompt_token_ids": prompt} for prompt in prompts if isinstance(prompt, list)]
+    ids = await texts_tokens(served, texts, request.add_special_tokens)
+    return [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
 
 
-async def text_tokens(served: Served, text: str, add_special_tokens: bool | None) -> list[int]:
-    """A text's token ids. Raises `ApiError` 400."""
-    tokenizer = served.tokenizer
+async def texts_tokens(served: Served, texts: list[str], add_special_tokens: bool | None) -> list[list[int]]:
+    """The token ids of each text. Raises `ApiError` 400."""
+    tokenizer, special = served.tokenizer, add_special_tokens is not False
     with bad_requests():
-        if len(text) <= SHORT:
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens is not False)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens is not False)
+        if sum(map(len, texts)) <= SHORT:
+            return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        return await asyncio.to_thread(_encode, tokenizer, texts, special)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    """As `Tokenizer.encode` each, but other threads go on: of the library's ways to encode, only batches let them."""
+    for text in texts:
+        check_text(text)
+    encodings = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]
 
 
 async def tokens_text(served: Served, token_ids: list[int]) -> str:
     """The text of token ids. Raises `ApiError` 400 for those that the tokenizer does not have."""
     tokenizer = served.tokenizer
     vocabulary = tokenizer.backend.get_vocab_size()
-    for token_id in token_ids:
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocabulary:
             message = f"tokens holds {token_id}; give token ids from 0 to {vocabulary - 1}"
             raise ApiError(400, message, param="tokens")
-    return await asyncio.to_thread(tokenizer.decode, token_ids, skip_special_tokens=False)
+    texts: list[str] = await asyncio.to_thread(  # of the library's ways, only this one lets other threads go on
+        tokenizer.backend.decode_batch, [token_ids], skip_special_tokens=False
+    )
+    return texts[0]
 
 
 async def conversation_prompt(served: Served, conversation: Conversation) -> TokensPrompt:
@@ -68,9 +79,20 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
     }
     messages = _messages(conversation)
     with bad_requests():
-        if len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT:
+        small = len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT
+        if small and len(options) <= FEW and all(map(_is_short, options.values())):
             return chat_prompt(served.tokenizer, messages, options)
-        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
+        return await asyncio.to_thread(_render, served.tokenizer, messages, options)
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], options: dict[str, Any]) -> TokensPrompt:
+    """As `chat_prompt`, but other threads go on."""
+    text = tokenizer.apply_chat_template(messages, **options)
+    return {"prompt": text, "prompt_token_ids": _encode(tokenizer, [text], add_special_tokens=False)[0]}
+
+
+def _is_short(value: object) -> bool:
+    return not isinstance(value, str | list | dict) or (isinstance(value, str) and len(value) <= SHORT)
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:

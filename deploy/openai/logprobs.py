@@ -34,7 +34,7 @@ def text_logprobs(
     tokens = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is not None:
-            tokens.append(_name(token_id, entry[token_id]))
+            tokens.append(_spelling(token_id, entry[token_id].decoded_token, tokenizer))
         else:
             tokens.append(_unpredicted(token_id, tokenizer))
     return TextLogprobs(
@@ -43,7 +43,7 @@ def text_logprobs(
             None if entry is None else _finite(entry[token_id])
             for token_id, entry in zip(token_ids, entries, strict=True)
         ],
-        top_logprobs=[None if entry is None else _by_name(entry) for entry in entries],
+        top_logprobs=[None if entry is None else _by_name(entry, tokenizer) for entry in entries],
         text_offset=[offsets.of(token_id) for token_id in token_ids],
     )
 
@@ -87,11 +87,11 @@ def _bytes(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> byte
     return text.encode() if found is None and text is not None and "\N{REPLACEMENT CHARACTER}" not in text else found
 
 
-def _by_name(entry: Entry) -> dict[str, float]:
-    """Of several tokens with the same text, such as parts of characters, the most likely one."""
+def _by_name(entry: Entry, tokenizer: Tokenizer | None) -> dict[str, float]:
+    """Of several tokens that are written alike, the most likely one."""
     named: dict[str, float] = {}
     for token_id, logprob in entry.items():
-        name = _name(token_id, logprob)
+        name = _spelling(token_id, logprob.decoded_token, tokenizer)
         named[name] = max(named.get(name, LOWEST), _finite(logprob))
     return named
 
@@ -101,7 +101,26 @@ def _name(token_id: int, logprob: Logprob) -> str:
 
 
 def _unpredicted(token_id: int, tokenizer: Tokenizer | None) -> str:
-    return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
+    text = None if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
+    return _spelling(token_id, text, tokenizer)
+
+
+def _spelling(token_id: int, text: str | None, tokenizer: Tokenizer | None) -> str:
+    r"""A token in completions' form: its text, or as OpenAI writes what is no whole character, `bytes:\xf0\x9f`."""
+    if text is None:
+        return f"token_id:{token_id}"
+    spelt = None if tokenizer is None or "\N{REPLACEMENT CHARACTER}" not in text else tokenizer.token_bytes.of(token_id)
+    if spelt is None or _is_whole(spelt):
+        return text
+    return "bytes:" + "".join(chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02x}" for byte in spelt)
+
+
+def _is_whole(spelt: bytes) -> bool:
+    try:
+        spelt.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _finite(logprob: Logprob) -> float:

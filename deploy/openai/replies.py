@@ -21,7 +21,7 @@ class Usage(BaseModel):
 class TextLogprobs(BaseModel):
     """Lists of one length, an entry for each token."""
 
-    tokens: list[str]
+    tokens: list[str] = Field(description="Texts; what is no whole character is `bytes:` and escapes, as `\\xf0`.")
     token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
     top_logprobs: list[dict[str, float] | None] = Field(description="The most likely tokens, and the token itself.")
     text_offset: list[int] = Field(description="Where the token's text begins in the choice's, in characters.")

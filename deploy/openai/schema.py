@@ -105,17 +105,20 @@ class TextPart(BaseModel):
     text: str
 
 
+Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+
+
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str = Field(description="`system`, `user`, `assistant`, or what else the model's chat template knows.")
-    content: str | list[TextPart] = Field(description="Text, or parts of type text, which newlines join.")
+    content: str | Parts = Field(description="Text, or parts of type text, which newlines join.")
 
 
 class Conversation(BaseModel):
     """Messages, and how they become a prompt."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     add_generation_prompt: bool | None = Field(
         None, description="Extension: let the assistant begin; true unless `continue_final_message`."
     )

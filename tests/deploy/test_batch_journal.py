@@ -9,7 +9,7 @@ import pytest
 
 from eagleray.deploy.batch_input import Survey, read_lines, survey
 from eagleray.deploy.batch_journal import Identity, Journal, read_identity, sidecar
-from eagleray.deploy.batch_rows import Answer, custom_id, result
+from eagleray.deploy.batch_rows import Answer, RowError, custom_id, parse, recorded, refusal, result
 from support.batch_files import row, write_rows
 
 NUM_ROWS = 6
@@ -196,3 +196,15 @@ def test_an_input_without_rows_is_refused(tmp_path: Path, content: str) -> None:
     file.write_text(content)
     with pytest.raises(ValueError, match="holds no row"):
         survey(file)
+
+
+def test_a_row_that_is_nested_too_deeply_fails_alone(input: Path) -> None:
+    deep = '{"custom_id": "deep", "method": "POST", "url": "/v1/completions", "body": ' + "[" * 100_000 + "]" * 100_000
+    input.write_text(input.read_text() + deep + "}\n")
+    known = survey(input)
+    *others, last = read_lines(input, known)
+    assert (known.num_rows, len(others)) == (NUM_ROWS + 1, NUM_ROWS)
+    assert [parse(line).url for line in others] == ["/v1/completions"] * NUM_ROWS
+    with pytest.raises(RowError, match=f"line {NUM_ROWS + 1} is not a row: it is nested too deeply") as caught:
+        parse(last)
+    assert recorded(refusal(last, caught.value)) == (NUM_ROWS + 1, None, False)

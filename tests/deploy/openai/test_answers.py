@@ -159,7 +159,14 @@ def test_cached_prompt_tokens_are_counted(tiny: Server) -> None:
 
 
 def names(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    return [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+    return [name(tokenizer, token_id) for token_id in token_ids]
+
+
+def name(tokenizer: Tokenizer, token_id: int) -> str:
+    """The model's tokens are bytes: those beyond ASCII are no characters."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    (byte, *_) = tokenizer.token_bytes.of(token_id) or b""
+    return f"bytes:\\x{byte:02x}" if text == "\N{REPLACEMENT CHARACTER}" else text
 
 
 def rounded(values: list[float | None]) -> list[float | None]:
@@ -178,8 +185,8 @@ def test_logprobs_of_completions(tiny: Server, as_stream: bool) -> None:
     own = [entry[token_id].logprob for entry, token_id in zip(direct.logprobs, direct.token_ids, strict=True)]
     assert rounded(found["token_logprobs"]) == rounded([*own])
     for top, entry in zip(found["top_logprobs"], direct.logprobs, strict=True):
-        assert set(top) == {each.decoded_token for each in entry.values()}
-        assert 1 <= len(top) <= 4
+        assert set(top) == {*names(tiny.engine.tokenizer, [*entry])}
+        assert 3 <= len(top) == len(entry) <= 4
 
 
 def _joined(tiny: Server, body: dict[str, Any], as_stream: bool) -> dict[str, list[Any]]:
@@ -274,3 +281,21 @@ def test_without_logprobs_there_are_none(tiny: Server) -> None:
 def test_the_version_is_the_packages(tiny: Server) -> None:
     text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert f'version = "{httpx.get(tiny.url + "/version").json()["version"]}"' in text
+
+
+def test_parts_of_characters_are_tokens_of_their_own(tiny: Server) -> None:
+    """As OpenAI spells them; under their text, U+FFFD, most would be lost."""
+    text = "Emoji: 😀 😃"
+    body = {"prompt": text, "logprobs": 5, "echo": True, "max_tokens": 0}
+    choice = post(tiny, "/v1/completions", **body)["choices"][0]
+    found = choice["logprobs"]
+    assert choice["text"] == text
+    assert found["tokens"][7:11] == [r"bytes:\xf0", r"bytes:\x9f", r"bytes:\x98", r"bytes:\x80"]
+    assert found["tokens"][:7] == [*"Emoji: "]
+    assert found["text_offset"] == [*range(7), 7, 7, 7, 7, 8, 9, 9, 9, 9]
+    assert found["top_logprobs"][0] is None
+    for token, logprob, top in list(
+        zip(*(found[n] for n in ("tokens", "token_logprobs", "top_logprobs")), strict=True)
+    )[1:]:
+        assert len(top) in (5, 6)
+        assert top[token] == logprob

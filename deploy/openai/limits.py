@@ -1,0 +1,195 @@
+"""What no request needs more of: counted in a body before anything slow is done with it."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from eagleray.cluster.sampling_params import MAX_N
+from eagleray.cluster.token_bytes import BYTE_OF
+from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.served import Served
+
+MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
+MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
+MAX_MESSAGES = 10_000  # and as many parts of their contents
+MAX_FIELDS = 100  # of one object, where more than all that there are must hold unknown ones
+NFC_FACTOR = 4  # characters that normalization makes one of, at most (Unicode's stability limits: U+1F82 is four)
+
+MARKS = re.compile(rb'\\.|["\[{:]', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one model. None is for what is not bounded."""
+
+    max_model_len: int  # tokens
+    max_characters: int | None  # of a text that may fit
+    num_tokens: int | None  # in the vocabulary
+
+    @classmethod
+    def of(cls, served: Served) -> "Limits":
+        """Reads the whole vocabulary."""
+        tokenizer = served.engine.tokenizer
+        if tokenizer is None:
+            return cls(served.max_model_len, None, None)
+        longest = max_characters_of_a_token(tokenizer.backend)
+        max_characters = None if longest is None else served.max_model_len * longest
+        return cls(served.max_model_len, max_characters, tokenizer.backend.get_vocab_size())
+
+    def check_prompts(self, body: dict[str, Any]) -> None:
+        """Raise `ApiError` 400 for more choices than there may be, and prompts and lists of ids that cannot fit."""
+        prompt, n = body.get("prompt"), body.get("n")
+        n = n if type(n) is int and 1 <= n <= MAX_N else 1
+        prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+        if len(prompts) * n > MAX_N:
+            choices = f"{len(prompts)} prompts with n {n} are {len(prompts) * n} choices"
+            raise ApiError(400, f"{choices}; ask for at most {MAX_N}", param="n" if n > 1 else "prompt")
+        for each in prompts:
+            self._check_prompt(each)
+        if isinstance(biases := body.get("logit_bias"), dict):
+            wrong = next((item for item in biases.items() if type(item[1]) not in (int, float)), None)
+            if wrong is not None:
+                body["logit_bias"] = dict([wrong])  # one is enough to be told of, where all would take long
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            ids = body.get(name)
+            if isinstance(ids, list) and self.num_tokens is not None and len(ids) > self.num_tokens:
+                message = f"{name} has {len(ids)} token ids, but there are {self.num_tokens}; give each once"
+                raise ApiError(400, message, param=name)
+
+    def _check_prompt(self, prompt: object) -> None:
+        if isinstance(prompt, list) and len(prompt) > self.max_model_len:
+            message = f"a prompt has {len(prompt)} tokens, but the model holds {self.max_model_len}; shorten it"
+            raise ApiError(400, message)
+        if isinstance(prompt, str):
+            self.check_text(prompt)
+
+    def check_text(self, text: str) -> None:
+        """Raise `ApiError` 400 for a text whose tokens must be more than the model holds."""
+        if self.max_characters is not None and len(text) > self.max_characters:
+            message = (
+                f"a prompt has {len(text)} characters, but the model holds {self.max_model_len} tokens, which are at "
+                f"most {self.max_characters} characters; shorten it"
+            )
+            raise ApiError(400, message)
+
+
+def check_bytes(body: bytes) -> None:
+    """Raise `ApiError` 400 for JSON of too many parts, which would take long to read. Never holds others up."""
+    if sum(body.count(mark) for mark in (b"[", b"{", b":")) <= MAX_PARTS:  # in texts, too, so at most so many
+        return
+    in_text, num_parts = False, 0
+    for found in MARKS.finditer(body):
+        mark = found[0]
+        if mark == b'"':
+            in_text = not in_text
+        elif not in_text and len(mark) == 1 and (num_parts := num_parts + 1) > MAX_PARTS:
+            raise ApiError(400, f"the body has more than {MAX_PARTS} lists, objects and fields; send less")
+
+
+def check_shape(body: object) -> None:
+    """Raise `ApiError` 400 for what is nested too deeply, and for too many fields, messages and parts of messages."""
+    if not isinstance(body, dict):
+        check_depth(body, None)
+        return
+    _check_num_fields(body, None)
+    for name, value in body.items():
+        check_depth(value, name)
+    if isinstance(messages := body.get("messages"), list):
+        _check_num(len(messages), "messages", "messages")
+        num_parts = 0
+        for index, message in enumerate(messages):
+            where = f"messages.{index}"
+            _check_num_fields(message, where)
+            if isinstance(message, dict) and isinstance(parts := message.get("content"), list):
+                num_parts += len(parts)
+                _check_num(num_parts, "messages", "parts of content")
+                for part in parts:
+                    _check_num_fields(part, f"{where}.content")
+
+
+def check_depth(value: object, name: str | None) -> None:
+    """Raise `ApiError` 400 for lists and objects in one another beyond `MAX_DEPTH`."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, list | dict)]
+        if not level:
+            return
+    raise too_deep(name)
+
+
+def too_deep(name: str | None = None) -> ApiError:
+    """What is said of a field, or of the body."""
+    short = None if name is None else name[:MAX_DEPTH]
+    message = f"{short or 'the body'} is nested too deeply; put at most {MAX_DEPTH} lists and objects in one another"
+    return ApiError(400, message, param=short)
+
+
+def max_characters_of_a_token(backend: Backend) -> int | None:
+    """Of the text that one token can stand for, at most; None where that has no end.
+
+    It has none where the tokenizer leaves some of a text out, or makes one unknown token of a whole word. So only
+    byte-level BPE, and BPE over sentencepiece's pieces with all bytes beside them, are known to have a bound.
+    """
+    kept = 1
+    for normalizer in _steps(backend.normalizer, "normalizers"):
+        if normalizer["type"] == "NFC":
+            kept *= NFC_FACTOR
+        elif normalizer["type"] not in ("Prepend", "ByteLevel") and not _keeps_length(normalizer):
+            return None
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return None
+    if any(step.get("behavior") == "Removed" or step["type"] not in KEEPING for step in _pre_tokenizers(backend)):
+        return None
+    vocabulary = backend.get_vocab()
+    by_letters = any(step["type"] == "ByteLevel" for step in _pre_tokenizers(backend))
+    alphabet: Iterable[str] = BYTE_OF if by_letters else (f"<0x{byte:02X}>" for byte in range(256))
+    whole = by_letters or getattr(backend.model, "byte_fallback", False)
+    if not whole or not all(letter in vocabulary for letter in alphabet):
+        return None
+    return kept * max(map(len, vocabulary))  # a byte-level piece has a letter a byte, so at least one a character
+
+
+KEEPING = ("ByteLevel", "Split", "Digits", "Metaspace", "Punctuation")  # pre-tokenizers that leave nothing out
+
+
+def _pre_tokenizers(backend: Backend) -> list[dict[str, Any]]:
+    return _steps(backend.pre_tokenizer, "pretokenizers")
+
+
+def _steps(part: Any, name: str) -> list[dict[str, Any]]:
+    """A tokenizer's part as the steps that it is made of."""
+    return [] if part is None else _flat(json.loads(part.__getstate__()), name)
+
+
+def _flat(step: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [each for inner in step[name] for each in _flat(inner, name)] if step["type"] == "Sequence" else [step]
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    """Whether it writes at least a character for each."""
+    if normalizer["type"] != "Replace" or "String" not in normalizer["pattern"]:
+        return False
+    return len(normalizer["content"]) >= len(normalizer["pattern"]["String"])
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_num(num: int, field: str, what: str) -> None:
+    if num > MAX_MESSAGES:
+        raise ApiError(400, f"{field} has {num} {what}; send at most {MAX_MESSAGES}", param=field)
+
+
+def _check_num_fields(value: object, where: str | None) -> None:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        first = ", ".join(name[:20] for name in islice(value, 3))
+        message = f"{where or 'the body'} has {len(value)} fields, {first} among them; send those that are described"
+        raise ApiError(400, message, param=where)
