@@ -74,7 +74,7 @@ def parse(body: bytes, encoding: str | None = None, check: Check | None = None) 
         raise too_deep() from error
     except ValueError as error:  # of an integer with thousands of digits
         raise ApiError(400, "the body holds a number with too many digits; send shorter numbers") from error
-    check_shape(value)
     if check is not None and isinstance(value, dict):
         check(value)
+    check_shape(value)
     return value

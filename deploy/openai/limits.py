@@ -116,7 +116,7 @@ def check_depth(value: object, name: str | None) -> None:
     """Raise `ApiError` 400 for lists and objects in one another beyond `MAX_DEPTH`."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, list | dict)]
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (list, dict))]
         if not level:
             return
     raise too_deep(name)

@@ -162,6 +162,10 @@ def names(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [name(tokenizer, token_id) for token_id in token_ids]
 
 
+def texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+
 def name(tokenizer: Tokenizer, token_id: int) -> str:
     """The model's tokens are bytes: those beyond ASCII are no characters."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
@@ -262,7 +266,7 @@ def test_logprobs_of_chats(tiny: Server, as_stream: bool, num_top: int) -> None:
     else:
         content = post(tiny, "/v1/chat/completions", **body)["choices"][0]["logprobs"]["content"]
     assert tiny.engine.tokenizer is not None
-    assert [entry["token"] for entry in content] == names(tiny.engine.tokenizer, direct.token_ids)
+    assert [entry["token"] for entry in content] == texts(tiny.engine.tokenizer, direct.token_ids)
     for entry in content:
         top = entry["top_logprobs"]
         assert len(top) == num_top
