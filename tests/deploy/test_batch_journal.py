@@ -204,7 +204,7 @@ def test_a_row_that_is_nested_too_deeply_fails_alone(input: Path) -> None:
     known = survey(input)
     *others, last = read_lines(input, known)
     assert (known.num_rows, len(others)) == (NUM_ROWS + 1, NUM_ROWS)
-    assert [parse(line).url for line in others] == ["/v1/completions"] * NUM_ROWS
+    assert [parse(line).custom_id for line in others] == [f"row {index}" for index in range(NUM_ROWS)]
     with pytest.raises(RowError, match=f"line {NUM_ROWS + 1} is not a row: it is nested too deeply") as caught:
         parse(last)
     assert recorded(refusal(last, caught.value)) == (NUM_ROWS + 1, None, False)
