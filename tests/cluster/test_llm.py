@@ -242,8 +242,9 @@ async def test_streams_grow_to_what_generate_returns(async_llm: AsyncLLM) -> Non
             assert outputs[-1].outputs[0].text.startswith(output.outputs[0].text)
 
 
-async def test_a_stream_goes_on_while_there_are_always_news(async_llm: AsyncLLM) -> None:
+async def test_a_stream_goes_on_while_there_are_always_news(async_llm: AsyncLLM, engine: LocalEngine) -> None:
     """An engine that is faster than its front end must not keep what it says from those who wait for it."""
+    engine.pauses = False
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200)))
     assert len(outputs) > 100
 

@@ -22,6 +22,7 @@ class LocalEngine:
         self.fails_at: int | None = None  # number of the call in which every running request fails
         self.num_calls = 0
         self.closed = False
+        self.pauses = True
         self._dead: str | None = None
         self._in_flight: deque[StepOutput] = deque()
         self._news: list[Tokens] = []
@@ -58,10 +59,13 @@ class LocalEngine:
         return EngineOutputs(news, self.scheduler.stats()) if news else None
 
     async def areceive(self) -> EngineOutputs:
-        """At once where there are news, as from a socket that never runs dry."""
-        while not (news := self.receive(0)):
+        """After a millisecond a step; without `pauses` at once, as from a socket that never runs dry."""
+        while True:
+            if self.pauses:
+                await asyncio.sleep(0.001)
+            if news := self.receive(0):
+                return news
             await asyncio.sleep(0.001)
-        return news
 
     def close(self) -> None:
         self.closed = True
