@@ -63,9 +63,13 @@ class Tokenizer:
             import transformers.utils.chat_template_utils  # noqa: F401
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token."""
+        """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token.
+
+        Other threads go on meanwhile: of the library's ways to encode, only batches let them.
+        """
         check_text(text)
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -3,7 +3,6 @@
 import torch
 
 HOPPER = 228 << 10  # bytes per multiprocessor, as with Blackwell's for data centres; A100: 164, others: 100
-RESERVED = 1 << 10  # of these no program can have
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,10 +1,9 @@
 """What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
-from typing import Any
 
 from eagleray.cluster.chat import chat_prompt
-from eagleray.cluster.prompts import TokensPrompt, check_text
+from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
@@ -37,16 +36,12 @@ async def texts_tokens(served: Served, texts: list[str], add_special_tokens: boo
     tokenizer, special = served.tokenizer, add_special_tokens is not False
     with bad_requests():
         if sum(map(len, texts)) <= SHORT:
-            return [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+            return _encode(tokenizer, texts, special)
         return await asyncio.to_thread(_encode, tokenizer, texts, special)
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    """As `Tokenizer.encode` each, but other threads go on: of the library's ways to encode, only batches let them."""
-    for text in texts:
-        check_text(text)
-    encodings = tokenizer.backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-    return [encoding.ids for encoding in encodings]
+    return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
 
 async def tokens_text(served: Served, token_ids: list[int]) -> str:
@@ -82,13 +77,7 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
         small = len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT
         if small and len(options) <= FEW and all(map(_is_short, options.values())):
             return chat_prompt(served.tokenizer, messages, options)
-        return await asyncio.to_thread(_render, served.tokenizer, messages, options)
-
-
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], options: dict[str, Any]) -> TokensPrompt:
-    """As `chat_prompt`, but other threads go on."""
-    text = tokenizer.apply_chat_template(messages, **options)
-    return {"prompt": text, "prompt_token_ids": _encode(tokenizer, [text], add_special_tokens=False)[0]}
+        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
 
 
 def _is_short(value: object) -> bool:

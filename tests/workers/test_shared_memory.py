@@ -12,11 +12,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from eagleray.models.attention import AttentionSpec  # noqa: E402
 from eagleray.parallel import skinny  # noqa: E402
-from eagleray.parallel.shared_memory import HOPPER, RESERVED  # noqa: E402
+from eagleray.parallel.shared_memory import HOPPER  # noqa: E402
 from eagleray.workers import decode_attention  # noqa: E402
 from eagleray.workers.decode_attention_kernels import attend_kernel  # noqa: E402
 
 DEVICE = torch.device("cpu")
+RESERVED = 1 << 10  # bytes of a multiprocessor that no program can have
 AMPERE, ADA = 164 << 10, 100 << 10  # bytes per multiprocessor
 POINTERS = {
     "*bf16": ("q", "k_cache", "v_cache", "out", "x", "weight"),
