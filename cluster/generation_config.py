@@ -1,10 +1,9 @@
 """What a checkpoint says about how generation goes and ends."""
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
+from eagleray.cluster.json_file import read_object
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 
@@ -30,7 +29,7 @@ def sampling_defaults(model: str | Path) -> dict[str, float]:
     As vLLM, this takes `do_sample: false` for no word on temperature. Raises `ValueError` for values out of range.
     """
     file = Path(model) / FILE
-    found = {name: value for name, value in _read(file).items() if name in DEFAULTED and value is not None}
+    found = {name: value for name, value in read_object(file).items() if name in DEFAULTED and value is not None}
     try:
         SamplingParams(**found)
     except ValueError as error:
@@ -51,21 +50,8 @@ def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:
 
 
 def _eos_of(file: Path) -> list[int]:
-    value = _read(file).get("eos_token_id")
+    value = read_object(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
         raise ValueError(f"eos_token_id in {file} is {value!r}; write one token id or a list of them")
     return ids
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__} and no object; fetch the file again")
-    return content

@@ -5,7 +5,6 @@ So the two parts they are made of are used directly: the `tokenizers` library an
 that takes two seconds to import, so it is left to the first conversation, or to a thread while the engine starts.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +12,7 @@ from typing import Any, Self
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
+from eagleray.cluster.json_file import read_object
 from eagleray.cluster.prompts import Message, check_text
 from eagleray.cluster.token_bytes import TokenBytes
 
@@ -49,7 +49,7 @@ class Tokenizer:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}; fetch the file again") from error
-        config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
         return cls(backend, config, _chat_templates(folder, config))
 
     @property
@@ -133,13 +133,3 @@ def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return {"default": template} if template else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
-    return content
