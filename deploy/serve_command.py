@@ -83,6 +83,7 @@ class End:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end. Raises `ValueError` before anything starts, `EngineStartError` if the model does not."""
     laps = Laps()
+    set_environment()  # before anything imports Serve, which reads it then
     args, site = serve_args(arguments)
     end = End(args.drain_timeout_s + END_S)
     end.listen()
@@ -107,7 +108,6 @@ def _on_ray(args: ServeArgs, end: End, laps: Laps) -> Iterator[bool]:
     from eagleray.cluster.placement import connect
 
     quiet_ray()
-    set_environment()
     laps.end(IMPORTS)
     try:
         private = connect(args.engine, args.max_replicas)

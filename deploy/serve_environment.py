@@ -5,6 +5,12 @@ have been there when it started: `deploy/README.md` says how. What the user has 
 """
 
 import os
+import shutil
+import socket
+import sysconfig
+from contextlib import ExitStack
+
+from eagleray.deploy.haproxy import COMMAND, bundled
 
 FASTER_STREAMS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the replica waits for nothing but its event loop
@@ -12,9 +18,37 @@ FASTER_STREAMS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # events go from replica to proxy over gRPC, and not as Ray objects
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",  # lines; an error writes them at once
 }
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # requests go straight to a replica's own port
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy has noticed after two looks, 250 ms apart
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # streams go on that began before replicas came or went
+}
+PORTS = (  # of HAProxy, on every address of the machine; Serve's own numbers would let one server run there
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
 
 
 def set_environment() -> None:
     """For Ray processes that this one starts."""
-    for name, value in FASTER_STREAMS.items():
+    for name, value in (FASTER_STREAMS | _haproxy()).items():
         os.environ.setdefault(name, value)
+
+
+def _haproxy() -> dict[str, str]:
+    """Nothing where there is none: Serve's proxy in Python does the same, some milliseconds later."""
+    here = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    command = shutil.which(COMMAND, path=os.pathsep.join(here))
+    if bundled() is None or command is None:
+        return {}
+    return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, _free_ports(), strict=True))
+
+
+def _free_ports() -> list[str]:
+    """One for each of `PORTS`, no two the same."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in PORTS]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]

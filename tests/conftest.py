@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from eagleray.deploy.demo_model import demo_model
+from eagleray.deploy.serve_environment import set_environment
 from support.rank_pool import RunRanks, rank_pool
 
 
@@ -22,6 +23,7 @@ def demo_model_dir() -> Path:
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster whose logical CPUs suffice for three ranks on any machine."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  or whatever else runs here slows the ranks
+    set_environment()  # Ray Serve as `eagleray serve` has it
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

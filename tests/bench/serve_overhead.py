@@ -4,6 +4,9 @@ Both sides have an engine of their own with the same options. Requests go to one
 so that what else the machine does hits both alike; the idle engine sleeps. Prompts and numbers of tokens are the same,
 and the server's client keeps its connection. Prints one JSON object with medians in milliseconds.
 
+Ray Serve is set up as `eagleray serve` does, or with `--serve-settings ray` as it comes. Variables `RAY_SERVE_…` that
+are set already stay, so `RAY_SERVE_ENABLE_HA_PROXY=0` gives Serve's proxy in Python.
+
 Usage: python tests/bench/serve_overhead.py [--model DIR] [--tp N] …
 """
 
@@ -19,19 +22,24 @@ from typing import Any
 
 import httpx
 import numpy as np
-from ray import serve
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.machine import hardware, versions
-from eagleray.deploy.serve import build
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_environment import set_environment
 
 
 def main() -> None:
     settings = parsed()
+    if settings.serve_settings == "eagleray":
+        set_environment()
+    from ray import serve  # late: it reads the environment
+
+    from eagleray.deploy.serve import build
+
     options: dict[str, Any] = {
         "model": str(resolve_model(settings.model)),
         "tensor_parallel_size": settings.tp,
@@ -64,7 +72,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--on-cpu", action=argparse.BooleanOptionalAction, default=not os.path.exists("/dev/nvidia0"))
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--threads-per-rank", type=int)
-    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--load-format", default="safetensors")
+    parser.add_argument("--serve-settings", choices=("eagleray", "ray"), default="eagleray")
     parser.add_argument("--input-len", type=int, default=16)
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--num-requests", type=int, default=50)

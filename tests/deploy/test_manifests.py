@@ -13,10 +13,11 @@ from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from eagleray.deploy import cli
 from eagleray.deploy.arguments import Parser
+from eagleray.deploy.haproxy import COMMAND
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.serve import build
 from eagleray.deploy.serve_args import ServeArgs
-from eagleray.deploy.serve_environment import FASTER_STREAMS
+from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = {"ray-service.yaml": "RayService", "ray-job.yaml": "RayJob"}
@@ -121,13 +122,17 @@ def test_ray_up_accepts_the_cluster() -> None:
 
 
 def test_every_node_of_the_service_has_serves_settings_for_streams() -> None:
+    binary = "RAY_SERVE_HAPROXY_BINARY_PATH"
+    (in_image,) = re.findall(r"ENV PATH=([^:]+):", (DEPLOY / "Dockerfile").read_text())
     for pod in pods(cluster_of(load("ray-service.yaml"))):
         environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
-        assert environment == FASTER_STREAMS
+        assert environment == FASTER_STREAMS | HAPROXY | {binary: f"{in_image}/{COMMAND}"}
     commands = load("cluster.yaml")
+    (on_machines,) = re.findall(r"python3 -m venv ~/(\S+)", commands["setup_commands"][0])
     for kind in ("head", "worker"):
         assert all(
-            f"{name}={value}" in commands[f"{kind}_start_ray_commands"][1] for name, value in FASTER_STREAMS.items()
+            f" {name}={value}" in commands[f"{kind}_start_ray_commands"][1]
+            for name, value in (FASTER_STREAMS | HAPROXY | {binary: f"$HOME/{on_machines}/bin/{COMMAND}"}).items()
         )
 
 

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from eagleray.deploy.serve_environment import FASTER_STREAMS, set_environment
+from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY
 from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
@@ -95,7 +95,7 @@ def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Pat
         assert sum(of_engine.values()) == pytest.approx(parts["engine"], abs=0.05 * (len(of_engine) + 1))
         family = psutil.Process(process.pid).children(recursive=True)
         environments = [each.environ() for each in family if is_rank(each)]
-        assert all(environment.items() >= FASTER_STREAMS.items() for environment in environments)
+        assert all(environment.items() >= (FASTER_STREAMS | HAPROXY).items() for environment in environments)
         assert len(environments) == 2
         with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S) as stream:
             lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
@@ -108,13 +108,6 @@ def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Pat
         assert process.wait(timeout=PATIENCE_S) == 0
         assert time.monotonic() - told < DRAIN_S + END_S
     assert psutil.wait_procs(family, timeout=20)[1] == []
-
-
-def test_what_the_user_has_set_of_serves_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, other = list(FASTER_STREAMS)[:2]
-    monkeypatch.setattr(os, "environ", {name: "mine"})
-    set_environment()
-    assert (os.environ[name], os.environ[other]) == ("mine", FASTER_STREAMS[other])
 
 
 def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:
