@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.deploy.openai.origins import ANY, check_origin
 
 
 class ServeArgs(BaseModel):
@@ -30,6 +31,11 @@ class ServeArgs(BaseModel):
     )
     api_keys: tuple[SecretStr, ...] = Field((), description="keys that clients must send one of; none lets all in")
     api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    allowed_origins: tuple[str, ...] = Field(
+        (ANY,),
+        description="origins whose pages may ask from a browser, commas between them; * is any, which suits keys, "
+        "since no cookies count; without keys name yours, or give '' for none",
+    )
     max_queued_requests: int = Field(
         256, ge=0, description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429"
     )
@@ -52,11 +58,22 @@ class ServeArgs(BaseModel):
         engine = {name: value for name, value in given.items() if name in EngineConfig.names()}
         return {"engine": engine} | {name: value for name, value in given.items() if name in own_names()}
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_origins", mode="before")
     @classmethod
-    def _split_keys(cls, given: Any) -> Any:
-        """`serve run` knows only text: keys with commas between them."""
+    def _split(cls, given: Any) -> Any:
+        """`serve run` knows only text: values with commas between them."""
         return given.split(",") if isinstance(given, str) else given
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        """One empty text is none at all."""
+        origins = tuple(origin.strip() for origin in given)
+        if origins == ("",):
+            return ()
+        for origin in origins:
+            check_origin(origin)
+        return origins
 
     @field_validator("autoscaling_config", mode="before")
     @classmethod

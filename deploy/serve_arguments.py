@@ -43,7 +43,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             flag = REPEATED.get(name, f"--{name.replace('_', '-')}")
             how: dict[str, Any] = {"action": "append"} if name in REPEATED else {}
             shown = field.default not in (None, (), PydanticUndefined)
-            text = f"{field.description}{f' (default: {field.default})' if shown else ''}"
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            text = f"{field.description}{f' (default: {default})' if shown else ''}"
             server.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="X", help=text, **how)
     add_engine(parser, positional=True)
 

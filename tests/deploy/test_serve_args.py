@@ -74,13 +74,39 @@ def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: 
         ServeArgs.model_validate({"model": "m", "api_keys": [""]}).read_api_keys()
 
 
+@pytest.mark.parametrize(
+    ("given", "origins"),
+    [
+        ({}, ("*",)),
+        ({"allowed_origins": "*"}, ("*",)),
+        (
+            {"allowed_origins": "https://a.example, http://localhost:3000"},
+            ("https://a.example", "http://localhost:3000"),
+        ),
+        ({"allowed_origins": ["https://[::1]:81", "null"]}, ("https://[::1]:81", "null")),
+        ({"allowed_origins": []}, ()),
+        ({"allowed_origins": ""}, ()),
+    ],
+)
+def test_origins_are_any_or_those_that_are_named(given: dict[str, Any], origins: tuple[str, ...]) -> None:
+    assert ServeArgs.model_validate({"model": "m"} | given).allowed_origins == origins
+
+
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://A.example", "https://a, ,https://b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="is no origin; give scheme, host and port"):
+        ServeArgs.model_validate({"model": "m", "allowed_origins": origin})
+
+
 def test_the_command_line_says_the_same(model_dir: Path) -> None:
     words = ["--tp", "2", "--api-key", "a", "--api-key", "b", "--num-replicas", "2", "--engine-seed", "7"]
+    words += ["--allowed-origins", "https://a.example,https://b.example"]
     args, site = serve_args(parsed(str(model_dir), *words, "--port", "81", "--route-prefix", "/llm"))
     assert args.engine.tensor_parallel_size == 2
     assert args.engine.seed == 7
     assert args.num_replicas == 2
     assert args.read_api_keys() == ["a", "b"]
+    assert args.allowed_origins == ("https://a.example", "https://b.example")
     assert args.model_name == model_dir.name
     assert site.url() == "http://127.0.0.1:81/llm"
     assert site.url("::1") == "http://[::1]:81/llm"
