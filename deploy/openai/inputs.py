@@ -6,6 +6,7 @@ from eagleray.cluster.chat import chat_prompt
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.ranges import ROLES
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 
@@ -72,9 +73,10 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
         "continue_final_message": goes_on,
         "add_generation_prompt": conversation.add_generation_prompt is not False,
     }
+    _check_roles(served.tokenizer, conversation)
     messages = _messages(conversation)
     with bad_requests():
-        small = len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT
+        small = len(messages) <= FEW and sum(len(text) for each in messages for text in each.values()) <= SHORT
         if small and len(options) <= FEW and all(map(_is_short, options.values())):
             return chat_prompt(served.tokenizer, messages, options)
         return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
@@ -99,13 +101,26 @@ def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str 
     return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
 
 
+def _check_roles(tokenizer: Tokenizer, conversation: Conversation) -> None:
+    """Raises `ApiError` 400 for a role that is neither OpenAI's nor the model's."""
+    known = set(ROLES)
+    for index, role in enumerate(message.role for message in conversation.messages):
+        if role not in known and not tokenizer.chat_template_names(role):
+            param = f"messages.{index}.role"
+            wanted = f"give {', '.join(ROLES)}, or another that the model's chat template names"
+            raise ApiError(400, f"{param} is {role[:80]!r}; {wanted}", param=param)
+        known.add(role)
+
+
 def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    """As chat templates take them."""
     return [
         {
             "role": message.role,
             "content": message.content
             if isinstance(message.content, str)
             else "\n".join(part.text for part in message.content),
+            **({} if message.name is None else {"name": message.name}),
         }
         for message in conversation.messages
     ]

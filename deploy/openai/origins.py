@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 ANY = "*"
@@ -28,6 +27,8 @@ def cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     """
     if not origins:
         return app
+    from starlette.middleware.cors import CORSMiddleware  # late: the command line reads options only
+
     return CORSMiddleware(
         app,
         allow_origins=origins,

@@ -41,6 +41,9 @@ RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
 NumLogprobs = Annotated[int, _count("logprobs")]
 Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's
+Role = Annotated[str, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
+
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 SomeIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]

@@ -23,6 +23,7 @@ from eagleray.deploy.openai.ranges import (
     PresencePenalty,
     Priority,
     RepetitionPenalty,
+    Role,
     Seed,
     SomeIds,
     SomeText,
@@ -111,8 +112,9 @@ Parts = Annotated[list[TextPart], Field(fail_fast=True)]
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: str = Field(description="`system`, `user`, `assistant`, or what else the model's chat template knows.")
+    role: Role = Field(description="One of these, or another that the model's chat template names.")
     content: str | Parts = Field(description="Text, or parts of type text, which newlines join.")
+    name: str | None = Field(None, description="Who of that role; shows as far as the model's chat template uses it.")
 
 
 class Conversation(BaseModel):

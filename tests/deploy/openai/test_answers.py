@@ -103,6 +103,14 @@ CONVERSATIONS: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
         "<|start|>user\na\nb<|end|>\n<|start|>assistant\n",
     ),
+    (
+        {"messages": [{"role": "user", "content": "Hi", "name": "Ann"}, MESSAGES[0] | {"name": None}]},
+        "<|start|>user Ann\nHi<|end|>\n<|start|>user\nHello<|end|>\n<|start|>assistant\n",
+    ),
+    (
+        {"messages": [{"role": "narrator", "content": "Hi"}, {"role": "tool", "content": "Ho"}]},
+        "* <|start|>narrator\nHi<|end|>\n<|start|>tool\nHo<|end|>\n<|start|>assistant\n",
+    ),
     ({"messages": MESSAGES, "add_generation_prompt": False}, "<|start|>user\nHello<|end|>\n"),
     ({"messages": MESSAGES, "continue_final_message": True}, "<|start|>user\nHello"),
     ({"messages": MESSAGES, "chat_template_kwargs": {"mood": "gay"}}, CHAT_PROMPT + "gay"),

@@ -134,7 +134,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"content": "Hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "messages.0.weight"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "wizard", "content": "a"}]}, "messages.1.role"),
+    ({"messages": [{"role": "", "content": "a"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, None),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
@@ -190,6 +194,12 @@ def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
     refused(tiny, "/tokenize", {"prompt": "\ud800"})
     refused(tiny, "/tokenize", {"prompt": "a", "messages": []})
     assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": True})["param"] == "return_token_strs"
+
+
+def test_a_role_that_nobody_knows_is_told_those_that_work(tiny: Server) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = refused(tiny, path, {"messages": [{"role": "wizard", "content": "a"}]})
+        assert error["message"].startswith("messages.0.role is 'wizard'; give system, developer, user, assistant, tool")
 
 
 def test_another_model_is_not_found(tiny: Server) -> None:
