@@ -115,7 +115,7 @@ class ServeArgs(BaseModel):
         return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.get("max_replicas", 1)
 
     def read_api_keys(self) -> list[str]:
-        """All keys, those of the file included. Raises `ValueError` for one that no client can send, and for the file."""
+        """All keys, those of the file included. Raises `ValueError` for what no client can send, and for the file."""
         keys = [key.get_secret_value() for key in self.api_keys]
         check_keys(keys)
         return keys + ([] if self.api_keys_file is None else keys_of_file(Path(self.api_keys_file)))

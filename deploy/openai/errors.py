@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pydantic import BaseModel, Field
 
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.deploy.openai.shown import MAX_WORDS, cut
 
 
 class ErrorDetail(BaseModel):
@@ -63,5 +64,6 @@ def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name = str(error).partition(" ")[0]
-        raise ApiError(400, str(error), param=name if name in fields else None) from error
+        message = cut(str(error), MAX_WORDS)
+        name = message.partition(" ")[0]
+        raise ApiError(400, message, param=name if name in fields else None) from error

@@ -9,6 +9,7 @@ from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.ranges import ROLES
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.shown import shown
 
 SHORT = 1000  # characters: they take less time than a thread takes to begin where others want the processor, too
 FEW = 20  # messages
@@ -51,7 +52,7 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     vocabulary = tokenizer.backend.get_vocab_size()
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocabulary:
-            message = f"tokens holds {token_id}; give token ids from 0 to {vocabulary - 1}"
+            message = f"tokens holds {shown(token_id)}; give token ids from 0 to {vocabulary - 1}"
             raise ApiError(400, message, param="tokens")
     texts: list[str] = await asyncio.to_thread(  # of the library's ways, only this one lets other threads go on
         tokenizer.backend.decode_batch, [token_ids], skip_special_tokens=False
@@ -108,7 +109,7 @@ def _check_roles(tokenizer: Tokenizer, conversation: Conversation) -> None:
         if role not in known and not tokenizer.chat_template_names(role):
             param = f"messages.{index}.role"
             wanted = f"give {', '.join(ROLES)}, or another that the model's chat template names"
-            raise ApiError(400, f"{param} is {role[:80]!r}; {wanted}", param=param)
+            raise ApiError(400, f"{param} is {shown(role)}; {wanted}", param=param)
         known.add(role)
 
 

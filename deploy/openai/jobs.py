@@ -16,6 +16,7 @@ from eagleray.deploy.openai.merge import merged
 from eagleray.deploy.openai.replies import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
 from eagleray.deploy.openai.schema import GenerationRequest
+from eagleray.deploy.openai.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Job:
             raise ApiError(400, message, param="n" if params[0].n > 1 else "prompt")
         job = cls(f"{kind}-{uuid4().hex}", prompts, params, request.priority or 0)
         if request.user is not None:
-            logger.info("%s is for user %r", job.id, request.user)
+            logger.info("%s is for user %s", job.id, shown(request.user))
         return job
 
     @property

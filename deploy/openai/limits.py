@@ -13,6 +13,7 @@ from eagleray.cluster.sampling_params import MAX_N
 from eagleray.cluster.token_bytes import BYTE_OF
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
@@ -124,7 +125,7 @@ def check_depth(value: object, name: str | None) -> None:
 
 def too_deep(name: str | None = None) -> ApiError:
     """What is said of a field, or of the body."""
-    short = None if name is None else name[:MAX_DEPTH]
+    short = None if name is None else cut(name, MAX_SHOWN)
     message = f"{short or 'the body'} is nested too deeply; put at most {MAX_DEPTH} lists and objects in one another"
     return ApiError(400, message, param=short)
 
@@ -190,6 +191,6 @@ def _check_num(num: int, field: str, what: str) -> None:
 
 def _check_num_fields(value: object, where: str | None) -> None:
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        first = ", ".join(name[:20] for name in islice(value, 3))
+        first = ", ".join(cut(name, MAX_SHOWN) for name in islice(value, 3))
         message = f"{where or 'the body'} has {len(value)} fields, {first} among them; send those that are described"
         raise ApiError(400, message, param=where)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.shown import shown
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,5 @@ class Served:
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for a model that is not this one."""
         if name is not None and name != self.model_name:
-            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+            message = f"the model {shown(name)} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -162,11 +162,12 @@ async def test_an_id_goes_in_comes_back_and_stands_in_the_log(caplog: pytest.Log
     async with client(RequestIds(length_of_body, reply=True)) as http:
         reply = await http.post("/a%0Ab", headers={"X-Request-Id": "a.b-C_1"})
         assert reply.headers["x-request-id"] == reply.headers["request-id-seen"] == "a.b-C_1"
-        made = await http.get("/")
+        made = await http.get("/" + "x" * 50_000)
         assert made.headers["x-request-id"] == made.headers["request-id-seen"] != "a.b-C_1"
     first, second = (record.getMessage() for record in caplog.records if record.name.startswith("eagleray"))
     assert first.startswith("request a.b-C_1: POST '/a\\nb' 200 in 0.")
     assert made.headers["x-request-id"] in second
+    assert len(second) < 200
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "a;b", "ü".encode()])

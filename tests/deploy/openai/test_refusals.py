@@ -196,6 +196,36 @@ def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
     assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": True})["param"] == "return_token_strs"
 
 
+LONG = "x" * 100_000
+LONG_VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"model": LONG}),
+    ("/tokenize", {"prompt": "a", "model": LONG}),
+    ("/v1/completions", {LONG: 1}),
+    ("/v1/completions", {"temperature": LONG}),
+    ("/v1/completions", {"stop": [LONG, ""]}),
+    ("/v1/completions", {"stop": [""] + ["x" * 999] * 60}),
+    ("/v1/completions", {"logit_bias": {LONG: 1}}),
+    ("/v1/completions", {"logit_bias": {LONG: "a"}}),
+    ("/v1/completions", {"seed": 10**4000}),
+    ("/v1/completions", {"logprobs": 10**4000}),
+    ("/v1/chat/completions", {"top_logprobs": 10**4000, "logprobs": True}),
+    ("/v1/chat/completions", {"max_completion_tokens": 10**4000, "max_tokens": None}),
+    ("/v1/chat/completions", {"messages": [{"role": LONG, "content": "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", LONG: "a"}]}),
+    ("/detokenize", {"tokens": [10**4000]}),
+]
+
+
+@pytest.mark.parametrize(("path", "changes"), LONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_message_repeats_no_more_than_the_beginning_of_a_value(
+    tiny: Server, path: str, changes: dict[str, Any]
+) -> None:
+    error = refused(tiny, path, BODIES.get(path, {}) | changes, 404 if "model" in changes else 400)
+    assert len(error["message"]) <= 1001
+    assert "…" in error["message"]
+    assert len(error["param"] or "") <= 200
+
+
 def test_a_role_that_nobody_knows_is_told_those_that_work(tiny: Server) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         error = refused(tiny, path, {"messages": [{"role": "wizard", "content": "a"}]})
