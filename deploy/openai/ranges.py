@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, WithJsonSchema
 
 from eagleray.cluster.front_end import MAX_PRIORITY
-from eagleray.cluster.sampling_params import MAX_SEED, RANGES
+from eagleray.cluster.sampling_params import MAX_SEED, MIN_SEED, RANGES
 
 MAX_STOP_STRINGS = 64  # each is looked for with every token
 
@@ -33,7 +33,7 @@ TopP = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0,
 TopK = Annotated[int, _count("top_k")]
 MinP = Annotated[float, _number("min_p")]
 Seed = Annotated[  # FastAPI writes bounds as floats, which have no 2**64 - 1
-    int, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SEED + 1})
+    int, WithJsonSchema({"type": "integer", "minimum": MIN_SEED, "exclusiveMaximum": MAX_SEED + 1})
 ]
 PresencePenalty = Annotated[float, _number("presence_penalty")]
 FrequencyPenalty = Annotated[float, _number("frequency_penalty")]

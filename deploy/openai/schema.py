@@ -63,7 +63,7 @@ class GenerationRequest(Asked):
     stop: SomeText | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
-    seed: Seed | None = Field(None, description="From 0; equal seeds draw equal tokens, in any batch.")
+    seed: Seed | None = Field(None, description="Equal seeds draw equal tokens, in any batch; -1 is 2**64 - 1.")
     presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
     frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
     logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")

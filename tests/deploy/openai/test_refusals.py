@@ -73,7 +73,7 @@ BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 5000}, "n"),
     ({"n": "2"}, "n"),
     ({"n": 2, "temperature": 0}, "n"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
@@ -211,7 +211,7 @@ LONG_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"top_logprobs": 10**4000, "logprobs": True}),
     ("/v1/chat/completions", {"max_completion_tokens": 10**4000, "max_tokens": None}),
     ("/v1/chat/completions", {"messages": [{"role": LONG, "content": "a"}]}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", LONG: "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", LONG: "a"}]}),
     ("/detokenize", {"tokens": [10**4000]}),
 ]
 
@@ -266,7 +266,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.integers(-3, 300),
     "min_p": st.floats(-0.1, 1.1),
     "n": SMALL,
-    "seed": st.integers(-1, 2**65),
+    "seed": st.integers(-(2**64), 2**65),
     "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
     "presence_penalty": st.floats(-3, 3),
     "frequency_penalty": st.floats(-3, 3),
