@@ -1,7 +1,7 @@
 """What a request asks of the engine, and what comes of it: news of its choices, and what to count."""
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -137,13 +137,17 @@ class Count:
     def usage(self, *, prompt_only: bool = False) -> Usage:
         """What its last outputs add up to."""
         all_outputs = self.latest.values()
-        num_prompt = sum(len(output.prompt_token_ids) for output in all_outputs)
         num_new = sum(len(sequence.token_ids) for output in all_outputs for sequence in output.outputs)
-        num_new = 0 if prompt_only else num_new
-        cached = sum(output.num_cached_tokens or 0 for output in all_outputs)
-        return Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_new,
-            total_tokens=num_prompt + num_new,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-        )
+        return usage(all_outputs, 0 if prompt_only else num_new)
+
+
+def usage(outputs: Collection[RequestOutput], num_new: int) -> Usage:
+    """Of these prompts and so many generated tokens."""
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_new,
+        total_tokens=num_prompt + num_new,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )
