@@ -46,9 +46,9 @@ class Asked(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool | None = Field(None, description="Send one more event before `[DONE]`, with `usage`.")
+    include_usage: bool | None = Field(default=None, description="Send one more event before `[DONE]`, with `usage`.")
     continuous_usage_stats: bool | None = Field(
-        None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
+        default=None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
     )
 
 
