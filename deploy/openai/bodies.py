@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.limits import Limits, check_bytes, check_shape, too_deep
+from eagleray.deploy.openai.limits import check_bytes, check_shape, too_deep
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
 
@@ -30,7 +30,7 @@ class BodyError(HTTPException):
 
 def body_route(served: Served, *, generates: bool) -> type[APIRoute]:
     """A kind of route whose bodies are read here; those that generate have prompts that must fit the model."""
-    check = Limits.of(served).check_prompts if generates else None
+    check = served.limits.check_prompts if generates else None
 
     class CheckedRequest(Request):
         async def json(self) -> Any:

@@ -76,7 +76,8 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
 async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
     params = chat_params(request, served.defaults)
-    return Job.of("chatcmpl", request, [await conversation_prompt(served, request)], [params])
+    prompt = await conversation_prompt(served, request, served.limits.check_text)
+    return Job.of("chatcmpl", request, [prompt], [params])
 
 
 def _choices(output: RequestOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> list[ChatChoice]:

@@ -1,8 +1,9 @@
 """What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
+from collections.abc import Callable
 
-from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.chat import any_text, chat_prompt
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
@@ -34,7 +35,11 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
 
 
 async def texts_tokens(served: Served, texts: list[str], add_special_tokens: bool | None) -> list[list[int]]:
-    """The token ids of each text. Raises `ApiError` 400."""
+    """The token ids of each text. Raises `ApiError` 400.
+
+    Prompts of completions were held to the model's length when the body was read. Texts of `/tokenize` may be longer,
+    up to `max_body_bytes`; a thread encodes them, and lets others go on.
+    """
     tokenizer, special = served.tokenizer, add_special_tokens is not False
     with bad_requests():
         if sum(map(len, texts)) <= SHORT:
@@ -60,8 +65,10 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     return texts[0]
 
 
-async def conversation_prompt(served: Served, conversation: Conversation) -> TokensPrompt:
-    """A conversation in the model's chat template. Raises `ApiError` 400."""
+async def conversation_prompt(
+    served: Served, conversation: Conversation, check: Callable[[str], None] = any_text
+) -> TokensPrompt:
+    """A conversation in the model's chat template, as text for `check` before its tokens. Raises `ApiError` 400."""
     options = dict(conversation.chat_template_kwargs or {})
     if taken := sorted(options.keys() & RESERVED):
         message = f"chat_template_kwargs holds {taken[0]}, which is no variable of a template; leave it out"
@@ -79,8 +86,8 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
     with bad_requests():
         small = len(messages) <= FEW and sum(len(text) for each in messages for text in each.values()) <= SHORT
         if small and len(options) <= FEW and all(map(_is_short, options.values())):
-            return chat_prompt(served.tokenizer, messages, options)
-        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
+            return chat_prompt(served.tokenizer, messages, options, check)
+        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options, check)
 
 
 def _is_short(value: object) -> bool:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.sampling_params import MAX_N
 from eagleray.cluster.token_bytes import BYTE_OF
+from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
@@ -33,14 +33,13 @@ class Limits:
     num_tokens: int | None  # in the vocabulary
 
     @classmethod
-    def of(cls, served: Served) -> "Limits":
+    def of(cls, max_model_len: int, tokenizer: Tokenizer | None) -> "Limits":
         """Reads the whole vocabulary."""
-        tokenizer = served.engine.tokenizer
         if tokenizer is None:
-            return cls(served.max_model_len, None, None)
+            return cls(max_model_len, None, None)
         longest = max_characters_of_a_token(tokenizer.backend)
-        max_characters = None if longest is None else served.max_model_len * longest
-        return cls(served.max_model_len, max_characters, tokenizer.backend.get_vocab_size())
+        max_characters = None if longest is None else max_model_len * longest
+        return cls(max_model_len, max_characters, tokenizer.backend.get_vocab_size())
 
     def check_prompts(self, body: dict[str, Any]) -> None:
         """Raise `ApiError` 400 for more choices than there may be, and prompts and lists of ids that cannot fit."""

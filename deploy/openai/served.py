@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.limits import Limits
 from eagleray.deploy.openai.shown import shown
 
 
@@ -18,6 +20,11 @@ class Served:
     max_model_len: int  # tokens of prompt and answer together
     created: int  # seconds since 1970
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request does not say
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Of what is to be generated from."""
+        return Limits.of(self.max_model_len, self.engine.tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:

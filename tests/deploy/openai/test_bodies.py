@@ -38,7 +38,12 @@ MANY = {  # what is sent -> what the refusal says
     "parts": (CHAT, {"messages": [{"role": "user", "content": [BAD_PART] * 50_000}]}, f"at most {limits.MAX_MESSAGES}"),
     "bad messages": (CHAT, {"messages": [5] * 10_000, "user": "x" * 3_000_000}, "messages.0 is 5"),
     "bad parts": (CHAT, {"messages": [{"role": "user", "content": [BAD_PART] * 10_000}]}, "only parts of type text"),
-    "text": (CHAT, {"messages": [{"role": "user", "content": "ab " * 300_000}]}, "the model holds 512"),
+    "text": (CHAT, {"messages": [{"role": "user", "content": "ab " * 300_000}]}, "900041 characters, but the model"),
+    "variable": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"mood": "ab " * 300_000}},
+        "900042 characters, but the model",
+    ),
 }
 
 
@@ -132,6 +137,11 @@ def test_long_texts_have_the_tokens_of_short_ones(tiny: Server) -> None:
         assert answer["tokens"] == tiny.engine.tokenizer.encode(text) * 2000
         back = httpx.post(tiny.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=60).json()
         assert back["prompt"] == text * 2000
+
+
+def test_tokens_of_a_conversation_can_be_counted_beyond_what_the_model_holds(tiny: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "ab " * 2000}]}
+    assert httpx.post(tiny.url + "/tokenize", json=body, timeout=60).json()["count"] > 6000
 
 
 def test_the_longest_text_that_fits_is_served(tiny: Server) -> None:
