@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.limits import check_bytes, check_shape, too_deep
 from eagleray.deploy.openai.served import Served
-from eagleray.deploy.openai.shown import shown
+from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 LARGE = 64 * 1024  # bytes: beyond it a thread reads
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how compressed bodies begin
@@ -62,7 +62,7 @@ async def _read(body: bytes, encoding: str | None, check: Check | None) -> Any:
 def parse(body: bytes, encoding: str | None = None, check: Check | None = None) -> Any:
     """JSON's values. Raises `ApiError` 400 for what is too much or no text, and `json.JSONDecodeError`."""
     if (encoding or "identity") != "identity" or body.startswith((GZIP, ZSTD)):
-        said = f" (content-encoding: {shown(encoding)})" if encoding else ""
+        said = f" (content-encoding: {cut(encoding, MAX_SHOWN)})" if encoding else ""
         raise ApiError(400, f"the body is compressed{said}; send plain JSON, without content-encoding")
     check_bytes(body)
     try:
