@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.deploy.openai.shown import MAX_WORDS, cut
@@ -43,6 +44,14 @@ class ApiError(Exception):
     def reply(self) -> ErrorReply:
         """The body of the answer."""
         return ErrorReply(error=ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code))
+
+
+class BodyError(HTTPException):
+    """An `ApiError` on its way through FastAPI, which lets no other exception of a body pass."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message)
+        self.error = error
 
 
 def as_api_error(error: Exception) -> ApiError:

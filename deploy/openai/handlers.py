@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.deploy.openai.bodies import BodyError
-from eagleray.deploy.openai.errors import ApiError, as_api_error
+from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut, shown
 

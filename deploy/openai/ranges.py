@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema, WrapValidator
 
 from eagleray.cluster.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import MAX_SEED, MIN_SEED, RANGES
@@ -49,7 +49,8 @@ Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 SomeIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 SomeText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 SomeTexts = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-ListsOfIds = Annotated[list[SomeIds], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+OneOfMany = Annotated[SomeIds, WrapValidator(lambda ids, validate: validate(ids))]  # Python, so that others get a turn
+ListsOfIds = Annotated[list[OneOfMany], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOP_STRINGS})]
 
 BIASES = {

@@ -58,7 +58,9 @@ class GenerationRequest(Asked):
     stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: NumChoices | None = Field(
-        None, description="Choices for each prompt; choice i draws with seed + i. 1 by default."
+        None,
+        description="Choices for each prompt; choice i draws with seed + i. 1 by default, and the only one that "
+        "`temperature` 0 may have, as all would be equal.",
     )
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
     temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
@@ -163,7 +165,8 @@ class TokenizeChat(Asked, Conversation):
 
 
 def _kind(body: object) -> str:
-    return CHAT_TAG if isinstance(body, dict) and "messages" in body else TEXT_TAG
+    chats = isinstance(body, TokenizeChat) or (isinstance(body, dict) and "messages" in body)
+    return CHAT_TAG if chats else TEXT_TAG
 
 
 TEXT_TAG, CHAT_TAG = "with a text", "with messages"
