@@ -18,6 +18,7 @@ from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.prompts import Message, Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ class AsyncLLM:
         self._check_alive()
         self._start_reader()
         if (silence_s := self._front_end.silence_s) > max_silence_s:
+            requests = counted(self.num_requests, "request")
             raise EngineDeadError(
-                f"{self.num_requests} requests run, but the engine has said nothing for {silence_s:.0f} s, longer than "
+                f"{requests} in progress, but the engine has said nothing for {silence_s:.0f} s, longer than "
                 f"{max_silence_s:g} s"
             )
 

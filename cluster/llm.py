@@ -18,6 +18,7 @@ from eagleray.cluster.progress import BatchProgress
 from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,9 @@ class LLM:
 def _log_failures(outputs: list[RequestOutput]) -> None:
     causes = [error for output in outputs if (error := next(filter(None, (o.error for o in output.outputs)), None))]
     if causes:
-        logger.error("%d of %d requests failed: %s", len(causes), len(outputs), "; ".join(dict.fromkeys(causes)))
+        logger.error(
+            "%d of %s failed: %s", len(causes), counted(len(outputs), "request"), "; ".join(dict.fromkeys(causes))
+        )
 
 
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:

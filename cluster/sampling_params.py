@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line
-MAX_SEED = 2**64 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same
 MAX_COUNT = 2**31 - 1  # what the ranks' int32 tables hold
 MAX_N = 4096
 MAX_FACTOR = 1e6  # of temperature and repetition: beyond it nothing changes, and float32 ends
@@ -141,7 +141,7 @@ RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, how to say s
     "top_p": (0, 1, "give a number above 0, up to 1; 1 keeps every token"),
     "top_k": (-1, MAX_COUNT, "give at least 1, less than 2**31, or 0 or -1 to keep every token"),
     "min_p": (0, 1, "give a number from 0 to 1; 0 keeps every token"),
-    "seed": (0, MAX_SEED, "give a number from 0 to 2**64 - 1, or None to have one derived"),
+    "seed": (MIN_SEED, MAX_SEED, "give a number from -2**63 to 2**64 - 1, or None to have one derived"),
     "presence_penalty": (-2, 2, "give a number from -2 to 2; 0 turns it off"),
     "frequency_penalty": (-2, 2, "give a number from -2 to 2; 0 turns it off"),
     "repetition_penalty": (1e-6, MAX_FACTOR, f"give a number above 0, up to {MAX_FACTOR:g}; 1 turns it off"),

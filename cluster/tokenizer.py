@@ -57,6 +57,11 @@ class Tokenizer:
         """Whether `apply_chat_template` can work."""
         return bool(self._chat_templates)
 
+    def chat_template_names(self, role: str) -> bool:
+        """Whether the chat template has this in quotes, as it has the roles that it tells apart."""
+        template = self._chat_templates.get("default", "")
+        return f"'{role}'" in template or f'"{role}"' in template
+
     def prepare(self) -> None:
         """Import what chat templates need; a thread can do so while others wait for something else."""
         if self.has_chat_template:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput
+from eagleray.cluster.words import counted
 from eagleray.deploy.figures import num_output_tokens
 from eagleray.deploy.prompts import Task
 
@@ -56,7 +57,7 @@ class InOrder:
 
 def remark(sequence: CompletionOutput) -> str:
     """What the text alone does not show: how it ended, if not by itself."""
-    length = f"(cut at {len(sequence.token_ids)} tokens)"
+    length = f"(cut at {counted(len(sequence.token_ids), 'token')})"
     endings = {"length": length, "abort": INTERRUPTED, None: INTERRUPTED}
     return endings.get(sequence.finish_reason, "")
 

@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from eagleray.cluster.words import counted
+
 LOG_EVERY_S = 30.0
 
 logger = logging.getLogger(__name__)
@@ -57,10 +59,11 @@ class BatchProgress:
 
     def line(self) -> str:
         """All figures, at the end."""
-        parts = [f"{self.num_done} row{'s' * (self.num_done != 1)}", f"{self.num_failed} failed"]
+        parts = [counted(self.num_done, "row"), f"{self.num_failed} failed"]
         if self.num_before:
             parts.append(f"{self.num_before} done before")
-        return " · ".join([*parts, f"{self.num_tokens} output tokens in {self.elapsed:.1f} s", self._rates()])
+        parts.append(f"{counted(self.num_tokens, 'output token')} in {self.elapsed:.1f} s")
+        return " · ".join([*parts, self._rates()])
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from eagleray.cluster.prompts import Message
+from eagleray.cluster.words import counted
 from eagleray.deploy.bench_arguments import SAMPLED_BY, bench_params, goodput_limits
 from eagleray.deploy.bench_lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench_views import rates_table, requests_bar, times_table
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     asks = plan(arguments)
     if failed := _failures(asyncio.run(load.run(warm_ups(arguments, asks)))):
-        return _report(failed, "warm-up requests failed")
+        return _report(failed, "warm-up request")
     with requests_bar(len(asks), Console(stderr=True)) as advance:
         cpu_s, start = time.process_time(), time.monotonic()
         exchanges = asyncio.run(load.run(asks, advance))
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             "side by side, each with a part of the load and a --seed of its own",
             file=sys.stderr,
         )
-    return _report(_failures(exchanges), f"of {len(exchanges)} requests failed")
+    return _report(_failures(exchanges), "request", len(exchanges))
 
 
 def plan(arguments: argparse.Namespace) -> list[Ask]:
@@ -159,7 +160,8 @@ def _failures(exchanges: Sequence[Exchange]) -> dict[str, tuple[int, str]]:
     return {kind: (count, messages[kind]) for kind, count in Counter(kind for kind, _ in failed).most_common()}
 
 
-def _report(failures: dict[str, tuple[int, str]], what: str) -> int:
+def _report(failures: dict[str, tuple[int, str]], what: str, num_in_all: int | None = None) -> int:
     for kind, (count, message) in failures.items():
-        print(f"eagleray: {count} {what}: {kind}: {message}", file=sys.stderr)
+        failed = counted(count, what) if num_in_all is None else f"{count} of {counted(num_in_all, what)}"
+        print(f"eagleray: {failed} failed: {kind}: {message}", file=sys.stderr)
     return int(bool(failures))

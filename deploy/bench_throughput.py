@@ -10,6 +10,7 @@ from rich.console import Console
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.resolve import check_model
+from eagleray.cluster.words import counted
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.bench_arguments import bench_params, goodput_limits
 from eagleray.deploy.bench_lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
@@ -97,5 +98,5 @@ def _report_failures(requests: list[RequestTimes]) -> int:
     causes = {request.error for request in requests if request.error is not None}
     for cause in sorted(causes):
         number = sum(request.error == cause for request in requests)
-        print(f"eagleray: {number} of {len(requests)} requests failed: {cause}", file=sys.stderr)
+        print(f"eagleray: {number} of {counted(len(requests), 'request')} failed: {cause}", file=sys.stderr)
     return int(bool(causes))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.words import counted
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Figures:
     def line(self) -> str:
         """All of it in one line."""
         parts = [
-            f"{self.num_requests} request{'s' * (self.num_requests != 1)}",
-            f"{self.num_prompt_tokens} prompt + {self.num_output_tokens} output tokens in {self.elapsed:.1f} s",
+            counted(self.num_requests, "request"),
+            f"{self.num_prompt_tokens} prompt + {counted(self.num_output_tokens, 'output token')} "
+            f"in {self.elapsed:.1f} s",
             f"{self.num_output_tokens / max(self.elapsed, 1e-9):.1f} tokens/s",
         ]
         if self.first_token:

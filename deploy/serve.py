@@ -25,6 +25,7 @@ from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, 
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.http_time import HttpTime
 from eagleray.deploy.openai.metrics import Metrics
+from eagleray.deploy.openai.origins import cross_origin
 from eagleray.deploy.openai.playground import Playground
 from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
@@ -103,7 +104,8 @@ class Replica:
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
         app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
-        app = HttpTime(Playground(RequestIds(app, reply=False)), self._metrics.observe_http)
+        app = cross_origin(RequestIds(app, reply=False), args.allowed_origins)
+        app = HttpTime(Playground(app), self._metrics.observe_http)
         return Probes(app, self.check_health, self._metrics_text)
 
     def check_health(self) -> None:

@@ -5,9 +5,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.deploy.api_keys import check_keys, keys_of_file
+from eagleray.deploy.openai.origins import ANY, check_origin
+
+SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
 
 
 class ServeArgs(BaseModel):
@@ -30,6 +34,11 @@ class ServeArgs(BaseModel):
     )
     api_keys: tuple[SecretStr, ...] = Field((), description="keys that clients must send one of; none lets all in")
     api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    allowed_origins: tuple[str, ...] = Field(
+        (ANY,),
+        description="origins whose pages may ask from a browser, commas between them; * is any, which suits keys, "
+        "since no cookies count; without keys name yours, or give '' for none",
+    )
     max_queued_requests: int = Field(
         256, ge=0, description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429"
     )
@@ -52,17 +61,28 @@ class ServeArgs(BaseModel):
         engine = {name: value for name, value in given.items() if name in EngineConfig.names()}
         return {"engine": engine} | {name: value for name, value in given.items() if name in own_names()}
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "allowed_origins", mode="before")
     @classmethod
-    def _split_keys(cls, given: Any) -> Any:
-        """`serve run` knows only text: keys with commas between them."""
+    def _split(cls, given: Any) -> Any:
+        """`serve run` knows only text: values with commas between them."""
         return given.split(",") if isinstance(given, str) else given
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        """One empty text is none at all."""
+        origins = tuple(origin.strip() for origin in given)
+        if origins == ("",):
+            return ()
+        for origin in origins:
+            check_origin(origin)
+        return origins
 
     @field_validator("autoscaling_config", mode="before")
     @classmethod
     def _check_autoscaling(cls, given: Any) -> Any:
         """An object, or its JSON; refuse what Ray Serve would drop without a word."""
-        config = json.loads(given) if isinstance(given, str) else given
+        config = _object(given)
         if config is None:
             return None
         from ray.serve.config import AutoscalingConfig  # late: it takes a second, and most servers need none
@@ -70,7 +90,10 @@ class ServeArgs(BaseModel):
         if unknown := sorted(config.keys() - AutoscalingConfig.model_fields.keys()):
             known = ", ".join(sorted(AutoscalingConfig.model_fields))
             raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
-        AutoscalingConfig(**config)
+        try:
+            AutoscalingConfig(**config)
+        except ValidationError as error:
+            raise ValueError(in_one_line(error)) from None
         return config
 
     @model_validator(mode="after")
@@ -92,16 +115,30 @@ class ServeArgs(BaseModel):
         return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.get("max_replicas", 1)
 
     def read_api_keys(self) -> list[str]:
-        """All keys, those of the file included. Raises `ValueError` for one that is empty, `OSError` for the file."""
+        """All keys, those of the file included. Raises `ValueError` for what no client can send, and for the file."""
         keys = [key.get_secret_value() for key in self.api_keys]
-        if self.api_keys_file is not None:
-            lines = Path(self.api_keys_file).read_text().splitlines()
-            keys += [line.strip() for line in lines if line.strip()]
-            if not keys:
-                raise ValueError(f"api_keys_file {self.api_keys_file} holds no key; leave it out to let everybody in")
-        if not all(keys):
-            raise ValueError("one of api_keys is empty; leave it out")
-        return keys
+        check_keys(keys)
+        return keys + ([] if self.api_keys_file is None else keys_of_file(Path(self.api_keys_file)))
+
+
+def _object(given: Any) -> dict[str, Any] | None:
+    """As it is, or read from JSON. Raises `ValueError`."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given)
+        except json.JSONDecodeError as error:
+            where = f"{error.msg} at character {error.pos + 1}"
+            raise ValueError(f"{given[:80]!r} is no JSON ({where}); {SCALING_FORM}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{str(given)[:80]!r} is no object; {SCALING_FORM}")
+    return value
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Each fault with its option's name; pydantic's own words before those of ours are left out."""
+    faults = [(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    return "; ".join(f"{name}: {message}" if name else message for name, message in faults)
 
 
 def own_names() -> frozenset[str]:

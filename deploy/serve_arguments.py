@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from eagleray.deploy.arguments import add_engine, engine_config
-from eagleray.deploy.serve_args import ServeArgs, own_names
+from eagleray.deploy.serve_args import ServeArgs, in_one_line, own_names
 
 REPEATED = {"api_keys": "--api-key"}  # options that are given once for each value
 
@@ -43,7 +43,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             flag = REPEATED.get(name, f"--{name.replace('_', '-')}")
             how: dict[str, Any] = {"action": "append"} if name in REPEATED else {}
             shown = field.default not in (None, (), PydanticUndefined)
-            text = f"{field.description}{f' (default: {field.default})' if shown else ''}"
+            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+            text = f"{field.description}{f' (default: {default})' if shown else ''}"
             server.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="X", help=text, **how)
     add_engine(parser, positional=True)
 
@@ -55,13 +56,9 @@ def serve_args(arguments: argparse.Namespace) -> tuple[ServeArgs, Site]:
     try:
         args = ServeArgs(engine=engine_config(arguments), **own)
     except ValidationError as error:
-        raise ValueError("; ".join(_line(each["loc"], each["msg"]) for each in error.errors())) from None
+        raise ValueError(in_one_line(error)) from None
     args.read_api_keys()  # so that what it refuses is refused now
     return args, site
-
-
-def _line(location: tuple[int | str, ...], message: str) -> str:
-    return ": ".join([".".join(map(str, location)), message] if location else [message])
 
 
 def _port(text: str) -> int:

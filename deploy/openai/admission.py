@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from eagleray.cluster.words import counted
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
 
@@ -90,7 +91,7 @@ class BoundedQueue:
         if not may_generate(scope):
             await self._app(scope, receive, send)
         elif self.num_requests >= self._max_requests:
-            message = f"{self.num_requests} requests run or wait here already; retry in a while"
+            message = f"{counted(self.num_requests, 'request')} in progress or waiting here already; retry in a while"
             error = ApiError(429, message, "rate_limit_error", code="queue_full")
             await refuse(send, error, {"retry-after": str(RETRY_AFTER_S)})
         else:

@@ -9,7 +9,7 @@ from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
 from eagleray.deploy.openai.logprobs import chat_logprobs
 from eagleray.deploy.openai.replies import (
     AnswerMessage,
@@ -22,7 +22,7 @@ from eagleray.deploy.openai.replies import (
     Usage,
 )
 from eagleray.deploy.openai.sampling import chat_params
-from eagleray.deploy.openai.schema import ChatRequest
+from eagleray.deploy.openai.schema import ChatRequest, StreamOptions
 from eagleray.deploy.openai.served import Served
 
 
@@ -58,21 +58,26 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
             **usage,
         )
 
+    options = request.stream_options or StreamOptions()
+    in_each = options.continuous_usage_stats
     growth: defaultdict[int, Growth] = defaultdict(Growth)
     async with aclosing(outputs(served.engine, job)) as news_of_all:
         async for number, output in news_of_all:
             count.latest[number] = output
             for sequence in output.outputs:
                 if (news := growth[sequence.index].take(sequence)) is not None:
-                    yield chunk([_chunk_choice(sequence.index, news, job.params[0], served.engine.tokenizer)])
-    if request.stream_options is not None and request.stream_options.include_usage:
+                    so_far = {"usage": usage([output], len(sequence.token_ids))} if in_each else {}
+                    choice = _chunk_choice(sequence.index, news, job.params[0], served.engine.tokenizer)
+                    yield chunk([choice], **so_far)
+    if options.include_usage:
         yield chunk([], usage=count.usage())
 
 
 async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
     params = chat_params(request, served.defaults)
-    return Job.of("chatcmpl", request, [await conversation_prompt(served, request)], [params])
+    prompt = await conversation_prompt(served, request, served.limits.check_text)
+    return Job.of("chatcmpl", request, [prompt], [params])
 
 
 def _choices(output: RequestOutput, params: SamplingParams, tokenizer: Tokenizer | None) -> list[ChatChoice]:

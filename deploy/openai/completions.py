@@ -8,11 +8,11 @@ from contextlib import aclosing
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.inputs import completion_prompts, prompt_text
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
 from eagleray.deploy.openai.logprobs import Entry, Offsets, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
 from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS, completion_params, prompt_only
-from eagleray.deploy.openai.schema import CompletionRequest
+from eagleray.deploy.openai.schema import CompletionRequest, StreamOptions
 from eagleray.deploy.openai.served import Served
 
 
@@ -28,13 +28,14 @@ async def completion(served: Served, request: CompletionRequest) -> Completion:
 
 async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
     """What is new, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
+    options = request.stream_options or StreamOptions()
     reply = Reply(served, request, await _job(served, request))
     async with aclosing(outputs(served.engine, reply.job)) as news:
         async for number, output in news:
             reply.count.latest[number] = output
             for choice in reply.news(number, output):
-                yield reply.part([choice])
-    if request.stream_options is not None and request.stream_options.include_usage:
+                yield reply.part([choice], reply.usage_of(choice, output) if options.continuous_usage_stats else None)
+    if options.include_usage:
         yield reply.part([], reply.usage())
 
 
@@ -63,6 +64,10 @@ class Reply:
     def usage(self) -> Usage:
         """Of all that came."""
         return self.count.usage(prompt_only=self._prompt_only)
+
+    def usage_of(self, choice: Choice, output: RequestOutput) -> Usage:
+        """Of one choice so far, and of its prompt."""
+        return usage([output], 0 if self._prompt_only else self._growth[choice.index].num_tokens)
 
     def part(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
         """These choices as a body or as an event; without `usage` it is left out."""

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.deploy.openai.shown import MAX_WORDS, cut
 
 
 class ErrorDetail(BaseModel):
@@ -44,6 +46,14 @@ class ApiError(Exception):
         return ErrorReply(error=ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code))
 
 
+class BodyError(HTTPException):
+    """An `ApiError` on its way through FastAPI, which lets no other exception of a body pass."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message)
+        self.error = error
+
+
 def as_api_error(error: Exception) -> ApiError:
     """How an exception is told to a client, who hears only the kind of what is not foreseen; log that one."""
     if isinstance(error, ApiError):
@@ -63,5 +73,6 @@ def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name = str(error).partition(" ")[0]
-        raise ApiError(400, str(error), param=name if name in fields else None) from error
+        message = cut(str(error), MAX_WORDS)
+        name = message.partition(" ")[0]
+        raise ApiError(400, message, param=name if name in fields else None) from error

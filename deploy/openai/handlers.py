@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,11 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.deploy.openai.bodies import BodyError
-from eagleray.deploy.openai.errors import ApiError, as_api_error
+from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
-
-MAX_SHOWN = 80  # characters of a value that a message repeats
+from eagleray.deploy.openai.shown import MAX_SHOWN, cut, shown
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -66,12 +64,12 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if (kind := _kind_of_part(errors)) is not None:
         return ApiError(400, f"{path} has a part of type {kind}; only parts of type text are supported", param=path)
     ways = dict.fromkeys(_wanted(error) for error in errors if _path(error) == path)  # one for each type it may have
-    return ApiError(400, f"{path} is {_shown(first.get('input'))}; {' or '.join(ways)}", param=path)
+    return ApiError(400, f"{path} is {shown(first.get('input'))}; {' or '.join(ways)}", param=path)
 
 
 def _path(error: Any) -> str:
     """Where in the body, as "messages.0.role", without pydantic's names of the types that were tried."""
-    names = [str(part) for part in error["loc"] if part not in ("body", TEXT_TAG, CHAT_TAG)]
+    names = [cut(str(part), MAX_SHOWN) for part in error["loc"] if part not in ("body", TEXT_TAG, CHAT_TAG)]
     return ".".join(takewhile(lambda name: name != "str" and "[" not in name, names))
 
 
@@ -83,21 +81,4 @@ def _wanted(error: Any) -> str:
 def _kind_of_part(errors: Sequence[Any]) -> str | None:
     """What stands for the type of a message's part that is no text."""
     wrong = (error for error in errors if error["type"] == "literal_error" and error["loc"][-1] == "type")
-    return next((_shown(error.get("input")) for error in wrong), None)
-
-
-def _shown(value: object) -> str:
-    text = repr(_beginning(value, 3))
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
-
-
-def _beginning(value: object, depth: int) -> object:
-    """As much of a value as is ever shown, since all of it may take long to write."""
-    if isinstance(value, str):
-        return value[: MAX_SHOWN + 1]
-    if isinstance(value, list):
-        return [_beginning(each, depth - 1) for each in value[:MAX_SHOWN]] if depth else "…"
-    if isinstance(value, dict):
-        some = islice(value.items(), MAX_SHOWN)
-        return {name[: MAX_SHOWN + 1]: _beginning(each, depth - 1) for name, each in some} if depth else "…"
-    return value
+    return next((shown(error.get("input")) for error in wrong), None)

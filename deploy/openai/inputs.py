@@ -1,13 +1,16 @@
 """What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
+from collections.abc import Callable
 
-from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.chat import any_text, chat_prompt
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.ranges import ROLES
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.shown import shown
 
 SHORT = 1000  # characters: they take less time than a thread takes to begin where others want the processor, too
 FEW = 20  # messages
@@ -32,7 +35,11 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
 
 
 async def texts_tokens(served: Served, texts: list[str], add_special_tokens: bool | None) -> list[list[int]]:
-    """The token ids of each text. Raises `ApiError` 400."""
+    """The token ids of each text. Raises `ApiError` 400.
+
+    Prompts of completions were held to the model's length when the body was read. Texts of `/tokenize` may be longer,
+    up to `max_body_bytes`; a thread encodes them, and lets others go on.
+    """
     tokenizer, special = served.tokenizer, add_special_tokens is not False
     with bad_requests():
         if sum(map(len, texts)) <= SHORT:
@@ -50,7 +57,7 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     vocabulary = tokenizer.backend.get_vocab_size()
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocabulary:
-            message = f"tokens holds {token_id}; give token ids from 0 to {vocabulary - 1}"
+            message = f"tokens holds {shown(token_id)}; give token ids from 0 to {vocabulary - 1}"
             raise ApiError(400, message, param="tokens")
     texts: list[str] = await asyncio.to_thread(  # of the library's ways, only this one lets other threads go on
         tokenizer.backend.decode_batch, [token_ids], skip_special_tokens=False
@@ -58,8 +65,10 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     return texts[0]
 
 
-async def conversation_prompt(served: Served, conversation: Conversation) -> TokensPrompt:
-    """A conversation in the model's chat template. Raises `ApiError` 400."""
+async def conversation_prompt(
+    served: Served, conversation: Conversation, check: Callable[[str], None] = any_text
+) -> TokensPrompt:
+    """A conversation in the model's chat template, as text for `check` before its tokens. Raises `ApiError` 400."""
     options = dict(conversation.chat_template_kwargs or {})
     if taken := sorted(options.keys() & RESERVED):
         message = f"chat_template_kwargs holds {taken[0]}, which is no variable of a template; leave it out"
@@ -72,12 +81,13 @@ async def conversation_prompt(served: Served, conversation: Conversation) -> Tok
         "continue_final_message": goes_on,
         "add_generation_prompt": conversation.add_generation_prompt is not False,
     }
+    _check_roles(served.tokenizer, conversation)
     messages = _messages(conversation)
     with bad_requests():
-        small = len(messages) <= FEW and sum(len(message["content"]) for message in messages) <= SHORT
+        small = len(messages) <= FEW and sum(len(text) for each in messages for text in each.values()) <= SHORT
         if small and len(options) <= FEW and all(map(_is_short, options.values())):
-            return chat_prompt(served.tokenizer, messages, options)
-        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options)
+            return chat_prompt(served.tokenizer, messages, options, check)
+        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options, check)
 
 
 def _is_short(value: object) -> bool:
@@ -99,13 +109,26 @@ def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str 
     return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
 
 
+def _check_roles(tokenizer: Tokenizer, conversation: Conversation) -> None:
+    """Raises `ApiError` 400 for a role that is neither OpenAI's nor the model's."""
+    known = set(ROLES)
+    for index, role in enumerate(message.role for message in conversation.messages):
+        if role not in known and not tokenizer.chat_template_names(role):
+            param = f"messages.{index}.role"
+            wanted = f"give {', '.join(ROLES)}, or another that the model's chat template names"
+            raise ApiError(400, f"{param} is {shown(role)}; {wanted}", param=param)
+        known.add(role)
+
+
 def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    """As chat templates take them."""
     return [
         {
             "role": message.role,
             "content": message.content
             if isinstance(message.content, str)
             else "\n".join(part.text for part in message.content),
+            **({} if message.name is None else {"name": message.name}),
         }
         for message in conversation.messages
     ]

@@ -1,7 +1,7 @@
 """What a request asks of the engine, and what comes of it: news of its choices, and what to count."""
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -16,6 +16,7 @@ from eagleray.deploy.openai.merge import merged
 from eagleray.deploy.openai.replies import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
 from eagleray.deploy.openai.schema import GenerationRequest
+from eagleray.deploy.openai.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Job:
             raise ApiError(400, message, param="n" if params[0].n > 1 else "prompt")
         job = cls(f"{kind}-{uuid4().hex}", prompts, params, request.priority or 0)
         if request.user is not None:
-            logger.info("%s is for user %r", job.id, request.user)
+            logger.info("%s is for user %s", job.id, shown(request.user))
         return job
 
     @property
@@ -136,13 +137,17 @@ class Count:
     def usage(self, *, prompt_only: bool = False) -> Usage:
         """What its last outputs add up to."""
         all_outputs = self.latest.values()
-        num_prompt = sum(len(output.prompt_token_ids) for output in all_outputs)
         num_new = sum(len(sequence.token_ids) for output in all_outputs for sequence in output.outputs)
-        num_new = 0 if prompt_only else num_new
-        cached = sum(output.num_cached_tokens or 0 for output in all_outputs)
-        return Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_new,
-            total_tokens=num_prompt + num_new,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
-        )
+        return usage(all_outputs, 0 if prompt_only else num_new)
+
+
+def usage(outputs: Collection[RequestOutput], num_new: int) -> Usage:
+    """Of these prompts and so many generated tokens."""
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_new,
+        total_tokens=num_prompt + num_new,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+    )

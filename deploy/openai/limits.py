@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.sampling_params import MAX_N
 from eagleray.cluster.token_bytes import BYTE_OF
+from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
@@ -32,14 +33,13 @@ class Limits:
     num_tokens: int | None  # in the vocabulary
 
     @classmethod
-    def of(cls, served: Served) -> "Limits":
+    def of(cls, max_model_len: int, tokenizer: Tokenizer | None) -> "Limits":
         """Reads the whole vocabulary."""
-        tokenizer = served.engine.tokenizer
         if tokenizer is None:
-            return cls(served.max_model_len, None, None)
+            return cls(max_model_len, None, None)
         longest = max_characters_of_a_token(tokenizer.backend)
-        max_characters = None if longest is None else served.max_model_len * longest
-        return cls(served.max_model_len, max_characters, tokenizer.backend.get_vocab_size())
+        max_characters = None if longest is None else max_model_len * longest
+        return cls(max_model_len, max_characters, tokenizer.backend.get_vocab_size())
 
     def check_prompts(self, body: dict[str, Any]) -> None:
         """Raise `ApiError` 400 for more choices than there may be, and prompts and lists of ids that cannot fit."""
@@ -124,7 +124,7 @@ def check_depth(value: object, name: str | None) -> None:
 
 def too_deep(name: str | None = None) -> ApiError:
     """What is said of a field, or of the body."""
-    short = None if name is None else name[:MAX_DEPTH]
+    short = None if name is None else cut(name, MAX_SHOWN)
     message = f"{short or 'the body'} is nested too deeply; put at most {MAX_DEPTH} lists and objects in one another"
     return ApiError(400, message, param=short)
 
@@ -190,6 +190,6 @@ def _check_num(num: int, field: str, what: str) -> None:
 
 def _check_num_fields(value: object, where: str | None) -> None:
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        first = ", ".join(name[:20] for name in islice(value, 3))
+        first = ", ".join(cut(name, MAX_SHOWN) for name in islice(value, 3))
         message = f"{where or 'the body'} has {len(value)} fields, {first} among them; send those that are described"
         raise ApiError(400, message, param=where)

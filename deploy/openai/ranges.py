@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema, WrapValidator
 
 from eagleray.cluster.front_end import MAX_PRIORITY
-from eagleray.cluster.sampling_params import MAX_SEED, RANGES
+from eagleray.cluster.sampling_params import MAX_SEED, MIN_SEED, RANGES
 
 MAX_STOP_STRINGS = 64  # each is looked for with every token
 
@@ -33,7 +33,7 @@ TopP = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0,
 TopK = Annotated[int, _count("top_k")]
 MinP = Annotated[float, _number("min_p")]
 Seed = Annotated[  # FastAPI writes bounds as floats, which have no 2**64 - 1
-    int, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_SEED + 1})
+    int, WithJsonSchema({"type": "integer", "minimum": MIN_SEED, "exclusiveMaximum": MAX_SEED + 1})
 ]
 PresencePenalty = Annotated[float, _number("presence_penalty")]
 FrequencyPenalty = Annotated[float, _number("frequency_penalty")]
@@ -41,12 +41,16 @@ RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
 NumLogprobs = Annotated[int, _count("logprobs")]
 Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's
+Role = Annotated[str, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
+
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 SomeIds = Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 SomeText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 SomeTexts = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-ListsOfIds = Annotated[list[SomeIds], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+OneOfMany = Annotated[SomeIds, WrapValidator(lambda ids, validate: validate(ids))]  # Python, so that others get a turn
+ListsOfIds = Annotated[list[OneOfMany], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOP_STRINGS})]
 
 BIASES = {

@@ -43,7 +43,7 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage | None = Field(None, description="In a stream only if it was asked for, and then in the last event.")
+    usage: Usage | None = Field(None, description="In a stream only if asked for: in its last event, or in each.")
 
 
 class TopLogprob(BaseModel):
@@ -106,7 +106,7 @@ class ChatCompletionChunk(BaseModel):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
-    choices: list[ChunkChoice] = Field(description="Empty in the event with `usage`.")
+    choices: list[ChunkChoice] = Field(description="Empty in the event with `usage` of all.")
     usage: Usage | None = None
 
 

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
+from eagleray.deploy.openai.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -53,4 +54,5 @@ class RequestIds:
                 await refuse(answered, ApiError(400, message, code="invalid_request_id"))
         finally:
             seconds = time.monotonic() - begin
-            logger.info("request %s: %s %r %d in %.3f s", request_id, scope["method"], scope["path"], status, seconds)
+            path = shown(scope["path"])
+            logger.info("request %s: %s %s %d in %.3f s", request_id, scope["method"], path, status, seconds)

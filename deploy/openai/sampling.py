@@ -7,6 +7,7 @@ from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.ranges import MAX_STOP_STRINGS
 from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
+from eagleray.deploy.openai.shown import shown
 
 SAME_NAME = (
     "n",
@@ -55,16 +56,18 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """Without a limit of the client's, the model's room is the limit."""
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
-        message = f"max_tokens is {old} and max_completion_tokens is {new}, its new name; give one of them"
+        message = (
+            f"max_tokens is {shown(old)} and max_completion_tokens is {shown(new)}, its new name; give one of them"
+        )
         raise ApiError(400, message, param="max_tokens")
     low, high, remedy = RANGES["max_tokens"]
     if new is not None and not low <= new <= high:
-        raise ApiError(400, f"max_completion_tokens is {new}; {remedy}", param="max_completion_tokens")
+        raise ApiError(400, f"max_completion_tokens is {shown(new)}; {remedy}", param="max_completion_tokens")
     if request.top_logprobs is not None and not request.logprobs:
-        message = f"top_logprobs is {request.top_logprobs} without logprobs; set logprobs to true"
+        message = f"top_logprobs is {shown(request.top_logprobs)} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-        message = f"top_logprobs is {request.top_logprobs}; give a number from 0 to 20"
+        message = f"top_logprobs is {shown(request.top_logprobs)}; give a number from 0 to 20"
         raise ApiError(400, message, param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _params(request, defaults, max_tokens=old if new is None else new, logprobs=logprobs)
@@ -88,5 +91,5 @@ def _biases(by_text: dict[str, float] | None) -> dict[int, float] | None:
     if by_text is None:
         return None
     if odd := next((key for key in by_text if not (key.isascii() and key.isdigit() and len(key) <= 10)), None):
-        raise ValueError(f"logit_bias has the key {odd[:20]!r}; give token ids as keys")
+        raise ValueError(f"logit_bias has the key {shown(odd)}; give token ids as keys")
     return {int(key): bias for key, bias in by_text.items()}

@@ -23,6 +23,7 @@ from eagleray.deploy.openai.ranges import (
     PresencePenalty,
     Priority,
     RepetitionPenalty,
+    Role,
     Seed,
     SomeIds,
     SomeText,
@@ -45,7 +46,10 @@ class Asked(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    include_usage: bool | None = Field(None, description="Send one more event before `[DONE]`, with `usage`.")
+    include_usage: bool | None = Field(default=None, description="Send one more event before `[DONE]`, with `usage`.")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
+    )
 
 
 class GenerationRequest(Asked):
@@ -54,7 +58,9 @@ class GenerationRequest(Asked):
     stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: NumChoices | None = Field(
-        None, description="Choices for each prompt; choice i draws with seed + i. 1 by default."
+        None,
+        description="Choices for each prompt; choice i draws with seed + i. 1 by default, and the only one that "
+        "`temperature` 0 may have, as all would be equal.",
     )
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
     temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
@@ -62,7 +68,7 @@ class GenerationRequest(Asked):
     stop: SomeText | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
-    seed: Seed | None = Field(None, description="From 0; equal seeds draw equal tokens, in any batch.")
+    seed: Seed | None = Field(None, description="Equal seeds draw equal tokens, in any batch; -1 is 2**64 - 1.")
     presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
     frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
     logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
@@ -111,8 +117,9 @@ Parts = Annotated[list[TextPart], Field(fail_fast=True)]
 class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: str = Field(description="`system`, `user`, `assistant`, or what else the model's chat template knows.")
+    role: Role = Field(description="One of these, or another that the model's chat template names.")
     content: str | Parts = Field(description="Text, or parts of type text, which newlines join.")
+    name: str | None = Field(None, description="Who of that role; shows as far as the model's chat template uses it.")
 
 
 class Conversation(BaseModel):
@@ -158,7 +165,8 @@ class TokenizeChat(Asked, Conversation):
 
 
 def _kind(body: object) -> str:
-    return CHAT_TAG if isinstance(body, dict) and "messages" in body else TEXT_TAG
+    chats = isinstance(body, TokenizeChat) or (isinstance(body, dict) and "messages" in body)
+    return CHAT_TAG if chats else TEXT_TAG
 
 
 TEXT_TAG, CHAT_TAG = "with a text", "with messages"

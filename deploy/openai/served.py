@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.limits import Limits
+from eagleray.deploy.openai.shown import shown
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Served:
     created: int  # seconds since 1970
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request does not say
 
+    @cached_property
+    def limits(self) -> Limits:
+        """Of what is to be generated from."""
+        return Limits.of(self.max_model_len, self.engine.tokenizer)
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises `ApiError` 400 where the engine has none."""
@@ -28,5 +36,5 @@ class Served:
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for a model that is not this one."""
         if name is not None and name != self.model_name:
-            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+            message = f"the model {shown(name)} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

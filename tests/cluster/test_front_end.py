@@ -135,6 +135,7 @@ def test_seeds_differ_between_requests_and_repeat_between_runs(tokenizer: Tokeni
 
 def test_sequences_of_one_request_count_their_seeds_up(front_end: FrontEnd) -> None:
     _, requests = add(front_end, n=3, seed=2**64 - 2, prompt_logprobs=1)
+    assert [request.sampling.seed for request in add(front_end, n=3, seed=-2)[1]] == [2**64 - 2, 2**64 - 1, 0]
     assert [request.sampling.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
     assert [request.sampling.prompt_logprobs for request in requests] == [1, None, None]
     requests += add(front_end)[1]

@@ -18,7 +18,7 @@ NAN, INF = float("nan"), float("inf")
         "top_p": [0, 0.0, 1.1, -1, NAN, None],
         "top_k": [-2, 2**31, 2**70, 1.5, True, INF, None],
         "min_p": [-0.1, 1.1, NAN, None],
-        "seed": [-1, 2**64, 1.0, False, "x"],
+        "seed": [-(2**63) - 1, 2**64, 1.0, False, "x"],
         "presence_penalty": [-2.1, 2.1, NAN, INF],
         "frequency_penalty": [-2.1, 2.1, NAN, INF],
         "repetition_penalty": [0, -1, 1e39, NAN, INF],
@@ -54,6 +54,7 @@ def test_every_field_has_bad_values_above() -> None:
     "params",
     [
         {"temperature": 0, "top_k": -1, "top_p": 1, "min_p": 1, "seed": 2**64 - 1},
+        {"seed": -(2**63)},
         {"presence_penalty": -2, "frequency_penalty": 2.0, "repetition_penalty": 1e-3},
         {"logit_bias": {0: -100, 5: 100.0}, "allowed_token_ids": (1, 2), "stop_token_ids": []},
         {"max_tokens": None, "min_tokens": 10_000, "stop": ("a", "b"), "logprobs": 0, "prompt_logprobs": 20},

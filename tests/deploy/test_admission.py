@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.origins import cross_origin
 from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.refusal import answer
 from eagleray.deploy.openai.request_ids import RequestIds
@@ -161,11 +162,12 @@ async def test_an_id_goes_in_comes_back_and_stands_in_the_log(caplog: pytest.Log
     async with client(RequestIds(length_of_body, reply=True)) as http:
         reply = await http.post("/a%0Ab", headers={"X-Request-Id": "a.b-C_1"})
         assert reply.headers["x-request-id"] == reply.headers["request-id-seen"] == "a.b-C_1"
-        made = await http.get("/")
+        made = await http.get("/" + "x" * 50_000)
         assert made.headers["x-request-id"] == made.headers["request-id-seen"] != "a.b-C_1"
     first, second = (record.getMessage() for record in caplog.records if record.name.startswith("eagleray"))
     assert first.startswith("request a.b-C_1: POST '/a\\nb' 200 in 0.")
     assert made.headers["x-request-id"] in second
+    assert len(second) < 200
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "a;b", "ü".encode()])
@@ -187,3 +189,69 @@ async def test_health_tells_what_the_check_says() -> None:
             assert ("rank 1" in reply.text) == (status == 503)
             assert (await http.get("/metrics")).text == "a 1\n"
             assert (await http.post("/health")).text == "0"  # the application's
+
+
+PREFLIGHT = {
+    "origin": "https://app.example.com",
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
+
+
+@pytest.mark.parametrize("origins", [["*"], ["https://app.example.com", "null"]])
+async def test_a_page_of_an_allowed_origin_can_ask_and_read_even_what_is_refused(origins: list[str]) -> None:
+    app = RequestIds(ApiKeys(BoundedQueue(BodyLimit(length_of_body, 5), 0), ["one"]), reply=True)
+    shown = {"access-control-allow-origin": "*" if origins == ["*"] else "https://app.example.com"}
+    async with client(cross_origin(app, origins)) as http:
+        preflight = await http.options("/v1/completions", headers=PREFLIGHT)
+        assert preflight.status_code == 200  # without a key
+        assert shown.items() <= preflight.headers.items()
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
+        asked = {"origin": "https://app.example.com", "authorization": "Bearer one"}
+        for path, body, changes, status in (
+            ("/tokenize", b"abc", {}, 200),
+            ("/tokenize", b"abc", {"authorization": "Bearer two"}, 401),
+            ("/tokenize", b"abcdef", {}, 413),
+            ("/v1/completions", b"abc", {}, 429),
+            ("/tokenize", b"abc", {"x-request-id": "not one"}, 400),
+        ):
+            answered = await http.post(path, content=body, headers=asked | changes)
+            assert answered.status_code == status
+            assert shown.items() <= answered.headers.items()
+            assert answered.headers["access-control-expose-headers"] == "x-request-id, retry-after"
+            assert "access-control-allow-credentials" not in answered.headers
+
+
+async def test_a_page_of_another_origin_cannot_and_others_see_no_difference() -> None:
+    app = ApiKeys(length_of_body, ["one"])
+    for origins in (["https://other.example.com"], ["http://app.example.com"], []):
+        async with client(cross_origin(app, origins)) as http:
+            preflight = await http.options("/v1/completions", headers=PREFLIGHT)
+            assert preflight.status_code in (400, 401)
+            answered = await http.post("/", headers={"origin": PREFLIGHT["origin"], "authorization": "Bearer one"})
+            assert answered.status_code == 200
+            for reply in (preflight, answered, await http.post("/")):
+                assert "access-control-allow-origin" not in reply.headers
+
+
+async def test_a_stream_reaches_a_page_piece_by_piece() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(3):
+            await send({"type": "http.response.body", "body": b"a", "more_body": True})
+            assert len(sent) == 2 + number
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is to be read")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"origin", b"https://app.example.com")]}
+    await cross_origin(stream, ["*"])(scope, receive, send)
+    assert (b"access-control-allow-origin", b"*") in sent[0]["headers"]
+    assert len(sent) == 5

@@ -125,7 +125,7 @@ def test_where_nobody_listens_it_ends_with_the_warm_up(capsys: pytest.CaptureFix
     assert cli.main(["bench", "serve", "--base-url", url, "--model", "tiny"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert "eagleray: 1 warm-up requests failed: ConnectError: " in err
+    assert "eagleray: 1 warm-up request failed: ConnectError: " in err
 
 
 @pytest.mark.parametrize(

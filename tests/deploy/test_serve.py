@@ -120,6 +120,21 @@ def test_without_a_key_there_is_no_answer_but_to_probes(url: str, key: str) -> N
     assert httpx.get(f"{url}/metrics").status_code == 200
 
 
+def test_a_page_of_another_site_can_ask_with_a_key_and_read_the_answer(url: str) -> None:
+    origin = {"origin": "https://app.example.com"}
+    wants = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    preflight = httpx.options(f"{url}/v1/completions", headers=wants, timeout=PATIENCE_S)
+    assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (200, "authorization")
+    with keyed(url) as client:
+        answers = [client.get("/v1/models", headers=origin), httpx.get(f"{url}/v1/models", headers=origin)]
+        body = {"prompt": "Once", "max_tokens": 3, "stream": True}
+        answers += [client.post("/v1/completions", json=body, headers=origin)]
+    assert [answer.status_code for answer in answers] == [200, 401, 200]
+    assert {answer.headers["access-control-allow-origin"] for answer in [preflight, *answers]} == {"*"}
+    assert answers[-1].text.endswith("data: [DONE]\n\n")
+    assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=origin, timeout=PATIENCE_S).headers
+
+
 def test_a_body_that_is_too_long_is_refused_whether_or_not_it_says_how_long(url: str) -> None:
     def in_chunks() -> Iterator[bytes]:
         yield from [b"x" * 10_000] * 6

@@ -1,6 +1,7 @@
 """What a server is configured with, and what is refused."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,20 +68,60 @@ def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: 
     keys.write_text("one\n\n two \n")
     given = {"model": "m", "api_keys_file": str(keys)}
     assert ServeArgs.model_validate(given | {"api_keys": ["zero"]}).read_api_keys() == ["zero", "one", "two"]
-    keys.write_text("\n")
-    with pytest.raises(ValueError, match="holds no key"):
-        ServeArgs.model_validate(given).read_api_keys()
+    for content, words in (
+        (b"\n", f"^api_keys_file {keys} holds no key; write a key on each line"),
+        (b"", "holds no key"),
+        (b"one\n\nsk-two or so\n", f"^line 3 of api_keys_file {keys} holds white space"),
+        (b"one\n\xc3\xbc", f"^line 2 of api_keys_file {keys} holds white space or characters that no header may have"),
+        (b"\xff", f"^api_keys_file {keys} cannot be read: it is no UTF-8; name a text file with a key on each line"),
+    ):
+        keys.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as caught:
+            ServeArgs.model_validate(given | {"api_keys": ["zero"]}).read_api_keys()
+        assert "two" not in str(caught.value)
+    for missing, cause in ((tmp_path / "none", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"^api_keys_file {missing} cannot be read: {cause}; name a text file"):
+            ServeArgs.model_validate({"model": "m", "api_keys_file": str(missing)}).read_api_keys()
     with pytest.raises(ValueError, match="is empty"):
         ServeArgs.model_validate({"model": "m", "api_keys": [""]}).read_api_keys()
+    with pytest.raises(ValueError, match=r"^one of api_keys holds white space") as caught:
+        ServeArgs.model_validate({"model": "m", "api_keys": ["one two"]}).read_api_keys()
+    assert "two" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "origins"),
+    [
+        ({}, ("*",)),
+        ({"allowed_origins": "*"}, ("*",)),
+        (
+            {"allowed_origins": "https://a.example, http://localhost:3000"},
+            ("https://a.example", "http://localhost:3000"),
+        ),
+        ({"allowed_origins": ["https://[::1]:81", "null"]}, ("https://[::1]:81", "null")),
+        ({"allowed_origins": []}, ()),
+        ({"allowed_origins": ""}, ()),
+    ],
+)
+def test_origins_are_any_or_those_that_are_named(given: dict[str, Any], origins: tuple[str, ...]) -> None:
+    assert ServeArgs.model_validate({"model": "m"} | given).allowed_origins == origins
+
+
+@pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://A.example", "https://a, ,https://b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="is no origin; give scheme, host and port"):
+        ServeArgs.model_validate({"model": "m", "allowed_origins": origin})
 
 
 def test_the_command_line_says_the_same(model_dir: Path) -> None:
     words = ["--tp", "2", "--api-key", "a", "--api-key", "b", "--num-replicas", "2", "--engine-seed", "7"]
+    words += ["--allowed-origins", "https://a.example,https://b.example"]
     args, site = serve_args(parsed(str(model_dir), *words, "--port", "81", "--route-prefix", "/llm"))
     assert args.engine.tensor_parallel_size == 2
     assert args.engine.seed == 7
     assert args.num_replicas == 2
     assert args.read_api_keys() == ["a", "b"]
+    assert args.allowed_origins == ("https://a.example", "https://b.example")
     assert args.model_name == model_dir.name
     assert site.url() == "http://127.0.0.1:81/llm"
     assert site.url("::1") == "http://[::1]:81/llm"
@@ -96,5 +137,27 @@ def test_the_models_sampling_can_be_left_alone(model_dir: Path) -> None:
 def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"^max_body_bytes: .*greater than or equal to 1$"):
         serve_args(parsed(str(model_dir), "--max-body-bytes", "0"))
+    with pytest.raises(ValueError, match=r"^api_keys_file /nowhere/keys cannot be read: No such file"):
+        serve_args(parsed(str(model_dir), "--api-keys-file", "/nowhere/keys"))
     with pytest.raises(SystemExit):
         parsed(str(model_dir), "--port", "70000")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("{", "'{' is no JSON (Expecting property name enclosed in double quotes at character 2); give it as "),
+        ("", "'' is no JSON (Expecting value at character 1); give it as "),
+        ("5", "'5' is no object; give it as "),
+        ("[1]", "'[1]' is no object; give it as "),
+        ('{"max_replicas": 0}', "max_replicas: Input should be greater than 0"),
+        ('{"min_replicas": 3}', "max_replicas (1) must be greater than or equal to min_replicas (3)!"),
+    ],
+)
+def test_scaling_that_cannot_be_is_named_with_an_example(model_dir: Path, given: str, words: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(f"autoscaling_config: {words}")) as caught:
+        serve_args(parsed(str(model_dir), "--autoscaling-config", given))
+    assert "\n" not in str(caught.value)
+    if words.endswith("give it as "):
+        example = str(caught.value).rpartition("give it as ")[2].strip("'")
+        assert serve_args(parsed(str(model_dir), "--autoscaling-config", example))[0].max_replicas == 4

@@ -12,7 +12,8 @@ SPECIAL = (START, END)
 END_ID = 257
 VOCAB_SIZE = 258
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}"
+    "{% for message in messages %}{% if message.role == 'narrator' %}* {% endif %}"
+    "<|start|>{{ message.role }}{{ ' ' + message.name if message.name }}\n{{ message.content }}"
     "{% if not (continue_final_message and loop.last) %}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{{ mood }}{% endif %}"
 )

@@ -103,6 +103,14 @@ CONVERSATIONS: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
         "<|start|>user\na\nb<|end|>\n<|start|>assistant\n",
     ),
+    (
+        {"messages": [{"role": "user", "content": "Hi", "name": "Ann"}, MESSAGES[0] | {"name": None}]},
+        "<|start|>user Ann\nHi<|end|>\n<|start|>user\nHello<|end|>\n<|start|>assistant\n",
+    ),
+    (
+        {"messages": [{"role": "narrator", "content": "Hi"}, {"role": "tool", "content": "Ho"}]},
+        "* <|start|>narrator\nHi<|end|>\n<|start|>tool\nHo<|end|>\n<|start|>assistant\n",
+    ),
     ({"messages": MESSAGES, "add_generation_prompt": False}, "<|start|>user\nHello<|end|>\n"),
     ({"messages": MESSAGES, "continue_final_message": True}, "<|start|>user\nHello"),
     ({"messages": MESSAGES, "chat_template_kwargs": {"mood": "gay"}}, CHAT_PROMPT + "gay"),
@@ -140,6 +148,32 @@ async def test_streams_are_whole_with_the_async_client(tiny: Server) -> None:
     assert whole.usage is not None
     assert last.usage is not None
     assert (last.choices, last.usage.completion_tokens) == ([], whole.usage.completion_tokens)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_can_grow_with_each_event_of_a_choice(tiny: Server, path: str) -> None:
+    asked: dict[str, Any] = {"prompt": [PROMPT, "Hello"]}
+    lengths = [len(PROMPT), len("Hello")]
+    if path == "/v1/chat/completions":
+        asked, lengths = {"messages": MESSAGES}, [post(tiny, "/tokenize", messages=MESSAGES)["count"]]
+    body = asked | {"n": 2, "seed": 1, "max_tokens": 9, "ignore_eos": True}
+    for include_usage in (True, False):
+        options = {"include_usage": include_usage, "continuous_usage_stats": True}
+        chunks = streamed(tiny, path, **body, stream_options=options)
+        total = chunks.pop()["usage"] if include_usage else None
+        seen: dict[int, list[dict[str, Any]]] = {}
+        for chunk in chunks:
+            seen.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
+        for usages in seen.values():
+            counts = [usage["completion_tokens"] for usage in usages]
+            assert counts == sorted(set(counts))
+            assert counts[-1] == 9
+            assert len({usage["prompt_tokens"] for usage in usages}) == 1
+            assert all(usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
+        prompts = [usages[-1]["prompt_tokens"] for index, usages in sorted(seen.items()) if index % 2 == 0]
+        assert prompts == lengths
+        if total is not None:
+            assert (total["prompt_tokens"], total["completion_tokens"]) == (sum(prompts), 9 * len(seen))
 
 
 def test_usage_is_in_a_stream_only_if_asked_for(tiny: Server) -> None:

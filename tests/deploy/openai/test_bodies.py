@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
+from pydantic import BaseModel, field_validator
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from eagleray.cluster.sampling_params import MAX_N
 from eagleray.deploy.openai import limits
 from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.bodies import LARGE, body_route
 from eagleray.deploy.openai.limits import max_characters_of_a_token
 from eagleray.deploy.openai.probes import Probes
 from support.http_server import Server
@@ -38,7 +42,12 @@ MANY = {  # what is sent -> what the refusal says
     "parts": (CHAT, {"messages": [{"role": "user", "content": [BAD_PART] * 50_000}]}, f"at most {limits.MAX_MESSAGES}"),
     "bad messages": (CHAT, {"messages": [5] * 10_000, "user": "x" * 3_000_000}, "messages.0 is 5"),
     "bad parts": (CHAT, {"messages": [{"role": "user", "content": [BAD_PART] * 10_000}]}, "only parts of type text"),
-    "text": (CHAT, {"messages": [{"role": "user", "content": "ab " * 300_000}]}, "the model holds 512"),
+    "text": (CHAT, {"messages": [{"role": "user", "content": "ab " * 300_000}]}, "900041 characters, but the model"),
+    "variable": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"mood": "ab " * 300_000}},
+        "900042 characters, but the model",
+    ),
 }
 
 
@@ -65,6 +74,52 @@ async def _refused_beside_others(tiny: Server, path: str, body: bytes) -> tuple[
             num_turns += 1
         assert (await client.get("/health")).status_code == 200
         return asking.result(), num_turns
+
+
+class Noting(BaseModel):
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def note(cls, text: str) -> str:
+        seen.append(threading.get_ident())
+        return text
+
+
+seen: list[int] = []  # the threads of validations
+
+
+async def test_large_bodies_are_validated_once_and_beside_the_event_loop(tiny: Server) -> None:
+    app, router = FastAPI(), APIRouter(route_class=body_route(tiny.served, generates=False))
+
+    @router.post("/")
+    async def length(body: Noting) -> int:
+        return len(body.text)
+
+    app.include_router(router)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        for size, here in ((10, True), (LARGE, False)):
+            seen.clear()
+            assert (await client.post("/", json={"text": "a" * size})).json() == size
+            assert [thread == threading.get_ident() for thread in seen] == [here]
+
+
+@pytest.mark.parametrize("size", [10, LARGE])
+def test_large_bodies_are_answered_and_refused_as_small_ones_are(tiny: Server, size: int) -> None:
+    def told(path: str, **body: Any) -> Any:
+        return httpx.post(tiny.url + path, json=body, timeout=60).json()
+
+    assert told("/tokenize", prompt="a" * size)["count"] == size
+    assert told("/tokenize", messages=[{"role": "user", "content": "a" * size}])["count"] > size
+    assert told("/detokenize", tokens=told("/tokenize", prompt="a" * size)["tokens"])["prompt"] == "a" * size
+    ids = told("/tokenize", prompt="a")["tokens"]
+    assert told(COMPLETIONS, prompt="a", max_tokens=1, user="x" * size)["usage"]["total_tokens"] == 2
+    assert told(COMPLETIONS, prompt=[ids] * 3, max_tokens=1, user="x" * size)["usage"]["total_tokens"] == 6
+    assert told(COMPLETIONS, prompt=5, user="x" * size)["error"]["param"] == "prompt"
+    assert told(COMPLETIONS, prompt="a", nonsense="x" * size)["error"]["param"] == "nonsense"
+    assert told(CHAT, user="x" * size)["error"]["message"] == "messages is missing; it is required"
+    broken = httpx.post(tiny.url + CHAT, content=b'{"user": "' + b"x" * size, headers=JSON, timeout=60)
+    assert broken.json()["error"]["message"].startswith("the body is no valid JSON")
 
 
 def nested(levels: int) -> bytes:
@@ -132,6 +187,11 @@ def test_long_texts_have_the_tokens_of_short_ones(tiny: Server) -> None:
         assert answer["tokens"] == tiny.engine.tokenizer.encode(text) * 2000
         back = httpx.post(tiny.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=60).json()
         assert back["prompt"] == text * 2000
+
+
+def test_tokens_of_a_conversation_can_be_counted_beyond_what_the_model_holds(tiny: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "ab " * 2000}]}
+    assert httpx.post(tiny.url + "/tokenize", json=body, timeout=60).json()["count"] > 6000
 
 
 def test_the_longest_text_that_fits_is_served(tiny: Server) -> None:

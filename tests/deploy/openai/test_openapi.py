@@ -76,7 +76,7 @@ def test_bounds_are_where_the_server_has_them(tiny: Server, description: dict[st
         "max_completion_tokens": {"max_tokens": None},
     }
     for name, limits in found.items():
-        for kind, limit in limits.items():
+        for kind, limit in ((kind, whole(limit)) for kind, limit in limits.items()):
             beyond = limit if "exclusive" in kind else limit + (1 if "max" in kind.lower() else -1)
             body = schema["examples"][0] | together.get(name, {}) | {name: whole(beyond)}
             answer = httpx.post(tiny.url + path, json=body, timeout=60)

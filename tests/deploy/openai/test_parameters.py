@@ -123,7 +123,9 @@ def test_equal_seeds_draw_equal_texts_and_others_do_not(tiny: Server) -> None:
         return found
 
     assert text(seed=7) == text(seed=7)
-    assert len({text(seed=7), text(seed=8), text(), text()}) == 4
+    assert len({text(seed=7), text(seed=8), text(seed=-7), text(), text()}) == 5
+    for negative in (-1, -(2**63)):
+        assert text(seed=negative) == text(seed=2**64 + negative)
 
 
 def test_without_a_limit_completions_end_at_16_tokens_and_chats_where_the_model_does(tiny: Server) -> None:
@@ -201,4 +203,7 @@ def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
 def test_a_user_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
         answer = post(tiny, "/v1/completions", prompt=PROMPT, user="alice")
-    assert caplog.messages == [f"{answer['id']} is for user 'alice'"]
+        post(tiny, "/v1/completions", prompt=PROMPT, user="x" * 100_000)
+    first, second = caplog.messages
+    assert first == f"{answer['id']} is for user 'alice'"
+    assert len(second) < 200

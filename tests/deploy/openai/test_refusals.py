@@ -73,7 +73,7 @@ BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 5000}, "n"),
     ({"n": "2"}, "n"),
     ({"n": 2, "temperature": 0}, "n"),
-    ({"seed": -1}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
@@ -134,7 +134,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"content": "Hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "name": 5}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "a", "weight": 0}]}, "messages.0.weight"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "wizard", "content": "a"}]}, "messages.1.role"),
+    ({"messages": [{"role": "", "content": "a"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}, None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, None),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, None),
@@ -183,6 +187,15 @@ def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_remedy(tiny: Ser
     assert (answer.status_code, "content-type: application/json" in answer.text) == (400, True)
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_several_greedy_choices_are_refused_and_the_description_says_so(tiny: Server, path: str) -> None:
+    error = refused(tiny, path, BODIES[path] | {"n": 2, "temperature": 0})
+    assert error["message"] == (
+        "n must be 1 when greedy, but is 2 at temperature 0.0, where all would be equal; raise the temperature"
+    )
+    assert "`temperature` 0" in MODELS[path].model_json_schema()["properties"]["n"]["description"]
+
+
 def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
     for token_id in (-1, 258, 2**80):
         error = refused(tiny, "/detokenize", {"tokens": [65, token_id]})
@@ -190,6 +203,42 @@ def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
     refused(tiny, "/tokenize", {"prompt": "\ud800"})
     refused(tiny, "/tokenize", {"prompt": "a", "messages": []})
     assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": True})["param"] == "return_token_strs"
+
+
+LONG = "x" * 100_000
+LONG_VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"model": LONG}),
+    ("/tokenize", {"prompt": "a", "model": LONG}),
+    ("/v1/completions", {LONG: 1}),
+    ("/v1/completions", {"temperature": LONG}),
+    ("/v1/completions", {"stop": [LONG, ""]}),
+    ("/v1/completions", {"stop": [""] + ["x" * 999] * 60}),
+    ("/v1/completions", {"logit_bias": {LONG: 1}}),
+    ("/v1/completions", {"logit_bias": {LONG: "a"}}),
+    ("/v1/completions", {"seed": 10**4000}),
+    ("/v1/completions", {"logprobs": 10**4000}),
+    ("/v1/chat/completions", {"top_logprobs": 10**4000, "logprobs": True}),
+    ("/v1/chat/completions", {"max_completion_tokens": 10**4000, "max_tokens": None}),
+    ("/v1/chat/completions", {"messages": [{"role": LONG, "content": "a"}]}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a", LONG: "a"}]}),
+    ("/detokenize", {"tokens": [10**4000]}),
+]
+
+
+@pytest.mark.parametrize(("path", "changes"), LONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_message_repeats_no_more_than_the_beginning_of_a_value(
+    tiny: Server, path: str, changes: dict[str, Any]
+) -> None:
+    error = refused(tiny, path, BODIES.get(path, {}) | changes, 404 if "model" in changes else 400)
+    assert len(error["message"]) <= 1001
+    assert "…" in error["message"]
+    assert len(error["param"] or "") <= 200
+
+
+def test_a_role_that_nobody_knows_is_told_those_that_work(tiny: Server) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = refused(tiny, path, {"messages": [{"role": "wizard", "content": "a"}]})
+        assert error["message"].startswith("messages.0.role is 'wizard'; give system, developer, user, assistant, tool")
 
 
 def test_another_model_is_not_found(tiny: Server) -> None:
@@ -226,7 +275,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "top_k": st.integers(-3, 300),
     "min_p": st.floats(-0.1, 1.1),
     "n": SMALL,
-    "seed": st.integers(-1, 2**65),
+    "seed": st.integers(-(2**64), 2**65),
     "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
     "presence_penalty": st.floats(-3, 3),
     "frequency_penalty": st.floats(-3, 3),
