@@ -6,6 +6,7 @@ Imports of Ray stand where they are needed: they take seconds, which what is ref
 import argparse
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 END_S = 30.0  # how long the end may take beyond drain_timeout_s
 DELETE_S = 15.0  # of these, how long Serve may take to take the application away
 POLL_S = 0.1
+RAISED = re.compile(r"^[\w.]*(?:Error|Exception): ", re.MULTILINE)  # how a traceback's last part begins
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 FORCED = 1
 
@@ -162,7 +164,17 @@ def _run(application: "Application", site: Site) -> None:
     try:
         serve.run(application, name=site.name, route_prefix=site.route_prefix)
     except (RuntimeError, RayServeException) as error:
-        raise EngineStartError(str(error)) from None
+        raise EngineStartError(_cause(site.name) or str(error)) from None
+
+
+def _cause(name: str) -> str | None:
+    """Why the application's replicas did not start, if one said so: the end of the traceback that Serve keeps."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    deployments = () if application is None else application.deployments.values()
+    causes = [RAISED.split(deployment.message)[1:] for deployment in deployments]
+    return next((pieces[-1].strip() for pieces in causes if pieces), None)
 
 
 def _check_site(site: Site) -> bool:

@@ -5,6 +5,7 @@ find what connects the ranks by the group's name, since an op takes no objects.
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import Store
 from torch.nn import functional as F
 
 from eagleray.parallel.mesh import MAX_BYTES, Mesh
+from eagleray.parallel.network import interface_of, own_address
 from eagleray.parallel.symmetric import SymmetricMemory
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,9 @@ def init_tp_group(
     if _links:
         raise RuntimeError(f"this process is already in group {next(iter(_links))!r}; leave it first")
     cpu = device.type == "cpu"
+    if cpu and (interface := interface_of(own_address(store)[1])):
+        # gloo listens where the host's name leads, which on Debian and Ubuntu is loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "gloo" if cpu else "nccl",
         store=store,

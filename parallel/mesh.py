@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from eagleray.parallel.network import own_address
+
 MAX_BYTES = 128 * 1024  # fits in a connection's buffers, so that every rank may send before it receives
 _BUFFER_BYTES = 256 * 1024
 _SECRET_BYTES = 16
@@ -39,7 +41,7 @@ class Mesh:
         """Meet the other ranks through `store`. Only who knows the secret in the store is let in."""
         if rank == 0:
             store.set("mesh/secret", secrets.token_hex(_SECRET_BYTES))
-        address = _own_address(store)
+        address = own_address(store)
         with socket.socket(address[0], socket.SOCK_STREAM) as listener:
             _widen(listener)
             listener.settimeout(timeout_s)
@@ -88,15 +90,6 @@ class Mesh:
     def close(self) -> None:
         for connection in self._peers.values():
             connection.close()
-
-
-def _own_address(store: Store) -> tuple[socket.AddressFamily, str]:
-    """This host's address on its way to the store's host; loopback for a store that is no server."""
-    host = getattr(store, "host", "127.0.0.1")
-    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:  # connecting a datagram socket sends nothing
-        probe.connect(target)
-        return family, probe.getsockname()[0]
 
 
 def _connect(

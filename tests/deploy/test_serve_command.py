@@ -121,3 +121,12 @@ def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=DRAIN_S + END_S) == 130
     assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_a_start_that_fails_says_why(model_dir: Path) -> None:
+    with serving(model_dir, "--kv-cache-bytes", "10") as process:
+        said, complained = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert said == ""
+    assert re.search(r"^eagleray: the KV cache holds 0 tokens .* raise kv_cache_bytes", complained), complained
+    assert len(complained.splitlines()) == 1
