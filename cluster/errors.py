@@ -5,6 +5,10 @@ class EngineStartError(RuntimeError):
     """The engine could not start: no room on the cluster, or a rank failed; the message is that rank's own."""
 
 
+class ContextLengthError(ValueError):
+    """A request that the model's length has no room for."""
+
+
 class EngineDeadError(RuntimeError):
     """A rank or the engine core is gone; every request that ran has ended with this cause."""
 

@@ -57,7 +57,8 @@ class FrontEnd:
     ) -> Generation:
         """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice."""
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-            raise ValueError(f"priority is {priority!r}; give a whole number; lower numbers run first, 0 is usual")
+            within = f"from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+            raise ValueError(f"priority is {priority!r}; give a whole number {within}, of which lower ones run first")
         number = next(self._numbers)
         text, token_ids = self._tokens(prompt)
         if params.stop and self.tokenizer is None:

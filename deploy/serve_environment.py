@@ -22,6 +22,7 @@ HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # requests go straight to a replica's own port
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy has noticed after two looks, 250 ms apart
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # streams go on that began before replicas came or went
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # after three looks that find HAProxy dead, Serve starts it again
 }
 PORTS = (  # of HAProxy, on every address of the machine; Serve's own numbers would let one server run there
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -30,9 +31,10 @@ PORTS = (  # of HAProxy, on every address of the machine; Serve's own numbers wo
 )
 
 
-def set_environment() -> None:
-    """For Ray processes that this one starts."""
-    for name, value in (FASTER_STREAMS | _haproxy()).items():
+def set_environment(host: str = "127.0.0.1") -> None:
+    """For Ray processes that this one starts, with Serve to listen at `host`."""
+    haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
+    for name, value in (FASTER_STREAMS | haproxy).items():
         os.environ.setdefault(name, value)
 
 

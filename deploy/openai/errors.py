@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
 from eagleray.deploy.openai.shown import MAX_WORDS, cut
 
 
@@ -74,5 +74,12 @@ def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
         yield
     except ValueError as error:
         message = cut(str(error), MAX_WORDS)
+        if isinstance(error, ContextLengthError):
+            raise too_long(message) from error
         name = message.partition(" ")[0]
         raise ApiError(400, message, param=name if name in fields else None) from error
+
+
+def too_long(message: str) -> ApiError:
+    """What clients know as a reason to shorten a conversation."""
+    return ApiError(400, message, code="context_length_exceeded")

@@ -14,6 +14,8 @@ from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut, shown
 
+MAX_NAMED = 20  # unknown fields in a message
+
 
 def install_handlers(app: FastAPI) -> None:
     """Every failure of a route becomes an `ErrorReply`."""
@@ -56,7 +58,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         case "json_invalid":
             return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         case "extra_forbidden":
-            return ApiError(400, f"{path} is a field that this server does not have; leave it out", param=path)
+            return _unknown_fields([_path(error) for error in errors if error["type"] == "extra_forbidden"])
         case "missing" if path:
             return ApiError(400, f"{path} is missing; it is required", param=path)
     if not path:
@@ -65,6 +67,15 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"{path} has a part of type {kind}; only parts of type text are supported", param=path)
     ways = dict.fromkeys(_wanted(error) for error in errors if _path(error) == path)  # one for each type it may have
     return ApiError(400, f"{path} is {shown(first.get('input'))}; {' or '.join(ways)}", param=path)
+
+
+def _unknown_fields(names: Sequence[str]) -> ApiError:
+    named = ", ".join(dict.fromkeys(names[:MAX_NAMED]))
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    ending = "is a field that this server does not have; leave it out"
+    if len(names) > 1:
+        ending = "are fields that this server does not have; leave them out"
+    return ApiError(400, f"{named}{more} {ending}", param=names[0])
 
 
 def _path(error: Any) -> str:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from eagleray.cluster.sampling_params import MAX_N
 from eagleray.cluster.token_bytes import BYTE_OF
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.errors import ApiError, too_long
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
@@ -64,7 +64,7 @@ class Limits:
     def _check_prompt(self, prompt: object) -> None:
         if isinstance(prompt, list) and len(prompt) > self.max_model_len:
             message = f"a prompt has {len(prompt)} tokens, but the model holds {self.max_model_len}; shorten it"
-            raise ApiError(400, message)
+            raise too_long(message)
         if isinstance(prompt, str):
             self.check_text(prompt)
 
@@ -75,7 +75,7 @@ class Limits:
                 f"a prompt has {len(text)} characters, but the model holds {self.max_model_len} tokens, which are at "
                 f"most {self.max_characters} characters; shorten it"
             )
-            raise ApiError(400, message)
+            raise too_long(message)
 
 
 def check_bytes(body: bytes) -> None:

@@ -1,11 +1,11 @@
 """What Ray Serve's processes find in their environment, and the HAProxy that they start."""
 
 import os
-import signal
 import subprocess
-import sys
 import sysconfig
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,8 +19,12 @@ from support.free_port import free_port
 
 PATIENCE_S = 20.0
 ANSWERS = """
+global
+    maxconn 4096
 defaults
     mode http
+    option splice-request
+    option splice-response
     timeout connect 5s
     timeout client 60s
     timeout server 60s
@@ -42,25 +46,49 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serve_knows_every_name() -> None:
-    assert [name for name in [*FASTER_STREAMS, *HAPROXY, *PORTS] if not hasattr(constants, name)] == []
+    known = Path(constants.__file__).read_text()
+    assert [name for name in [*FASTER_STREAMS, *HAPROXY, *PORTS] if f'"{name}"' not in known] == []
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_ipv6_is_for_serves_own_proxy(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(host)
+    assert os.environ.keys() == FASTER_STREAMS.keys()
+
+
+@pytest.mark.parametrize("max_files", [4096, 1200])
+def test_haproxy_starts_under_any_limit_on_open_files(tmp_path: Path, max_files: int) -> None:
+    """With Serve's number of clients it would end at once."""
+    with haproxy(tmp_path, f"ulimit -n {max_files}; exec") as (_, port):
+        assert answer(port) == 200
 
 
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    port = free_port()
-    (tmp_path / "haproxy.cfg").write_text(ANSWERS.format(port=port))
-    command = [str(Path(sysconfig.get_path("scripts")) / COMMAND), "-db", "-f", str(tmp_path / "haproxy.cfg")]
-    script = f"import subprocess; subprocess.run({command!r})"
-    starter = subprocess.Popen([sys.executable, "-c", script])
-    try:
+    with haproxy(tmp_path, "") as (starter, port):
         assert answer(port) == 200
-        (haproxy,) = psutil.Process(starter.pid).children()
-    finally:
-        starter.send_signal(signal.SIGKILL)
+        (started,) = psutil.Process(starter.pid).children()
+        starter.kill()
         starter.wait()
-    left = psutil.wait_procs([haproxy], timeout=PATIENCE_S)[1]
-    for process in left:
+        left = psutil.wait_procs([started], timeout=PATIENCE_S)[1]
+        for process in left:
+            process.kill()
+        assert left == []
+
+
+@contextmanager
+def haproxy(directory: Path, before: str) -> "Iterator[tuple[subprocess.Popen[bytes], int]]":
+    """The process of a shell that starts it, or becomes it, and its port."""
+    port = free_port()
+    config = directory / "haproxy.cfg"
+    config.write_text(ANSWERS.format(port=port))
+    command = Path(sysconfig.get_path("scripts")) / COMMAND
+    process = subprocess.Popen(["bash", "-c", f"{before} {command} -db -f {config}; true"])
+    try:
+        yield process, port
+    finally:
         process.kill()
-    assert left == []
+        process.wait()
 
 
 def answer(port: int) -> int:

@@ -59,6 +59,35 @@ def test_an_unknown_field_is_named(tiny: Server, path: str, field: str, value: A
     assert error["message"] == f"{field} is a field that this server does not have; leave it out"
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_all_unknown_fields_are_named_up_to_a_number(tiny: Server, path: str) -> None:
+    error = refused(tiny, path, BODIES[path] | {"foo": 1, "temperature": 1, "bar": 2})
+    assert error["message"] == "foo, bar are fields that this server does not have; leave them out"
+    error = refused(tiny, path, BODIES[path] | {f"field_{number}": None for number in range(25)})
+    assert "field_19 and 5 more are fields" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        ("/v1/completions", {"max_tokens": 5000}),
+        ("/v1/completions", {"prompt": [5] * 5000}),
+        ("/v1/completions", {"prompt": "a b " * 2000}),
+        ("/v1/completions", {"prompt": "a" * 1_000_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a b " * 2000}]}),
+    ],
+)
+def test_what_is_too_long_for_the_model_has_the_code_that_clients_look_for(
+    tiny: Server, path: str, changes: dict[str, Any]
+) -> None:
+    assert refused(tiny, path, BODIES[path] | changes)["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("priority", [2**70, -(2**70)])
+def test_a_priority_beyond_the_range_is_told_the_range(tiny: Server, priority: int) -> None:
+    assert "from -" in refused(tiny, "/v1/completions", COMPLETION | {"priority": priority})["message"]
+
+
 BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
