@@ -7,10 +7,9 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
-from fastapi._compat import ModelField
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope
 
@@ -19,6 +18,9 @@ from eagleray.deploy.openai.handlers import validation_error
 from eagleray.deploy.openai.limits import check_bytes, check_shape, too_deep
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut
+
+if TYPE_CHECKING:
+    from fastapi._compat import ModelField  # private: what a route's `body_field` is
 
 LARGE = 64 * 1024  # bytes: beyond it a thread reads
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how compressed bodies begin
@@ -57,7 +59,7 @@ class ReadRequest(Request):
         return self._json
 
 
-async def _read(check: Check | None, field: ModelField | None, body: bytes, encoding: str | None) -> Any:
+async def _read(check: Check | None, field: "ModelField | None", body: bytes, encoding: str | None) -> Any:
     """JSON's values, or the route's model for them, which FastAPI takes as it is, where a thread is needed anyway."""
     try:
         if len(body) <= LARGE:
@@ -67,7 +69,7 @@ async def _read(check: Check | None, field: ModelField | None, body: bytes, enco
         raise BodyError(error) from error
 
 
-def _validated(check: Check | None, field: ModelField | None, body: bytes, encoding: str | None) -> Any:
+def _validated(check: Check | None, field: "ModelField | None", body: bytes, encoding: str | None) -> Any:
     value = parse(body, encoding, check)
     if field is None:
         return value

@@ -95,7 +95,7 @@ def test_rows_that_are_wrong_fail_alone_with_status_and_cause(tmp_path: Path, cl
         assert response["status_code"] == (404 if failure == "model_not_found" else 400)
         assert set(error) == {"message", "type", "param", "code"}
         assert (error["code"], error["type"]) == (failure, "invalid_request_error")
-        assert (result["error"] is None) == (failure in (None, "model_not_found"))
+        assert (result["error"] is None) == (failure in (None, "model_not_found", "context_length_exceeded"))
     assert texts([results["batch_req_1"], results["batch_req_12"]]).keys() == {"row 0", "row 1"}
 
 
