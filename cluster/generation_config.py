@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from eagleray.cluster.json_file import read_object
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.models.json_file import read_object
 
 logger = logging.getLogger(__name__)
 

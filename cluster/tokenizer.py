@@ -12,9 +12,9 @@ from typing import Any, Self
 from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
-from eagleray.cluster.json_file import read_object
 from eagleray.cluster.prompts import Message, check_text
 from eagleray.cluster.token_bytes import TokenBytes
+from eagleray.models.json_file import read_object
 
 
 class Tokenizer:

@@ -4,12 +4,12 @@ Both spellings are read: `rope_theta` and `rope_scaling` beside the other keys, 
 writes it. What Eagleray does not implement is an error here, never ignored.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagleray.models.json_file import read_object
 from eagleray.models.registry import ARCHITECTURES
 from eagleray.parallel.shares import share, share_heads
 
@@ -83,12 +83,7 @@ class ModelConfig:
             raise ValueError(f"there is no model directory {str(path)!r}; give a directory with config.json")
         if not file.is_file():
             raise ValueError(f"{str(path)!r} holds no config.json, so it is no model")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file} holds no JSON object")
+        raw = read_object(file)
         try:
             return cls.from_dict(raw)
         except ValueError as error:

@@ -10,11 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from ray import serve
 
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from support.free_port import free_port
+from support.ray_serve import deploy, ray_serve
 from support.tiny_model import write_tiny_model
 
 NUM_STREAMS = 200
@@ -40,11 +37,9 @@ HALF = "\ufffd"
 def url(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("tiny")
     write_tiny_model(path)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(ServeArgs.model_validate({"model": str(path)} | OPTIONS)))
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with ray_serve() as url:
+        deploy(path, OPTIONS)
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,8 @@ import httpx
 import psutil
 import pytest
 from openai import AuthenticationError, OpenAI
-from ray import serve
 
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from support.free_port import free_port
+from support.ray_serve import deploy, ray_serve
 from support.tiny_model import write_tiny_model
 
 KEY = "sk-first"
@@ -54,11 +51,9 @@ def url(ray_cluster: None, model_dir: Path) -> Iterator[str]:
     while rank_pids():  # of an engine that an earlier test has closed
         assert time.monotonic() < deadline, "an earlier test has left an engine on the cluster"
         time.sleep(0.1)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(ServeArgs.model_validate({"model": str(model_dir)} | OPTIONS)))
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with ray_serve() as url:
+        deploy(model_dir, OPTIONS)
+        yield url
 
 
 def keyed(url: str) -> httpx.Client:

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from ray import serve
 
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from support.free_port import free_port
+from support.ray_serve import deploy, ray_serve
 
 OPTIONS: dict[str, Any] = {
     "tensor_parallel_size": 2,
@@ -34,11 +31,9 @@ DRAWN = [TEXT | {"temperature": 1, "seed": seed} for seed in range(4)]
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: None, demo_model_dir: Path) -> Iterator[str]:
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(ServeArgs.model_validate({"model": str(demo_model_dir)} | OPTIONS)))
-    yield f"http://127.0.0.1:{port}/v1"
-    serve.shutdown()
+    with ray_serve() as url:
+        deploy(demo_model_dir, OPTIONS)
+        yield f"{url}/v1"
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ import pytest
 from ray import serve
 from ray.util.placement_group import placement_group_table
 
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from support.free_port import free_port
 from support.http_streams import Stream
+from support.ray_serve import deploy as deploy_model
+from support.ray_serve import ray_serve
 from support.tiny_model import write_tiny_model
 
 PATIENCE_S = 90.0
@@ -47,10 +46,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: None) -> Iterator[str]:
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with ray_serve() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def deploy(url: str, tmp_path_factory: pytest.TempPathFactory) -> Deploy:
 
     def run(**options: Any) -> None:
         if options != deployed:
-            serve.run(build(ServeArgs.model_validate({"model": str(model)} | OPTIONS | options)))
+            deploy_model(model, OPTIONS | options)
             deployed.clear()
             deployed.update(options)
 
