@@ -1,22 +1,35 @@
 """What a checkpoint's `config.json` says about the network, checked and in our words. Imports no torch.
 
-Both spellings are read: `rope_theta` and `rope_scaling` beside the other keys, and `rope_parameters` as transformers 5
-writes it. What Eagleray does not implement is an error here, never ignored.
+It is read as transformers reads it: its defaults where a key is missing, and both spellings of rotary positions,
+`rope_theta` and `rope_scaling` beside the other keys, and `rope_parameters`. What Eagleray does not implement is an
+error here, never ignored, and so is a value of another type, or one that no model has: it would cost memory and time.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.models.json_file import read_object
-from eagleray.models.registry import ARCHITECTURES
+from eagleray.models.json_file import flag, number, read_object, shown, whole
+from eagleray.models.registry import ARCHITECTURES, MODEL_TYPES
 from eagleray.parallel.shares import share, share_heads
 
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {  # what transformers takes where the file says nothing
+_DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says nothing
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+_QWEN_DEFAULTS: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096}
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "Qwen3ForCausalLM": {"head_dim": 128},
+    "Qwen2ForCausalLM": _QWEN_DEFAULTS,
+    "Qwen3ForCausalLM": {**_QWEN_DEFAULTS, "head_dim": 128},
     "Gemma2ForCausalLM": {
+        "num_key_value_heads": 4,
         "head_dim": 256,
         "tie_word_embeddings": True,
         "sliding_window": 4096,
@@ -32,10 +45,26 @@ _FAMILY_KEYS = {  # options that some families have: elsewhere they must be abse
     "final_logit_softcapping": ("Gemma2ForCausalLM",),
     "query_pre_attn_scalar": ("Gemma2ForCausalLM",),
     "use_sliding_window": ("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    "sliding_window": ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
     "use_bidirectional_attention": (),
-    "quantization_config": (),
+    "is_encoder_decoder": (),
+    "per_layer_config": (),  # layers that differ
+    "text_config": (),  # a model within the model
+    "decoder": (),
+    "generator": (),
+    "transformers_weights": (),  # another file of weights
+    "fusion_config": (),
+    "distributed_config": (),
 }
+_HEAD_DIM_MAY_BE_NULL = ("LlamaForCausalLM", "MistralForCausalLM")
+_WHOLE_HEADS = ("LlamaForCausalLM", "Gemma2ForCausalLM")  # transformers insists that they divide the hidden size
 _DTYPES = ("float32", "bfloat16", "float16")
+_LAYER_TYPES = {"sliding_attention", "full_attention"}
+MAX_LAYERS = 1 << 10
+MAX_HEADS = 1 << 12
+MAX_WIDTH = 1 << 20  # of hidden states, and of what is within a layer
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 22  # a table of angles has a row for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,40 +122,38 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """From the contents of `config.json`. Raises `ValueError` for what is missing, wrong or not supported."""
         architecture = _architecture(raw)
-        raw = {**_FAMILY_DEFAULTS.get(architecture, {}), **raw}
         _check_supported(architecture, raw)
-        hidden_size, num_heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
-        head_size = _count(raw, "head_dim") if raw.get("head_dim") else hidden_size // num_heads
-        bias = bool(raw.get("attention_bias", False))
-        qwen2 = architecture == "Qwen2ForCausalLM"
+        raw = {**_DEFAULTS, **_FAMILY_DEFAULTS.get(architecture, {}), **raw}
+        num_heads = whole(raw, "num_attention_heads", MAX_HEADS)
+        kv_heads = raw.get("num_key_value_heads")
+        head_size = _head_size(architecture, raw, num_heads)
+        bias = flag(raw, "attention_bias")
         config = cls(
             architecture=architecture,
-            vocab_size=_count(raw, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_count(raw, "intermediate_size"),
-            num_layers=_count(raw, "num_hidden_layers"),
+            vocab_size=whole(raw, "vocab_size", MAX_VOCABULARY),
+            hidden_size=whole(raw, "hidden_size", MAX_WIDTH),
+            intermediate_size=whole(raw, "intermediate_size", MAX_WIDTH),
+            num_layers=whole(raw, "num_hidden_layers", MAX_LAYERS),
             num_heads=num_heads,
-            num_kv_heads=_count(raw, "num_key_value_heads") if raw.get("num_key_value_heads") else num_heads,
+            num_kv_heads=num_heads if kv_heads is None else whole(raw, "num_key_value_heads", MAX_HEADS),
             head_size=head_size,
-            max_position_embeddings=_count(raw, "max_position_embeddings"),
+            max_position_embeddings=whole(raw, "max_position_embeddings", MAX_POSITIONS),
             dtype=_dtype(raw),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            rms_norm_eps=number(raw, "rms_norm_eps"),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             rope=_rope(raw),
-            attention_scale=float(raw.get("query_pre_attn_scalar") or head_size) ** -0.5,
+            attention_scale=_attention_scale(architecture, raw, head_size),
             sliding_windows=_sliding_windows(architecture, raw),
-            attention_soft_cap=raw.get("attn_logit_softcapping"),
-            final_soft_cap=raw.get("final_logit_softcapping"),
-            qkv_bias=bias or qwen2,
+            attention_soft_cap=_soft_cap(raw, "attn_logit_softcapping"),
+            final_soft_cap=_soft_cap(raw, "final_logit_softcapping"),
+            qkv_bias=bias or architecture == "Qwen2ForCausalLM",
             output_bias=bias,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=flag(raw, "mlp_bias"),
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads is {config.num_heads}, no multiple of num_key_value_heads {config.num_kv_heads}"
             )
-        if config.head_size % 2:
-            raise ValueError(f"head_dim is {config.head_size}; rotary positions need an even number")
         return config
 
 
@@ -141,92 +168,150 @@ def check_tp(config: ModelConfig, size: int) -> None:
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return str(name)
-    raise ValueError(f"architectures is {names}, of which none is supported; supported are {', '.join(ARCHITECTURES)}")
+    """The first name that is supported. transformers goes by `model_type`, so that must say the same if it is there."""
+    names = raw.get("architectures")
+    known = [name for name in names if isinstance(name, str) and name in ARCHITECTURES] if type(names) is list else []
+    if not known:
+        raise ValueError(
+            f"architectures is {shown(names)}, of which none is supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    architecture = known[0]
+    needed = MODEL_TYPES.get(architecture)
+    if needed is not None and raw.get("model_type", needed) != needed:
+        raise ValueError(
+            f"model_type is {shown(raw['model_type'])}, but architectures is {shown(names)}, whose type is "
+            f"{needed!r}; mend the one that is wrong"
+        )
+    return architecture
 
 
 def _check_supported(architecture: str, raw: Mapping[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        if (value := raw.get(key)) is not None:
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            kind = f" of kind {method!r}" if isinstance(method, str) else ""
+            raise ValueError(f"{key} is there: quantized weights{kind} are not supported; take the unquantized model")
     for key, families in _FAMILY_KEYS.items():
-        if raw.get(key) and architecture not in families:
-            raise ValueError(f"{key} is {raw[key]!r}, which is not supported for {architecture}")
+        if raw.get(key) not in (None, False) and architecture not in families:
+            raise ValueError(f"{key} is {shown(raw[key])}, which is not supported for {architecture}")
+    if raw.get("is_causal", True) is not True:
+        raise ValueError(f"is_causal is {shown(raw['is_causal'])}; models that see later tokens are not supported")
     gemma = architecture == "Gemma2ForCausalLM"
     key = "hidden_activation" if gemma else "hidden_act"
     activation = "gelu_pytorch_tanh" if gemma else "silu"
-    if (raw.get(key) or activation) != activation:
-        raise ValueError(f"{key} is {raw[key]!r}, but {architecture} is supported with {activation!r} only")
+    if raw.get(key, activation) != activation:
+        raise ValueError(f"{key} is {shown(raw[key])}, but {architecture} is supported with {activation!r} only")
 
 
-def _count(raw: Mapping[str, Any], key: str) -> int:
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key} is {value!r}; a whole number of at least 1 is needed")
-    return value
+def _head_size(architecture: str, raw: Mapping[str, Any], num_heads: int) -> int:
+    hidden_size = whole(raw, "hidden_size", MAX_WIDTH)
+    if architecture in _WHOLE_HEADS and hidden_size % num_heads:
+        raise ValueError(f"hidden_size is {hidden_size}, no multiple of num_attention_heads {num_heads}")
+    absent = "head_dim" not in raw or (raw["head_dim"] is None and architecture in _HEAD_DIM_MAY_BE_NULL)
+    if not absent:
+        size = whole(raw, "head_dim", MAX_WIDTH)
+    elif hidden_size < num_heads:
+        raise ValueError(f"hidden_size is {hidden_size}, less than num_attention_heads {num_heads}")
+    else:
+        size = hidden_size // num_heads
+    if size % 2:
+        raise ValueError(f"head_dim is {size}; rotary positions need an even number")
+    if size * num_heads > MAX_WIDTH:
+        raise ValueError(f"head_dim is {size} and num_attention_heads {num_heads}; at most {MAX_WIDTH} is supported")
+    return size
+
+
+def _attention_scale(architecture: str, raw: Mapping[str, Any], head_size: int) -> float:
+    own = architecture == "Gemma2ForCausalLM"
+    return math.pow(whole(raw, "query_pre_attn_scalar", MAX_WIDTH) if own else head_size, -0.5)
+
+
+def _soft_cap(raw: Mapping[str, Any], key: str) -> float | None:
+    return number(raw, key) if raw.get(key) is not None else None
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    key = "dtype" if raw.get("dtype") is not None else "torch_dtype"
+    name = raw.get(key)
+    if name is None:
+        return "float32"
     if name not in _DTYPES:
-        raise ValueError(f"dtype is {name!r}; supported are {', '.join(_DTYPES)}")
-    return name
+        raise ValueError(f"{key} is {shown(name)}; supported are {', '.join(_DTYPES)}")
+    return str(name)
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """One rotary embedding for all layers: `rope_parameters`, flat or per layer type, or the older keys."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
-    if nested:
-        if any(value != nested[0] for value in nested) or len(nested) != len(rope):
-            raise ValueError(f"rope_parameters is {rope}; one rotary embedding for all layers is supported")
-        rope = dict(nested[0])
-    partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor is {partial!r}; rotating a part of each head is not supported")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type")) or "default"
+    """The older `rope_scaling` comes before `rope_parameters`, and what is within either before what is beside it."""
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    rope = raw.get(key)
+    if rope is not None and not isinstance(rope, Mapping):
+        raise ValueError(f"{key} is {shown(rope)}; an object is needed")
+    rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw} | dict(rope or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"{key} is {shown(rope)}; one rotary embedding for all layers is supported")
+    partial = rope.get("partial_rotary_factor")
+    if partial is not None and (isinstance(partial, bool) or partial != 1.0):
+        raise ValueError(f"partial_rotary_factor is {shown(partial)}; rotating a part of each head is not supported")
+    return _rope_of(raw, {"rope_theta": RopeConfig.theta} | rope)
+
+
+def _rope_of(raw: Mapping[str, Any], rope: dict[str, Any]) -> RopeConfig:
+    theta = _in_rope(rope, "rope_theta")
+    kind = rope["rope_type"] if "rope_type" in rope else rope.get("type", "default")
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=_positive(rope, "factor"))
+        return RopeConfig(theta=theta, kind=kind, factor=_in_rope(rope, "factor"))
     if kind != "llama3":
-        raise ValueError(f"rope type is {kind!r}; supported are default, linear and llama3")
+        raise ValueError(f"rope type is {shown(kind)}; supported are default, linear and llama3")
+    outside = "original_max_position_embeddings"
+    if outside in raw and outside not in rope:
+        raise ValueError(f"{outside} is not within the rope parameters; move it there, where transformers looks")
+    low, high = _in_rope(rope, "low_freq_factor"), _in_rope(rope, "high_freq_factor")
+    if low >= high:
+        raise ValueError(f"low_freq_factor of the rope parameters is {low}, not less than high_freq_factor {high}")
     return RopeConfig(
         theta=theta,
         kind=kind,
-        factor=_positive(rope, "factor"),
-        low_freq_factor=_positive(rope, "low_freq_factor"),
-        high_freq_factor=_positive(rope, "high_freq_factor"),
-        original_max_position_embeddings=_count({**raw, **rope}, "original_max_position_embeddings"),
+        factor=_in_rope(rope, "factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=whole(
+            {outside: raw["max_position_embeddings"]} | rope, outside, MAX_POSITIONS
+        ),
     )
 
 
-def _positive(rope: Mapping[str, Any], key: str) -> float:
-    value = rope.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{key} of the rope parameters is {value!r}; a number above 0 is needed")
-    return float(value)
+def _in_rope(rope: Mapping[str, Any], key: str) -> float:
+    name = f"{key} of the rope parameters"
+    return number({name: rope.get(key)}, name)
 
 
 def _sliding_windows(architecture: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The window of each layer: from `layer_types`, or else by the family's rule."""
-    num_layers = _count(raw, "num_hidden_layers")
-    off = architecture == "LlamaForCausalLM" or (architecture.startswith("Qwen") and not raw.get("use_sliding_window"))
-    if off or raw.get("sliding_window") is None:
-        return (None,) * num_layers
-    window = _count(raw, "sliding_window")
-    types = raw.get("layer_types") or _layer_types(architecture, raw, num_layers)
-    if len(types) != num_layers or not set(types) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"layer_types is {types}; {num_layers} of sliding_attention and full_attention are needed")
+    num_layers = whole(raw, "num_hidden_layers", MAX_LAYERS)
+    qwen = architecture.startswith("Qwen")
+    off = architecture == "LlamaForCausalLM" or (qwen and not flag(raw, "use_sliding_window"))
+    window = None if off or raw.get("sliding_window") is None else whole(raw, "sliding_window", MAX_POSITIONS)
+    types = raw.get("layer_types")
+    if architecture == "MistralForCausalLM" and "layer_types" in raw:  # which makes a Ministral of it in transformers
+        raise ValueError(f"layer_types is {shown(types)}, which is not supported for {architecture}")
+    if types is None:
+        types = _layer_types(architecture, raw, num_layers, window)
+    known = isinstance(types, list) and all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in types)
+    if not known or len(types) != num_layers:
+        raise ValueError(f"layer_types is {shown(types)}; {num_layers} of {', '.join(sorted(_LAYER_TYPES))} are needed")
+    if window is None and "sliding_attention" in types:
+        raise ValueError(f"layer_types is {shown(types)}, but there is no sliding_window, or it is off")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _layer_types(architecture: str, raw: Mapping[str, Any], num_layers: int) -> list[str]:
+def _layer_types(architecture: str, raw: Mapping[str, Any], num_layers: int, window: int | None) -> list[str]:
     if architecture == "Gemma2ForCausalLM":
         windowed = [layer % 2 == 0 for layer in range(num_layers)]
     elif architecture.startswith("Qwen"):
-        windowed = [layer >= raw.get("max_window_layers", 28) for layer in range(num_layers)]
+        first = whole(raw, "max_window_layers", 1 << 31, least=0)
+        windowed = [window is not None and layer >= first for layer in range(num_layers)]
     else:
-        windowed = [True] * num_layers
+        windowed = [window is not None] * num_layers
     return ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]

@@ -1,18 +1,70 @@
-"""Small JSON files that a checkpoint may have."""
+"""The small JSON files of a checkpoint, and the values in them. Whatever is wrong is a `ValueError` with the key."""
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+MAX_BYTES = 16 << 20  # of a small file: what JSON of this size holds takes at most some hundred megabytes
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if there is no file. Raises `ValueError` that names the file and the remedy."""
+
+def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A small file's text. Raises `ValueError` that names the file for what is too large, or no UTF-8."""
+    try:
+        size = file.stat().st_size
+        if size > max_bytes:
+            raise ValueError(f"{file} has {size} bytes, and {max_bytes} is the limit; fetch the file again")
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 text: {error}; fetch the file again") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """A JSON object; an empty one if there is no such file. Raises `ValueError` that names the file and the remedy."""
     if not file.is_file():
         return {}
+    text = read_text(file, max_bytes)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply; fetch the file again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__} and no object; fetch the file again")
     return content
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value for a message: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def whole(raw: Mapping[str, Any], key: str, limit: int, *, least: int = 1) -> int:
+    """A whole number from `least` to `limit`."""
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} is {shown(value)}; a whole number of at least {least} is needed")
+    if value > limit:
+        raise ValueError(f"{key} is {shown(value)}; at most {limit} is supported")
+    return value
+
+
+def number(raw: Mapping[str, Any], key: str) -> float:
+    """A finite number above 0."""
+    value = raw.get(key)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"{key} is {shown(value)}; a number above 0 is needed")
+
+
+def flag(raw: Mapping[str, Any], key: str) -> bool:
+    """True or false."""
+    value = raw.get(key)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is {shown(value)}; true or false is needed")
+    return value

@@ -1,7 +1,9 @@
 """Build one rank's shard of a model and fill it."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from eagleray.parallel.group import TPGroup
 from eagleray.parallel.piece import HasPieces, Piece
 
 LOAD_FORMATS = ("safetensors", "dummy")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -28,35 +32,43 @@ def load_model(
     load_format: str = "safetensors",
     seed: int = 0,
     streamed: bool | None = None,
+    max_positions: int | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> CausalLM:
     """This rank's shard of the model in directory `path`, in eval mode and without gradients.
 
     A rank reads only its own bytes of the safetensors files; `streamed`, which is the default on CUDA, several threads
     do. "dummy" needs `config.json` only and makes random weights
-    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. `on_bytes` hears, in
+    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. No position of
+    `max_positions` or above will be asked for. `on_bytes` hears, in
     this thread, how many bytes of the shard's weights are there and how many there will be. Raises `ValueError`
-    for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short.
+    for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short, before
+    anything of the model's size is allocated.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
     config = ModelConfig.from_dir(path)
-    model = build_model(config, tp=tp, dtype=dtype, device=device)
-    count = _counter(model, on_bytes)
+    if max_positions is not None and max_positions < config.max_position_embeddings:
+        config = replace(config, max_position_embeddings=max_positions)
     if load_format == "dummy":
+        model = build_model(config, tp=tp, dtype=dtype, device=device)
+        count = _counter(model, on_bytes)
         for name, piece in checkpoint_pieces(model):
             dummy.fill(name, piece, seed)
             count(piece.target.nbytes)
         return model
-    stream = WeightStream(device, on_bytes=count) if streamed or (streamed is None and device.type == "cuda") else None
-    with Checkpoint(path, stream) as checkpoint:
-        loaded = set()
+    with Checkpoint(path) as checkpoint:
+        config = _with_own_head(config, checkpoint)
+        outline = build_model(config, tp=tp, dtype=dtype, device=torch.device("meta"))
+        checkpoint.check(checkpoint_pieces(outline), _superfluous(config))
+        model = build_model(config, tp=tp, dtype=dtype, device=device)
+        count = _counter(model, on_bytes)
+        if streamed or (streamed is None and device.type == "cuda"):
+            checkpoint.stream(WeightStream(device, on_bytes=count))
         for name, piece in checkpoint_pieces(model):
             checkpoint.load(name, piece)
-            loaded.add(name)
-            if stream is None:  # which counts by itself, when they are there
+            if not checkpoint.streams:  # which counts by itself, when they are there
                 count(piece.target.nbytes)
-        checkpoint.check_left_over(loaded | _superfluous(config))
     return model
 
 
@@ -88,10 +100,18 @@ def _counter(model: torch.nn.Module, on_bytes: Callable[[int, int], None] | None
     return count
 
 
+def _with_own_head(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """As in transformers, a stored head that differs from the embedding is not tied, whatever the file says."""
+    if not config.tie_word_embeddings or not checkpoint.differ(EMBEDDING, HEAD):
+        return config
+    logger.warning("tie_word_embeddings is true, but %s differs from %s, so they are not tied", HEAD, EMBEDDING)
+    return replace(config, tie_word_embeddings=False)
+
+
 def _superfluous(config: ModelConfig) -> set[str]:
     """Tensors that some checkpoints hold although they follow from the rest."""
     names = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(config.num_layers)}
-    return names | {"lm_head.weight"} if config.tie_word_embeddings else names
+    return names | {HEAD} if config.tie_word_embeddings else names
 
 
 @contextmanager

@@ -13,6 +13,13 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "eagleray.models.qwen:Qwen3ForCausalLM",
     "Gemma2ForCausalLM": "eagleray.models.gemma2:Gemma2ForCausalLM",
 }
+MODEL_TYPES = {  # what transformers calls them, and goes by
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+}
 
 
 def model_class(architecture: str) -> "type[CausalLM]":

@@ -177,5 +177,5 @@ class _MappedFile:
     def _extent(self, name: str) -> _Extent:
         entry = self._tensors[name]
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"has dtype {entry['dtype']}, but weights are of {', '.join(DTYPES)}")
+            raise ValueError(f"has dtype {entry['dtype']}, but weights are of {', '.join(DTYPES)}, not quantized")
         return _Extent(DTYPES[entry["dtype"]], tuple(entry["shape"]), self._data + entry["data_offsets"][0])

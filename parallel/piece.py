@@ -38,9 +38,12 @@ class Piece:
         return ".".join(filter(None, (parent, self.part, self.name)))
 
     def load(self, source: TensorSlice) -> None:
-        """Read this rank's region, and nothing else. Raises `ValueError` when the tensor has another shape."""
+        """Read this rank's region, and nothing else. Raises `ValueError` for another shape, or no floating point."""
         self.check_shape(source)
-        self.target.copy_(source[self.region])
+        values = source[self.region]
+        if not values.is_floating_point():
+            raise ValueError(f"has dtype {values.dtype}, but weights are floating-point numbers, not quantized")
+        self.target.copy_(values)
 
     def check_shape(self, source: TensorSlice) -> None:
         """Raise `ValueError` when the tensor in the file is not of the shape that the model needs."""

@@ -101,6 +101,7 @@ class RankActor:
                 device=self._device,
                 load_format=self._config.load_format,
                 seed=self._config.seed,
+                max_positions=self._config.max_model_len,
                 on_bytes=self._teller.count,
             )
             if self._device.type == "cuda":

@@ -1,6 +1,7 @@
 """`config.json` in every spelling that transformers has written, and clear errors for what is not supported."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def config(raw: dict[str, Any], **changes: Any) -> ModelConfig:
 def test_both_spellings_of_rope_are_the_same() -> None:
     old = config(LLAMA, rope_theta=5000.0, rope_scaling=LLAMA3)
     assert old == config(LLAMA, rope_parameters={"rope_theta": 5000.0, **LLAMA3})
-    nested = {"full_attention": {"rope_theta": 5000.0, **LLAMA3}}
-    assert old == config(LLAMA, rope_parameters=nested)
+    assert old == config(LLAMA, rope_theta=1.0, rope_parameters={"rope_theta": 5000.0, **LLAMA3})
+    both = config(LLAMA, rope_scaling=LLAMA3, rope_theta=5000.0, rope_parameters={"rope_theta": 1.0})
+    assert both == old, "transformers takes the older one where there are both"
     assert old.rope.kind == "llama3"
     assert old.rope.theta == 5000.0
     older = {"type": "linear", "factor": 2.0}
@@ -125,6 +127,102 @@ def test_the_dtype_has_two_names() -> None:
 def test_what_is_not_supported_is_an_error(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(raw, **changes)
+
+
+NONSENSE: list[Any] = [
+    None, 0, -1, True, False, 0.0, 0.5, 1e999, float("nan"), 10**9, 10**18, 10**400,
+    "x", "4", "", [], [1], {}, {"x": 1},
+]  # fmt: skip
+KEYS = [
+    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act",
+    "hidden_activation", "tie_word_embeddings", "attention_bias", "mlp_bias", "dtype", "torch_dtype", "rope_theta",
+    "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "quantization_config", "compression_config", "is_causal", "use_bidirectional_attention", "text_config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [LLAMA, MISTRAL, QWEN2, GEMMA2], ids=lambda raw: str(raw["architectures"][0]))
+@pytest.mark.parametrize("key", KEYS)
+def test_any_value_is_read_or_refused_by_the_name_of_its_key(raw: dict[str, Any], key: str) -> None:
+    for value in NONSENSE:
+        try:
+            assert config(raw, **{key: value}).num_layers < 2000
+        except ValueError as error:
+            about = {"hidden_size": "num_attention_heads", "rope_scaling": "rope"}.get(key, key)
+            assert key in str(error) or about in str(error), (value, str(error))  # noqa: PT017
+            assert len(str(error)) < 500, "a value of any length is shown by its beginning"  # noqa: PT017
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor"])
+def test_any_value_within_the_rope_parameters_is_read_or_refused_by_its_key(key: str) -> None:
+    for value in NONSENSE:
+        try:
+            rope = config(LLAMA, rope_scaling={**LLAMA3, key: value}).rope
+        except ValueError as error:
+            assert "rope" in str(error), (key, value)  # noqa: PT017
+            continue
+        assert frequencies(8, rope).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("raw", "changes", "message"),
+    [
+        (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 1024 is supported"),
+        (LLAMA, {"num_hidden_layers": 10**5}, "num_hidden_layers is 100000; at most 1024"),
+        (LLAMA, {"num_attention_heads": 64, "hidden_size": 32}, "hidden_size is 32, no multiple"),
+        (MISTRAL, {"num_attention_heads": 64, "hidden_size": 32}, "hidden_size is 32, less than num_att"),
+        (LLAMA, {"architectures": 5}, "architectures is 5"),
+        (LLAMA, {"layer_types": 5}, "layer_types is 5"),
+        (LLAMA, {"head_dim": 0}, "head_dim is 0"),
+        (GEMMA2, {"attn_logit_softcapping": "x"}, "attn_logit_softcapping is 'x'"),
+        (LLAMA, {"max_position_embeddings": 10**18}, "max_position_embeddings is 1000000000000000000; at most"),
+        (LLAMA, {"rope_scaling": [1]}, r"rope_scaling is \[1\]; an object is needed"),
+        (LLAMA, {"model_type": "mistral"}, "model_type is 'mistral', but architectures"),
+        (LLAMA, {"sliding_window": 8}, "sliding_window is 8, which is not supported for LlamaForCausalLM"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "there is no sliding_window, or it is off"),
+        (GEMMA2, {"sliding_window": None}, "there is no sliding_window, or it is off"),
+        (QWEN2, {"head_dim": None}, "head_dim is None"),
+        (LLAMA, {"attention_bias": "false"}, "attention_bias is 'false'; true or false"),
+        (LLAMA, {"rope_parameters": {"full_attention": LLAMA3}}, "one rotary embedding for all layers"),
+        (LLAMA, {"compression_config": {"format": "int-quantized"}}, "compression_config is there: quantized"),
+        (
+            LLAMA,
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "x": "y" * 9999}},
+            "config is there: quantized weights of kind 'gptq' are not supported; take the unquantized model$",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_model_has_is_refused_at_once(raw: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(raw, **changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100_000, "nested too deeply|no valid JSON"),
+        (b"\xef\xbb\xbf{}", "no valid JSON: Unexpected UTF-8 BOM"),
+        (b"\xff\xfe{\0}\0", "no UTF-8 text"),
+        (b"", "no valid JSON"),
+        (b"5", "holds int and no object"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "no valid JSON|digits"),
+        (b" " * (16 << 20) + b"{}", "bytes, and 16777216 is the limit"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"config\.json.*({message})"):
+        ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_none(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").mkdir() if kind == "folder" else os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        ModelConfig.from_dir(tmp_path)
 
 
 def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What a rank reads from a checkpoint, what it says when something is wrong with one, and weights made up."""
 
 import json
+import re
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -240,12 +242,148 @@ def test_no_weights_at_all(path: Path) -> None:
         load(path)
 
 
-def test_tied_weights_are_one_tensor_and_a_stored_head_is_not_needed(path: Path, tensors: dict[str, Tensor]) -> None:
+def test_a_stored_head_is_tied_only_if_it_is_the_embedding(
+    path: Path, tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     (path / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": True}))
-    model = load(path)  # the file still holds lm_head.weight
-    assert model.lm_head is model.model.embed_tokens
-    del tensors["lm_head.weight"]
-    assert load(rewrite(path, tensors)).lm_head.weight.shape == (96, 32)
+    head, embedding = tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]
+    tied = load(rewrite(path, tensors))
+    assert tied.lm_head is tied.model.embed_tokens
+    also_tied = load(rewrite(path, {**tensors, "lm_head.weight": embedding.clone()}))
+    assert also_tied.lm_head is also_tied.model.embed_tokens
+    assert not caplog.messages
+    head = torch.cat((embedding[:-1], head[-1:]))  # the last row alone differs
+    for size in (1, 3):
+        models = [load(rewrite(path, {**tensors, "lm_head.weight": head}), TPGroup(rank, size)) for rank in range(size)]
+        assert torch.equal(whole_tensors(models)["lm_head.weight"], head)
+        assert torch.equal(whole_tensors(models)["model.embed_tokens.weight"], embedding)
+    assert "tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight" in caplog.text
+
+
+def test_the_single_file_counts_where_there_is_an_index_too(
+    path: Path, tensors: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    split(path, {name: tensor + 1 for name, tensor in tensors.items()})
+    assert torch.equal(whole_tensors([load(rewrite(path, tensors))])[UP], tensors[UP])
+    assert "model.safetensors is taken, and model.safetensors.index.json beside it is not" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("pytorch_model.bin", r"but pytorch_model.bin; convert it to safetensors: python -c .*AutoModelForCausalLM"),
+        ("pytorch_model-00001-of-00002.bin", "convert it to safetensors"),
+        ("model-q4.gguf", "but model-q4.gguf; take the model's original checkpoint"),
+        ("model-00001-of-00002.safetensors", "fetch the index, too"),
+    ],
+)
+def test_weights_of_another_format(path: Path, file: str, words: str) -> None:
+    (path / "model.safetensors").rename(path / file)
+    with pytest.raises(
+        ValueError, match=f"holds neither model.safetensors nor model.safetensors.index.json, .*{words}"
+    ):
+        load(path)
+
+
+def test_the_command_that_converts_them_does(path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save(tensors, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2"}))
+    with pytest.raises(ValueError, match="python -c") as refusal:
+        load(path)
+    (command,) = re.findall(r'python -c "(.*)"', str(refusal.value))
+    exec(command)
+    assert torch.equal(whole_tensors([load(path)])[UP], tensors[UP])
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": []}, r"weight_map is \[\]"),
+        ({}, "weight_map is None"),
+        ({"weight_map": {UP: 5}}, "weight_map has 5 for tensor 'model.layers.1.mlp.up_proj.weight'; a file beside it"),
+        ({"weight_map": {UP: None}}, "weight_map has None"),
+        ({"weight_map": {UP: "../secret.safetensors"}}, "weight_map has '../secret.safetensors'"),
+        ({"weight_map": {UP: "/etc/passwd"}}, "weight_map has '/etc/passwd'"),
+        ({"weight_map": {UP: "x" * 300}}, "cannot be read|is missing"),
+        ([], "holds list and no object"),
+    ],
+)
+def test_an_index_that_is_none(path: Path, index: object, words: str) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"(model\.safetensors\.index\.json.*)?{words}"):
+        load(path)
+
+
+def test_a_tensor_that_two_files_hold(path: Path, tensors: dict[str, Tensor]) -> None:
+    split(path, tensors)
+    own = load_file(path / "b.safetensors")
+    other = next(name for name in tensors if name not in own)
+    save_file({**own, other: tensors[other] + 1}, path / "b.safetensors")
+    with pytest.raises(ValueError, match=rf"tensor {other} is in .*b.safetensors, but the index does not say so"):
+        load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_that_are_no_floating_point_numbers(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    tensors[UP] = torch.ones(64, 32).to(dtype)
+    with pytest.raises(ValueError, match=rf"tensor {UP} in .* has dtype .*, but weights are .*, not quantized"):
+        load(rewrite(path, tensors))
+
+
+def with_header(path: Path, header: bytes, size: int | None = None) -> Path:
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    data = whole[8 + int.from_bytes(whole[:8], "little") :]
+    file.write_bytes((len(header) if size is None else size).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{}",
+        b"5",
+        b'{"a": 5}',
+        b'{"a": {"dtype": "F32"}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, "x"]}}',
+        b"[" * 100_000,
+        b"\xff\xfe{}",
+    ],
+)
+def test_a_header_that_lies(path: Path, header: bytes) -> None:
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load(with_header(path, header))
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 64) - 1, 1 << 40])
+def test_a_header_of_a_size_that_no_file_has(path: Path, size: int) -> None:
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut short"):
+        load(with_header(path, b"{}", size))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "hidden_size", "num_hidden_layers"])
+def test_a_size_that_the_weights_do_not_have_is_refused_before_memory_is_taken(path: Path, key: str) -> None:
+    values = {"hidden_size": 1 << 18, "num_hidden_layers": 1000}
+    (path / "config.json").write_text(json.dumps({**CONFIG, key: values.get(key, 1 << 20)}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"tensor .* (has shape|is missing)"):
+        load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "in KiB"
+
+
+def test_positions_that_nobody_asks_for_take_no_memory(path: Path) -> None:
+    (path / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 1 << 20}))
+    model = load(path, max_positions=100)
+    assert model.model.rotary.cos.shape == (100, 8)
+    assert torch.equal(model.model.rotary.cos, load(path).model.rotary.cos[:100])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
