@@ -1,5 +1,7 @@
 """The engine core as a Ray actor: scheduler, block pool and channels in a process of their own."""
 
+import os
+
 import ray
 from ray.util.placement_group import PlacementGroup
 
@@ -9,11 +11,16 @@ from eagleray.cluster.executor import RayExecutor
 from eagleray.cluster.messages import EngineInfo
 from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.wire_check import EngineLimits
 from eagleray.workers.channel import Endpoint, Hub
 
 
 class CoreActor:
     """`start` brings the ranks up, `run` serves until shutdown or failure. The ranks end with this actor."""
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
 
     def start(
         self,
@@ -33,6 +40,7 @@ class CoreActor:
             _scheduler(config, worker.block_size, executor.num_blocks),
             executor,
             front_ends,
+            EngineLimits(vocab_size=model.vocab_size, max_model_len=worker.max_model_len),
             steps_in_flight=config.steps_in_flight,
             step_timeout_s=config.step_timeout_s,
         )
@@ -44,6 +52,8 @@ class CoreActor:
             num_blocks=executor.num_blocks,
             device=device,
             dtype=worker.dtype,
+            node_id=ray.get_runtime_context().get_node_id(),
+            core_pid=os.getpid(),
             rank_pids=[host.pid for host in executor.hosts],
             start=executor.start,
             seconds_prepared=executor.seconds_prepared,

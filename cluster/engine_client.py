@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 import weakref
@@ -16,13 +17,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from eagleray.cluster.calls import Calls, describe, is_death
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core_actor import CoreActor
+from eagleray.cluster.core_link import PING_S, CoreLink
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
-from eagleray.cluster.placement import Room, address_for, choose_device, connect, place
+from eagleray.cluster.placement import Room, address_for, choose_device, connect, nodes_of, place
+from eagleray.cluster.process_state import STOPPED, in_words, state_of
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
-from eagleray.workers.channel import Peer, milliseconds
+from eagleray.workers.channel import milliseconds
+from eagleray.workers.socket_directory import socket_place
 from eagleray.workers.started import PROCESSES, RAY, READY, OnProgress, Progress, unheard
 
 logger = logging.getLogger(__name__)
@@ -30,25 +34,29 @@ logger = logging.getLogger(__name__)
 START_MARGIN_S = 60.0  # for the core's own process, beside what its ranks may take
 CLOSE_S = 6.0  # how long a closing engine may take before it is killed
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
+MAX_UNHEARD = 100  # signs of news that nobody takes, before the event loop is spared them
+START_STOPPED_S = 4.0  # how long a starting core may be stopped
 
 
 class EngineClient:
     """Owns an engine: started with it, closed with it."""
 
-    def __init__(self, info: EngineInfo, core: Any, room: Room) -> None:
+    def __init__(self, info: EngineInfo, core: Any, room: Room, silence_limit_s: float = 120.0) -> None:
         self.info = info
         self._running = Calls([core.run.remote()])
         self._dead: str | None = None
         self._closed = False
-        self._peer = Peer(info.endpoint, uuid.uuid4().bytes)
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(EngineOutputs).decode
+        here = ray.get_runtime_context().get_node_id() == info.node_id
+        self._link = CoreLink(info.endpoint, uuid.uuid4().bytes, info.core_pid if here else None, silence_limit_s)
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
-        self._poller.register(self._peer.socket, zmq.POLLIN)
+        self._poller.register(self._link.socket, zmq.POLLIN)
         self._poller.register(self._running.fd, zmq.POLLIN)
-        self._num_news = 0
+        self._poller.register(self._bell, zmq.POLLIN)
         self._loop: asyncio.AbstractEventLoop | None = None  # on which `areceive` waits
         self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._num_unheard = 0
         self._finalizer = weakref.finalize(self, _remove, core, room)  # for an owner that forgets to close
 
     @classmethod
@@ -62,6 +70,7 @@ class EngineClient:
         """
         begin = time.monotonic()
         check_model(config)
+        socket_place()
         on_progress(Progress(RAY))
         connect(config)
         connected = time.monotonic()
@@ -91,20 +100,29 @@ class EngineClient:
             capacity(info.num_blocks, info.block_size, info.start.attention),
         )
         logger.info("%s", info.start.line())
-        return cls(info, core, room)
+        return cls(info, core, room, max(config.step_timeout_s, 10.0))
 
     def send(self, message: RequestMessage) -> None:
         """Hand a message to the core without waiting. Raises `EngineDeadError` if the core is known to have ended."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)
-        self._peer.send(self._encode(message))
+        self._link.send(message)
         self._wake.set()
 
-    def receive(self, timeout_s: float | None = None) -> EngineOutputs | None:
-        """The next news, or None once `timeout_s` is over. Raises `EngineDeadError` after a dead core's last news."""
-        if self._dead is None and not self._poller.poll(milliseconds(timeout_s)):
-            return None
+    def receive(self, timeout_s: float) -> EngineOutputs | None:
+        """The next news, or None once `timeout_s` is over. Raises `EngineDeadError` after a dead core's last news.
+
+        The wait must be repeated every second or so for the core's silence to be noticed.
+        """
+        if self._dead is None:
+            rung = dict(self._poller.poll(milliseconds(timeout_s)))
+            if self._bell in rung:
+                os.eventfd_read(self._bell)
         return self._take()
+
+    def wake(self) -> None:
+        """From any thread: a `receive` that waits returns now, or the next one does."""
+        os.eventfd_write(self._bell, 1)
 
     async def areceive(self) -> EngineOutputs:
         """The next news, without blocking the event loop. Raises like `receive`.
@@ -113,9 +131,11 @@ class EngineClient:
         which touches it too, wakes this up to look again.
         """
         loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._wait_on(loop)
         while (news := self._take()) is None:
+            self._num_unheard = 0
+            if loop is not self._loop:
+                self._wait_on(loop)
+                continue  # what arrived meanwhile may give no sign
             self._wake.clear()
             await self._wake.wait()
         return news
@@ -123,30 +143,43 @@ class EngineClient:
     def _wait_on(self, loop: asyncio.AbstractEventLoop) -> None:
         self._leave_loop()
         self._loop, self._wake = loop, asyncio.Event()
-        for fd in (self._peer.fd, self._running.fd):
-            loop.add_reader(fd, self._wake.set)
+        for fd in (self._link.fd, self._running.fd):
+            loop.add_reader(fd, self._ring)
+        self._timer = loop.call_later(PING_S, self._tick, loop)
+
+    def _ring(self) -> None:
+        """There may be news. Descriptors say so over and over until somebody looks; if nobody does, they are left."""
+        self._wake.set()
+        self._num_unheard += 1
+        if self._num_unheard > MAX_UNHEARD:
+            self._leave_loop()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Every second whoever waits looks whether the core lives."""
+        self._ring()
+        if self._loop is loop:
+            self._timer = loop.call_later(PING_S, self._tick, loop)
 
     def _leave_loop(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            for fd in (self._peer.fd, self._running.fd):
+            for fd in (self._link.fd, self._running.fd):
                 self._loop.remove_reader(fd)
+            if self._timer is not None:
+                self._timer.cancel()
         self._loop = None
 
     def _take(self) -> EngineOutputs | None:
         """News that have arrived, if any; what a core said before it ended comes before its end."""
         if self._dead is None and (ended := self._running.next(0)):
             self._dead = f"the engine core: {describe(ended[1])}" if is_death(ended[1]) else describe(ended[1])
-        payload = self._peer.receive(0 if self._dead is None else LAST_WORDS_S)
-        if payload is not None:
-            return self._in_order(self._decode(payload))
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
-        return None
-
-    def _in_order(self, news: EngineOutputs) -> EngineOutputs:
-        self._num_news += 1
-        if news.number != self._num_news:
-            self._dead = "the connection to the engine core broke and news were lost"
+        try:
+            news = self._link.receive(0 if self._dead is None else LAST_WORDS_S)
+            if self._dead is None:
+                self._link.look()
+        except EngineDeadError as error:
+            self._dead, news = str(error), None
+        if news is None and self._dead is not None:
+            self._leave_loop()
             raise EngineDeadError(self._dead)
         return news
 
@@ -156,11 +189,12 @@ class EngineClient:
             return
         self._closed = True
         if self._dead is None:
-            self._peer.send(self._encode(Shutdown()))
+            self._link.send(Shutdown())
             self._running.next(CLOSE_S)
         self._leave_loop()
-        self._peer.close()
+        self._link.close()
         self._running.close()
+        os.close(self._bell)
         self._finalizer()
 
 
@@ -184,12 +218,32 @@ def _start_core(
     watch = StartWatch(group.bundle_count, on_progress, address_for(group))
     try:
         node = ray.get_runtime_context().get_node_id()
+        pid = core.pid.remote() if nodes_of(group)[0] == node else None
         started = core.start.remote(config, device, group, node, watch.endpoint)
-        watch.wait(Calls([started]), deadline)
+        watch.wait(Calls([started]), deadline, _Look(pid))
         info: EngineInfo = ray.get(started, timeout=max(0.0, deadline - time.monotonic()))
         return info
     finally:
         watch.close()
+
+
+class _Look:
+    """Ends a start whose core, on this node, stays stopped."""
+
+    def __init__(self, pid: "ray.ObjectRef[int] | None") -> None:
+        self._ref = pid
+        self._pid: int | None = None
+        self._ran = self._looked = time.monotonic()
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        away, self._looked = now - self._looked > START_STOPPED_S / 2, now
+        if self._pid is None and self._ref is not None and ray.wait([self._ref], timeout=0)[0]:
+            self._pid, self._ref = ray.get(self._ref), None
+        if away or self._pid is None or state_of(self._pid) not in STOPPED:
+            self._ran = now
+        elif now - self._ran > START_STOPPED_S:
+            raise EngineStartError(f"the engine core does not start: {in_words(self._pid)}")
 
 
 def _remove(core: Any, room: Room) -> None:

@@ -10,10 +10,13 @@ import zmq
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.executor import Executor, RankFailedError
+from eagleray.cluster.inbox import Inbox
 from eagleray.cluster.messages import (
     Abort,
     EngineOutputs,
+    EngineRequest,
     FrontEndMessage,
+    Ping,
     ProfileAnswer,
     Shutdown,
     StartProfile,
@@ -24,31 +27,46 @@ from eagleray.cluster.messages import (
 from eagleray.cluster.profiling import Profiling
 from eagleray.cluster.request import FrontEndId
 from eagleray.cluster.scheduler import News, Scheduler
+from eagleray.cluster.vital_signs import LOOK_S
+from eagleray.cluster.wire_check import EngineLimits, check_request
 from eagleray.workers.channel import Hub, PeerGoneError, milliseconds
 from eagleray.workers.wire import StepOutput
 
 logger = logging.getLogger(__name__)
+
+MAX_MESSAGES = 1000  # of front ends in one turn, so that a flood leaves time for steps
 
 
 class EngineCore:
     """Owns the scheduler. While a step runs, the next is scheduled and sent, up to `steps_in_flight` of them."""
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, front_ends: Hub, *, steps_in_flight: int, step_timeout_s: float
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        front_ends: Hub,
+        limits: EngineLimits,
+        *,
+        steps_in_flight: int,
+        step_timeout_s: float,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._front_ends = front_ends
+        self._inbox = Inbox(front_ends, msgspec.msgpack.Decoder(FrontEndMessage).decode)
+        self._limits = limits
         self._steps_in_flight = steps_in_flight
         self._step_timeout_s = step_timeout_s
         self._step_due = 0.0  # when the oldest step in flight is late
+        self._num_heard: dict[FrontEndId, int] = defaultdict(int)
+        self._pinged: dict[FrontEndId, str] = {}  # front ends that wait for a sign, and what was lost of theirs
+        self._num_refused = 0
         self._num_news: dict[FrontEndId, int] = defaultdict(int)
         self._news: dict[FrontEndId, list[Tokens]] = defaultdict(list)
         self._profiling = Profiling(executor.send)
         self._profile_answers: dict[FrontEndId, list[ProfileAnswer]] = defaultdict(list)
         self._stopping = False
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FrontEndMessage).decode
         self._poller = zmq.Poller()
         for source in (front_ends.socket, *executor.pollable):
             self._poller.register(source, zmq.POLLIN)
@@ -82,30 +100,41 @@ class EngineCore:
             self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
 
     def _take_messages(self) -> None:
-        while message := self._front_ends.receive():
-            front_end, payload = message
-            try:
-                self._handle(front_end, self._decode(payload))
-            except msgspec.DecodeError as error:  # other front ends must not suffer from it
-                logger.error("a message of a front end cannot be read, its requests are aborted: %s", error)
-                self._scheduler.abort_front_end(front_end)
+        for _ in range(MAX_MESSAGES):
+            if (received := self._inbox.receive()) is None:
+                return
+            self._num_heard[received[0]] += 1
+            self._handle(*received)
 
     def _handle(self, front_end: FrontEndId, message: FrontEndMessage) -> None:
         match message:
             case Submit(requests):
                 for request in requests:
-                    try:
-                        self._scheduler.add(front_end, request)
-                    except ValueError as error:
-                        self._tell([(front_end, Tokens(request.id, finish_reason="error", error=str(error)))])
+                    self._add(front_end, request)
             case Abort(ids):
                 ended = (self._scheduler.abort(front_end, request_id) for request_id in ids)
                 self._tell((front_end, tokens) for tokens in ended if tokens is not None)
             case StartProfile() | StopProfile():
                 if (answer := self._profiling.ask(front_end, message)) is not None:
                     self._profile_answers[front_end].append(answer)
+            case Ping(num_sent):
+                heard = self._num_heard[front_end]
+                self._pinged[front_end] = "" if heard == num_sent else f"{num_sent - heard} of {num_sent} messages"
             case Shutdown():
                 self._stopping = True
+
+    def _add(self, front_end: FrontEndId, request: EngineRequest) -> None:
+        """Hand a request to the scheduler; one that cannot run ends with an error. One that runs is not added again."""
+        if self._scheduler.knows(front_end, request.id):
+            self._num_refused += 1
+            if self._num_refused == 1:
+                logger.error("a front end sends request %d again; it and further ones are dropped", request.id)
+            return
+        try:
+            check_request(request, self._limits)
+            self._scheduler.add(front_end, request)
+        except ValueError as error:
+            self._tell([(front_end, Tokens(request.id, finish_reason="error", error=str(error)))])
 
     def _take_output(self) -> None:
         while (report := self._executor.receive()) is not None:
@@ -131,18 +160,17 @@ class EngineCore:
         return True
 
     def _wait(self) -> None:
-        """Sleep until something arrives; if a step is in flight, no longer than it may take.
+        """Sleep until something arrives, or it is time to look after the ranks, which `Executor.receive` does.
 
-        Writing a profile takes as long as it takes.
+        If a step is in flight, no longer than it may take. Writing a profile takes as long as it takes.
         """
-        if not self._scheduler.num_in_flight or self._profiling.waits:
-            self._poller.poll()
-            return
-        left = self._step_due - time.monotonic()
+        left = LOOK_S
+        if self._scheduler.num_in_flight and not self._profiling.waits:
+            left = min(LOOK_S, self._step_due - time.monotonic())
         if left <= 0:
+            reason = self._executor.suspects() or "a rank hangs, or the limit is too low for this machine"
             raise RankFailedError(
-                f"a step's output did not come within step_timeout_s, {self._step_timeout_s:g} s: "
-                "a rank hangs, or the limit is too low for this machine"
+                f"a step's output did not come within step_timeout_s, {self._step_timeout_s:g} s: {reason}"
             )
         self._poller.poll(milliseconds(left))
 
@@ -151,14 +179,17 @@ class EngineCore:
             self._news[front_end].append(tokens)
 
     def _send_news(self) -> None:
-        if not self._news and not self._profile_answers:
+        if not self._news and not self._profile_answers and not self._pinged:
             return
         news, self._news = self._news, defaultdict(list)
+        pinged, self._pinged = self._pinged, {}
         answers, self._profile_answers = self._profile_answers, defaultdict(list)
         stats = self._scheduler.stats()
-        for front_end in news.keys() | answers.keys():
-            self._num_news[front_end] += 1
-            message = EngineOutputs(news[front_end], stats, self._num_news[front_end], answers[front_end])
+        for front_end in news.keys() | answers.keys() | pinged.keys():
+            self._num_news[front_end] += 1  # even if it does not arrive, so that it is missed
+            message = EngineOutputs(
+                news[front_end], stats, self._num_news[front_end], answers[front_end], pinged.get(front_end, "")
+            )
             try:
                 self._front_ends.send(front_end, self._encode(message))
             except PeerGoneError:

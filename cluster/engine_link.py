@@ -11,8 +11,11 @@ class EngineLink(Protocol):
     def send(self, message: RequestMessage) -> None:
         """Hand over a message, without waiting."""
 
-    def receive(self, timeout_s: float | None) -> EngineOutputs | None:
-        """The next news, or None when the time is over."""
+    def receive(self, timeout_s: float) -> EngineOutputs | None:
+        """The next news, or None when the time is over, or `wake` was called."""
+
+    def wake(self) -> None:
+        """Let a `receive` of another thread return; of all methods this one may be called meanwhile."""
 
     async def areceive(self) -> EngineOutputs:
         """The next news, for asyncio."""

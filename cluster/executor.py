@@ -7,19 +7,23 @@ from typing import Any, Protocol
 
 import msgspec
 import ray
+import zmq
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from eagleray.cluster.calls import DEATH_NOTICE_S, Calls
 from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.inbox import Inbox
+from eagleray.cluster.placement import nodes_of
 from eagleray.cluster.resolve import check_capacity
 from eagleray.cluster.start_report import StartReport
+from eagleray.cluster.vital_signs import LOOK_S, VitalSigns
 from eagleray.workers.actor import RankActor
-from eagleray.workers.channel import Endpoint, Hub, PeerGoneError
+from eagleray.workers.channel import Endpoint, Hub, PeerGoneError, milliseconds
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.started import Loaded, RankHost, Ready
-from eagleray.workers.wire import Goodbye, Profile, Profiled, RankMessage, RankReport, Step, StepOutput
+from eagleray.workers.wire import Beat, Goodbye, Profile, Profiled, RankMessage, RankReport, Step, StepOutput
 
 GOODBYE_S = 2.0  # how long ranks may take to end by themselves
 
@@ -40,6 +44,9 @@ class Executor(Protocol):
     def receive(self) -> StepOutput | list[Profiled] | None:
         """The next output, or all ranks' answers to a `Profile`; None if nothing is there. Raises `RankFailedError`."""
 
+    def suspects(self) -> str:
+        """Ranks that are stopped, in words; empty if none is."""
+
     def close(self) -> None:
         """End the ranks."""
 
@@ -54,60 +61,89 @@ class RayExecutor:
     def __init__(self, config: WorkerConfig, group: PlacementGroup, *, timeout_s: float, listener: Endpoint) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(RankReport).decode
         self._profiled: list[Profiled] = []  # of ranks that have answered before the others
+        self._ready: dict[bytes, Ready] = {}
         self._names = [b"rank %d" % rank for rank in range(group.bundle_count)]
-        self._ranks = _create_actors(config, group, listener)
+        here, nodes = ray.get_runtime_context().get_node_id(), nodes_of(group)
+        self._hub = Hub(None if set(nodes) == {here} else ray.util.get_node_ip_address())
+        self._inbox: Inbox[RankReport] = Inbox(self._hub, msgspec.msgpack.Decoder(RankReport).decode)
+        self._signs = VitalSigns([node == here for node in nodes], time.monotonic())
+        self._ranks = _create_actors(config, group, listener, self._hub.endpoint)
         try:
-            self.hosts: list[RankHost] = self._call("prepare")
+            self.hosts: list[RankHost] = self._call("prepare", len(set(nodes)) == 1)
             prepared = time.monotonic()
             loaded: list[Loaded] = self._call("load", self.hosts[0].ip, self.hosts[0].store_port)
             self.num_blocks: int = min(rank.num_blocks for rank in loaded)
             check_capacity(self.num_blocks, config)
-            self._hub = self._listen()
-            self._serving = Calls([rank.serve.remote(self.num_blocks, self._hub.endpoint) for rank in self._ranks])
+            self._serving = Calls([rank.serve.remote(self.num_blocks) for rank in self._ranks])
             self.start = StartReport.of(loaded, self._await_greetings())
             self.seconds_prepared = time.monotonic() - prepared  # since all processes were there
         except BaseException:
             self._kill()
-            if hasattr(self, "_hub"):
-                self._hub.close()
+            self._hub.close()
             raise
+        self._signs.patient = False
         self.pollable: Sequence[Any] = (self._hub.socket, self._serving.fd)
 
     def _call(self, method: str, *args: object) -> list[Any]:
         """Call a method on every rank; the first failure ends the wait."""
         refs = [getattr(rank, method).remote(*args) for rank in self._ranks]
         calls = Calls(refs)
-        for _ in refs:
-            ended = calls.next(self._deadline - time.monotonic())
-            if ended is None:
-                raise EngineStartError(
-                    f"the ranks did not finish {method!r} in time; raise start_timeout_s if they are only slow"
-                )
-            if ended[1] is not None:
-                raise EngineStartError(calls.blame(*ended))
-        return list(ray.get(refs))
-
-    def _listen(self) -> Hub:
-        here = ray.get_runtime_context().get_node_id()
-        one_node = all(host.node_id == here for host in self.hosts)
-        return Hub(None if one_node else ray.util.get_node_ip_address())
+        try:
+            for _ in refs:
+                while (ended := calls.next(0)) is None:
+                    self._wait_for(calls, f"the ranks did not finish {method!r} in time")
+                if ended[1] is not None:
+                    raise EngineStartError(calls.blame(*ended))
+        finally:
+            calls.close()
+        return list(ray.get(refs, timeout=max(1.0, self._deadline - time.monotonic())))
 
     def _await_greetings(self) -> list[Ready]:
         """What each rank says once it is ready. A hub can only reach a peer that it has heard of."""
-        missing, ready = set(self._names), []
-        while missing:
-            if greeting := self._hub.receive():
-                missing.discard(greeting[0])
-                ready.append(msgspec.msgpack.decode(greeting[1], type=Ready))
-            elif ended := self._serving.next(0.01):
+        while missing := [name.decode() for name in self._names if name not in self._ready]:
+            if ended := self._serving.next(0):
                 raise EngineStartError(self._serving.blame(*ended))
-            elif time.monotonic() > self._deadline:
-                raise EngineStartError(f"{missing.pop().decode()} did not connect to the engine core in time")
-        return ready
+            self._wait_for(self._serving, f"{missing[0]} did not connect to the engine core in time")
+        return list(self._ready.values())
+
+    def _wait_for(self, calls: Calls, late: str) -> None:
+        """Until a call ends, a rank says something, or `LOOK_S` is over. Raises `EngineStartError`."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise EngineStartError(f"{late}; raise start_timeout_s if they are only slow")
+        poller = zmq.Poller()
+        poller.register(self._hub.socket, zmq.POLLIN)
+        poller.register(calls.fd, zmq.POLLIN)
+        poller.poll(milliseconds(min(left, LOOK_S)))
+        while self._next_report() is not None:
+            pass  # nobody has been sent a step yet
+        if fault := self._look():
+            raise EngineStartError(fault)
+
+    def _next_report(self) -> StepOutput | Profiled | None:
+        """The next message that says more than that a rank lives or is ready."""
+        while (message := self._inbox.receive()) is not None:
+            name, report = message
+            if isinstance(report, Beat):
+                self._signs.hear(report.rank, report.pid, time.monotonic())
+            elif isinstance(report, Ready):
+                self._ready[name] = report
+            else:
+                return report
+        return None
+
+    def _look(self) -> str | None:
+        """What is wrong with a rank, if it is time to ask and something is."""
+        now = time.monotonic()
+        return self._signs.look(now) if self._signs.is_due(now) else None
+
+    def suspects(self) -> str:
+        return self._signs.suspects()
 
     def send(self, message: Step | Profile) -> None:
+        if isinstance(message, Profile):
+            self._signs.patient = message.action != "drop"
         try:
             self._broadcast(message)
         except PeerGoneError as error:
@@ -121,14 +157,16 @@ class RayExecutor:
 
     def receive(self) -> StepOutput | list[Profiled] | None:
         self._raise_failure(timeout_s=0)
-        while (message := self._hub.receive()) is not None:
-            report = self._decode(message[1])
+        while (report := self._next_report()) is not None:
             if isinstance(report, StepOutput):
                 return report
             self._profiled.append(report)
             if len(self._profiled) == len(self._names):
                 profiled, self._profiled = self._profiled, []
+                self._signs.patient = False
                 return sorted(profiled, key=lambda each: each.rank)
+        if fault := self._look():
+            raise RankFailedError(fault)
         return None
 
     def _raise_failure(self, timeout_s: float) -> None:
@@ -152,7 +190,9 @@ class RayExecutor:
             ray.kill(rank)
 
 
-def _create_actors(config: WorkerConfig, group: PlacementGroup, listener: Endpoint) -> list[ActorHandle[Any]]:
+def _create_actors(
+    config: WorkerConfig, group: PlacementGroup, listener: Endpoint, hub: Endpoint
+) -> list[ActorHandle[Any]]:
     actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
     bundles = group.bundle_specs
     return [
@@ -160,6 +200,6 @@ def _create_actors(config: WorkerConfig, group: PlacementGroup, listener: Endpoi
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-        ).remote(rank, len(bundles), config, listener)
+        ).remote(rank, len(bundles), config, listener, hub)
         for rank, bundle in enumerate(bundles)
     ]

@@ -97,7 +97,9 @@ class FrontEnd:
 
     def process(self, news: EngineOutputs) -> tuple[list[Generation], list[int]]:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
-        self._heard = now = time.monotonic()
+        now = time.monotonic()
+        if news.outputs or news.profiles:  # else it is only a sign of life
+            self._heard = now
         self.stats = news.stats
         self._profile_answers |= {answer.id: answer for answer in news.profiles}
         changed: dict[str, Generation] = {}

@@ -37,6 +37,12 @@ class StopProfile(msgspec.Struct, tag="stop_profile"):
     id: int
 
 
+class Ping(msgspec.Struct, tag="ping"):
+    """Whether the core lives, and has got everything: answered at once, by news that may be empty."""
+
+    num_sent: int  # messages of this front end, this one included
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """The owner closes the engine; whatever still runs ends with an error."""
 
@@ -81,6 +87,7 @@ class EngineOutputs(msgspec.Struct, omit_defaults=True):
     stats: EngineStats
     number: int = 0  # 1, 2, … for each front end, so that a lost message is noticed
     profiles: list[ProfileAnswer] = []
+    lost: str = ""  # why requests of this front end may be unknown to the core, if so
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -93,10 +100,12 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     device: str
     dtype: str
+    node_id: str  # where the core runs
+    core_pid: int
     rank_pids: list[int]
     start: StartReport
     seconds_prepared: float  # from when all processes had their imports until the ranks were ready
 
 
 RequestMessage = Submit | Abort | StartProfile | StopProfile
-FrontEndMessage = RequestMessage | Shutdown
+FrontEndMessage = RequestMessage | Ping | Shutdown

@@ -115,10 +115,16 @@ def room_here(config: EngineConfig) -> Room:
     return Room(group, owned=False)
 
 
+def nodes_of(group: PlacementGroup) -> list[str]:
+    """The ids of the nodes that hold the bundles of a placed group, in order."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return [nodes[bundle] for bundle in sorted(nodes)]
+
+
 def address_for(group: PlacementGroup) -> str | None:
     """The address by which all nodes of a placed group reach this process, or None if they are all this node."""
-    nodes = set(placement_group_table(group)["bundles_to_node_id"].values())
-    return None if nodes == {ray.get_runtime_context().get_node_id()} else ray.util.get_node_ip_address()
+    here = {ray.get_runtime_context().get_node_id()}
+    return None if set(nodes_of(group)) == here else ray.util.get_node_ip_address()
 
 
 def _no_room(config: EngineConfig, bundle: Resources) -> str:

@@ -71,6 +71,10 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._requests)
 
+    def knows(self, front_end: FrontEndId, request_id: int) -> bool:
+        """Whether a request of this id waits or runs."""
+        return (front_end, request_id) in self._requests
+
     @property
     def num_free_rows(self) -> int:
         return len(self._free_rows)

@@ -1,11 +1,14 @@
 """Watches a start: what its ranks tell, put together while the call that starts them runs."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 import zmq
 
 from eagleray.cluster.calls import Calls
+from eagleray.cluster.inbox import Inbox
+from eagleray.cluster.vital_signs import LOOK_S
 from eagleray.workers.channel import Hub, milliseconds
 from eagleray.workers.started import PHASES, PROCESSES, OnProgress, Progress
 
@@ -17,26 +20,31 @@ class StartWatch:
         """`ip` is the address that the ranks' nodes reach this one by; None if all ranks are here."""
         self._hub = Hub(ip)
         self.endpoint = self._hub.endpoint
+        self._inbox = Inbox(self._hub, msgspec.msgpack.Decoder(Progress).decode)
         self._ranks = AllRanks(num_ranks)
         self._on_progress = on_progress
 
-    def wait(self, call: Calls, deadline: float) -> None:
-        """Until the one call has ended, well or not, or the time is over; closes the call."""
+    def wait(self, call: Calls, deadline: float, look: Callable[[], None]) -> None:
+        """Until the one call has ended, well or not, or the time is over; closes the call.
+
+        Meanwhile it calls `look` at least every `LOOK_S`, which may raise what ends the wait.
+        """
         poller = zmq.Poller()
         poller.register(self._hub.socket, zmq.POLLIN)
         poller.register(call.fd, zmq.POLLIN)
         try:
             while call.next(0) is None and (left := deadline - time.monotonic()) > 0:
-                poller.poll(milliseconds(left))
+                poller.poll(milliseconds(min(left, LOOK_S)))
                 self._listen()
+                look()
             self._listen()
         finally:
             call.close()
 
     def _listen(self) -> None:
-        while (news := self._hub.receive()) is not None:
+        while (news := self._inbox.receive()) is not None:
             before = self._ranks.progress()
-            self._ranks.hear(news[0], msgspec.msgpack.decode(news[1], type=Progress))
+            self._ranks.hear(*news)
             if (now := self._ranks.progress()) != before:
                 self._on_progress(now)
 

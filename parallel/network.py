@@ -5,11 +5,30 @@ import socket
 import struct
 
 from torch._C._distributed_c10d import Store
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 LOOPBACK = "127.0.0.1"
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 _REQUEST = struct.Struct("40s")  # at least a struct ifreq; the address stands behind 16 bytes of name and 4 of family
 _ADDRESS = slice(20, 24)
+
+
+def open_store(ip: str, size: int) -> TCPStore:
+    """A store for `size` ranks that listens at this address of the host, and at no other as it would by itself.
+
+    At all of them where `ip` is translated on its way here.
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind((ip, 0))
+    except OSError:
+        listener.bind(("", 0))
+    listener.listen(size)
+    port = listener.getsockname()[1]
+    return TCPStore(  # which closes the descriptor in the end
+        ip, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def own_address(store: Store) -> tuple[socket.AddressFamily, str]:

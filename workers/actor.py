@@ -9,6 +9,7 @@ import ray
 
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
+from eagleray.workers.heartbeat import Heartbeat
 from eagleray.workers.reporter import Reporter
 from eagleray.workers.start_teller import StartTeller
 from eagleray.workers.started import GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
@@ -26,6 +27,7 @@ CUDA_ENVIRONMENT = {
 # Triton keeps what it has compiled in TRITON_CACHE_DIR, or else in ~/.triton/cache. Nothing here changes or clears it:
 # a folder that outlives the rank makes the next start some seconds shorter.
 REPORTER_CHECK_S = 0.5
+LOOPBACK = "127.0.0.1"
 LOAD_PARTS = (JOINING, WEIGHTS, MEMORY_PROFILE)
 
 
@@ -36,26 +38,31 @@ class RankActor:
     torch's libraries read must be set before.
     """
 
-    def __init__(self, rank: int, size: int, config: WorkerConfig, listener: Endpoint) -> None:
-        """The `listener` is told how far the start is."""
+    def __init__(self, rank: int, size: int, config: WorkerConfig, listener: Endpoint, hub: Endpoint) -> None:
+        """The `listener` is told how far the start is; the `hub` is the engine core's, for beats, steps and outputs."""
         self._rank = rank
         self._size = size
         self._config = config
+        self._hub = hub
+        self._heartbeat = Heartbeat(rank, hub)
         self._teller = StartTeller(rank, listener)
         self._store: Any = None
         self._model: Any = None
         self._tp: Any = None
         self._device: Any = None
 
-    def prepare(self) -> RankHost:
-        """Import all that the rank will need, take its device, and open the store on rank 0."""
+    def prepare(self, one_node: bool) -> RankHost:
+        """Import all that the rank will need, take its device, and open the store on rank 0.
+
+        Ranks on `one_node` talk over loopback alone.
+        """
         self._set_environment()
         import torch
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         import eagleray.models.loader
         import eagleray.workers.memory
         import eagleray.workers.step_guard  # noqa: F401
+        from eagleray.parallel.network import open_store
 
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
@@ -63,9 +70,9 @@ class RankActor:
         if self._config.device == "cuda":
             self._device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
             torch.cuda.set_device(self._device)
-        ip = ray.util.get_node_ip_address()
+        ip = LOOPBACK if one_node else ray.util.get_node_ip_address()
         if self._rank == 0 and self._size > 1:
-            self._store = TCPStore(ip, 0, self._size, is_master=True, wait_for_workers=False)
+            self._store = open_store(ip, self._size)
         port = None if self._store is None else self._store.port
         return RankHost(ray.get_runtime_context().get_node_id(), ip, os.getpid(), port)
 
@@ -128,7 +135,7 @@ class RankActor:
         guard = StepGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
         return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
 
-    def serve(self, num_blocks: int, endpoint: Endpoint) -> None:
+    def serve(self, num_blocks: int) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
         from eagleray.workers.profiler import RankProfiler
 
@@ -136,10 +143,10 @@ class RankActor:
         worker, ready = self._worker(num_blocks)
         profiler = RankProfiler(self._rank, next(self._model.parameters()).device)
         decode = msgspec.msgpack.Decoder(RankMessage).decode
-        hub = Peer(endpoint, b"rank %d" % self._rank)
+        hub = Peer(self._hub, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
         self._teller.close()
-        reporter = Reporter(endpoint) if self._rank == 0 else None
+        reporter = Reporter(self._hub) if self._rank == 0 else None
         while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
             if isinstance(message, Profile):
                 if (answer := profiler.handle(message)) is not None:
@@ -152,6 +159,7 @@ class RankActor:
                 reporter.report(pending, begin)
         profiler.drop()
         hub.close()
+        self._heartbeat.close()
 
     @staticmethod
     def _next_payload(hub: Peer, reporter: Reporter | None) -> bytes:

@@ -12,17 +12,36 @@ from pathlib import Path
 PREFIX = "eagleray-"
 NAME = "hub"
 YOUNG_S = 60.0  # a directory's owner may still be on its way to listen there
+MAX_PATH = 107  # bytes that a socket's address has room for
+_RANDOM = 8  # characters that mkdtemp adds
 
 
 def make_socket_directory() -> Path:
     """A new directory that only this user can open, for one socket named `NAME`.
 
-    Removes those of this user that were left behind.
+    Removes those of this user that were left behind. Raises `ValueError` as `socket_place`.
     """
-    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    place = socket_place()
+    for directory in place.glob(f"{PREFIX}*"):
         if _is_left_behind(directory):
             shutil.rmtree(directory, ignore_errors=True)  # another process may do the same
-    return Path(tempfile.mkdtemp(prefix=PREFIX))
+    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+
+
+def socket_place() -> Path:
+    """Where such directories are made: with other temporary files, or in /tmp if that is too long for a socket.
+
+    Raises `ValueError` if there is no such place.
+    """
+    usual = Path(tempfile.gettempdir())
+    for place in (usual, Path("/tmp")):
+        length = len(os.fsencode(place / PREFIX)) + _RANDOM + len(f"/{NAME}")
+        if length <= MAX_PATH and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise ValueError(
+        f"the directory for temporary files, {usual}, is too long for sockets, whose paths end after {MAX_PATH} bytes, "
+        "and nothing can be written to /tmp; set a shorter TMPDIR"
+    )
 
 
 def _is_left_behind(directory: Path) -> bool:

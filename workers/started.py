@@ -42,8 +42,8 @@ class Loaded(msgspec.Struct, frozen=True):
     weight_bytes: int
 
 
-class Ready(msgspec.Struct, frozen=True):
-    """A rank waits for its first step; it is the first message that the hub hears."""
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """A rank waits for its first step. Until then it only beats."""
 
     seconds: float  # for the KV cache and the decode graphs
     num_graphs: int

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from eagleray.workers.started import Ready
+
 TRACE_NUM_STEPS = "eagleray_num_steps"  # top-level key of a profile's trace
 
 
@@ -98,5 +100,12 @@ class Profiled(msgspec.Struct, omit_defaults=True, tag="profiled"):
     error: str | None = None
 
 
+class Beat(msgspec.Struct, tag="beat"):
+    """A rank's process lives."""
+
+    rank: int
+    pid: int
+
+
 RankMessage = Step | Profile | Goodbye
-RankReport = StepOutput | Profiled
+RankReport = StepOutput | Profiled | Beat | Ready

@@ -1,151 +1,28 @@
 """The engine core's loop with real sockets and a toy rank in this process."""
 
 import os
-import threading
+import socket
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
+import zmq
 
-from eagleray.cluster.engine_core import EngineCore
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.messages import (
     Abort,
-    EngineOutputs,
     EngineRequest,
-    FrontEndMessage,
     ProfileAnswer,
     Shutdown,
     StartProfile,
     StopProfile,
     Submit,
-    Tokens,
 )
-from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.channel import Hub, Peer
-from eagleray.workers.wire import Profile, Profiled, Sampling, Step, StepOutput
-from support.toy_rank import ToyRank, generate
-
-NUM_BLOCKS, BLOCK_SIZE = 64, 4
-
-
-class ToyExecutor:
-    """Runs each step when its output is asked for; `gate` holds outputs back."""
-
-    def __init__(self) -> None:
-        self.num_blocks = NUM_BLOCKS
-        self.gate = threading.Event()
-        self.gate.set()
-        self.closed = False
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
-        self.pollable: Sequence[Any] = (self._fd,)
-        self._rank = ToyRank(NUM_BLOCKS, BLOCK_SIZE)
-        self._messages: deque[Step | Profile] = deque()
-        self.sent: list[str] = []  # step, or what a profile is to do
-        self.fault: str | None = None  # why the second of two ranks cannot profile
-
-    def send(self, message: Step | Profile) -> None:
-        self.sent.append("step" if isinstance(message, Step) else message.action)
-        if self.sent[-1] == "drop":  # unanswered
-            return
-        self._messages.append(message)
-        os.eventfd_write(self._fd, 1)
-
-    def receive(self) -> StepOutput | list[Profiled] | None:
-        if not self._messages or not self.gate.is_set():
-            return None
-        message = self._messages.popleft()
-        if not self._messages:
-            os.eventfd_read(self._fd)
-        if isinstance(message, Step):
-            return self._rank.run(message)
-        file = "trace" if message.action == "stop" else ""
-        return [Profiled(0, file), Profiled(1, file, self.fault)]
-
-    def open(self) -> None:
-        self.gate.set()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FrontEnd:
-    """A front end's side of the channel."""
-
-    def __init__(self, hub: Hub, name: bytes) -> None:
-        self.peer = Peer(hub.endpoint, name)
-        self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, Tokens] = {}
-        self.profiles: list[ProfileAnswer] = []
-        self.num_messages = 0
-
-    def send(self, message: FrontEndMessage) -> None:
-        self.peer.send(msgspec.msgpack.encode(message))
-
-    def submit(self, request_id: int, prompt: list[int], max_tokens: int = 8) -> None:
-        token_ids = array("i", prompt).tobytes()
-        self.send(Submit([EngineRequest(request_id, token_ids, Sampling(), max_tokens)]))
-        self.tokens[request_id] = []
-
-    def ask(self, message: StartProfile | StopProfile) -> ProfileAnswer:
-        before = len(self.profiles)
-        self.send(message)
-        self.wait(lambda: len(self.profiles) > before)
-        assert self.profiles[-1].id == message.id
-        return self.profiles[-1]
-
-    def has_ended(self) -> bool:
-        return bool(self.ends)
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        while not done():
-            payload = self.peer.receive(10)
-            assert payload is not None, "no news for ten seconds"
-            news = msgspec.msgpack.decode(payload, type=EngineOutputs)
-            self.num_messages += 1
-            assert news.number == self.num_messages
-            self.profiles += news.profiles
-            for tokens in news.outputs:
-                self.tokens[tokens.id] += tokens.token_ids
-                if tokens.finish_reason:
-                    assert tokens.id not in self.ends, "a request ended twice"
-                    self.ends[tokens.id] = tokens
-
-
-class Core:
-    """An engine core that runs in a thread."""
-
-    def __init__(self, step_timeout_s: float = 30.0) -> None:
-        self.hub = Hub()
-        self.executor = ToyExecutor()
-        self.scheduler = Scheduler(
-            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=8, max_num_batched_tokens=64
-        )
-        core = EngineCore(self.scheduler, self.executor, self.hub, steps_in_flight=2, step_timeout_s=step_timeout_s)
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, args=(core,), daemon=True)
-        self.thread.start()
-
-    def _run(self, core: EngineCore) -> None:
-        try:
-            core.run()
-        except EngineDeadError as error:
-            self.error = error
-
-    def front_end(self, name: bytes) -> FrontEnd:
-        return FrontEnd(self.hub, name)
-
-    def close(self) -> None:
-        if self.thread.is_alive():
-            self.executor.open()
-            owner = self.front_end(b"owner")
-            owner.send(Shutdown())
-        self.thread.join(10)
-        assert not self.thread.is_alive()
-        assert self.executor.closed
+from eagleray.workers.wire import Sampling
+from support.toy_core import Core
+from support.toy_rank import VOCAB_SIZE, generate
 
 
 @pytest.fixture
@@ -225,6 +102,136 @@ def test_a_message_that_cannot_be_read_harms_only_its_sender(core: Core) -> None
     bad.peer.send(b"\xc1")
     good.wait(good.has_ended)
     assert good.tokens[0] == generate([1, 2], 100)
+
+
+def strangers_messages() -> list[list[bytes]]:
+    """Frames that no peer of ours sends."""
+    unreadable = [b"", b"\xc1", b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000, os.urandom(1000)]
+    shutdown = msgspec.msgpack.encode(Shutdown())
+    return [[], [b""], [shutdown], [shutdown, shutdown], [b""] * 50, *([each] for each in unreadable)]
+
+
+def connect(address: str, name: bytes) -> "zmq.Socket[bytes]":
+    dealer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.setsockopt(zmq.IDENTITY, name)
+    dealer.connect(address)
+    return dealer
+
+
+def test_whoever_was_not_told_the_token_is_not_heard(core: Core, caplog: pytest.LogCaptureFixture) -> None:
+    front_end = core.front_end(b"one")
+    front_end.submit(0, [1, 2], max_tokens=5)
+    front_end.wait(front_end.has_ended)
+    stranger = connect(core.hub.endpoint.address, b"one")
+    for frames in strangers_messages():
+        if frames:
+            stranger.send_multipart(frames)
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.connect(core.hub.endpoint.address.removeprefix("ipc://"))
+        raw.sendall(os.urandom(5000))
+    front_end.submit(1, [1, 2], max_tokens=100)
+    front_end.wait(lambda: 1 in front_end.ends)
+    while core.hub.num_dropped < len(strangers_messages()) - 1:
+        front_end.submit(2, [1, 2], max_tokens=1)
+        front_end.wait(lambda: front_end.ends.pop(2, None) is not None)
+    assert front_end.tokens[1] == generate([1, 2], 100)
+    assert len(caplog.messages) == 1
+    assert "none of ours" in caplog.messages[0]
+    stranger.close()
+
+
+def test_what_cannot_be_read_is_counted_and_logged_once(core: Core, caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = core.front_end(b"bad"), core.front_end(b"good")
+    good.submit(0, [1, 2], max_tokens=100)
+    half_read = msgspec.msgpack.encode({"type": "abort", "ids": [1], "more": 0})[:-1]
+    wrong = [
+        {"type": "submit", "requests": [{"id": "zero"}]},
+        {"type": "submit", "requests": 5},
+        {"type": "abort", "ids": [None]},
+        {"type": "ping", "num_sent": 2**70 * 1.0},
+        {"type": "start_profile", "id": 1, "directory": 7},
+        {"type": "unknown"},
+        {},
+        [],
+        None,
+        "shutdown",
+    ]
+    deep = half_read + b"\x91" * 100_000 + b"\xc0"
+    no_text = b"\x82\xa4type\xadstart_profile\xa9directory\xa3\xff\xfe\xfd"
+    payloads = [b"", b"\xc1", half_read, deep, no_text, *(msgspec.msgpack.encode(each) for each in wrong)]
+    for payload in payloads:
+        bad.peer.send(payload)
+        bad.peer.socket.send_multipart([payload, payload])
+    bad.submit(0, [3], max_tokens=50)
+    for front_end, prompt, length in ((good, [1, 2], 100), (bad, [3], 50)):
+        front_end.wait(front_end.has_ended)
+        assert front_end.tokens[0] == generate(prompt, length)
+    assert core.hub.num_dropped == len(payloads)
+    unreadable, in_parts = caplog.messages
+    assert unreadable.startswith("a message from bad cannot be read")
+    assert "of 3 frames" in in_parts
+
+
+def test_a_message_longer_than_any_of_ours_ends_its_senders_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagleray.workers.channel.MAX_BYTES", 10_000)
+    core = Core()
+    bad, good = core.front_end(b"bad"), core.front_end(b"good")
+    good.submit(0, [1, 2], max_tokens=100)
+    bad.peer.send(b"\xc1" * 10_001)
+    good.wait(good.has_ended)
+    assert good.tokens[0] == generate([1, 2], 100)
+    core.close()
+
+
+def test_a_request_that_is_sent_again_is_not_run_again(core: Core) -> None:
+    front_end = core.front_end(b"one")
+    core.executor.gate.clear()
+    for _ in range(3):
+        front_end.submit(0, [1], max_tokens=20)
+    core.executor.open()
+    front_end.submit(1, [2], max_tokens=30)
+    front_end.wait(lambda: 1 in front_end.ends)
+    assert front_end.tokens[0] == generate([1], 20)
+    assert core.scheduler.num_unfinished == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sampling", "message"),
+    [
+        ({"prompt_token_ids": b""}, {}, "prompt has 0 bytes"),
+        ({"prompt_token_ids": b"12345"}, {}, "prompt has 5 bytes"),
+        ({"prompt_token_ids": array("i", [1, -1]).tobytes()}, {}, "token id -1"),
+        ({"prompt_token_ids": array("i", [VOCAB_SIZE]).tobytes()}, {}, f"token id {VOCAB_SIZE}"),
+        ({"max_tokens": 0}, {}, "max_tokens is 0"),
+        ({"max_tokens": -(2**63)}, {}, "max_tokens is -9223372036854775808"),
+        ({"max_tokens": 2**63}, {}, "max_tokens is 9223372036854775808"),
+        ({"priority": 2**31}, {}, "priority is 2147483648"),
+        ({}, {"temperature": float("nan")}, "temperature is nan"),
+        ({}, {"temperature": -1.0}, "temperature is -1.0"),
+        ({}, {"top_k": 2**40}, "top_k is"),
+        ({}, {"top_p": 0.0}, "top_p is 0"),
+        ({}, {"min_p": 1.5}, "min_p is 1.5"),
+        ({}, {"seed": 2**64 - 1, "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({}, {"presence_penalty": float("inf")}, "presence_penalty is inf"),
+        ({}, {"logit_bias": {-5: 1.0}}, "token id -5"),
+        ({}, {"logit_bias": {5: float("nan")}}, "logit_bias holds"),
+        ({}, {"allowed_token_ids": [VOCAB_SIZE]}, f"token id {VOCAB_SIZE}"),
+        ({}, {"min_tokens": -1}, "min_tokens is -1"),
+        ({}, {"logprobs": 10**9}, "logprobs is 1000000000"),
+        ({}, {"prompt_logprobs": -1}, "prompt_logprobs is -1"),
+    ],
+)
+def test_what_would_crash_a_rank_does_not_reach_one(
+    core: Core, changes: dict[str, Any], sampling: dict[str, Any], message: str
+) -> None:
+    usual: dict[str, Any] = {"id": -7, "prompt_token_ids": array("i", [1]).tobytes(), "max_tokens": 5}
+    front_end = core.front_end(b"one")
+    front_end.submit(0, [1], max_tokens=20)
+    front_end.tokens[-7] = []
+    front_end.send(Submit([EngineRequest(**(usual | changes), sampling=Sampling(**sampling))]))
+    front_end.wait(lambda: len(front_end.ends) == 2)
+    assert message in (front_end.ends[-7].error or "")
+    assert front_end.tokens[0] == generate([1], 20)
 
 
 def test_tokens_leave_while_the_ranks_keep_up(core: Core) -> None:

@@ -18,6 +18,7 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.step_clock import StepClock
 from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.wire_check import EngineLimits
 from eagleray.workers.channel import Hub, Peer
 from eagleray.workers.reporter import Reporter
 from eagleray.workers.wire import Profile, Profiled, RankReport, Step, StepOutput
@@ -61,6 +62,9 @@ class ReportingExecutor:
         message = self._hub.receive()
         return None if message is None else msgspec.msgpack.decode(message[1], type=RankReport)
 
+    def suspects(self) -> str:
+        return ""
+
     def close(self) -> None:
         self._hub.close()
 
@@ -95,7 +99,8 @@ class Engine:
         )
         scheduler.seconds = self.schedule_s
         executor = ReportingExecutor(self.num_blocks, self.step_s, self.send_s)
-        core = EngineCore(scheduler, executor, hub, steps_in_flight=2, step_timeout_s=30)
+        engine_limits = EngineLimits(vocab_size=VOCAB_SIZE, max_model_len=500)
+        core = EngineCore(scheduler, executor, hub, engine_limits, steps_in_flight=2, step_timeout_s=30)
         thread = threading.Thread(target=core.run)
         thread.start()
         limits = ModelLimits(max_model_len=500, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset())

@@ -37,7 +37,10 @@ class LocalEngine:
             assert isinstance(message, Abort), "profiles are tested with ranks that have a profiler"
             self._news += filter(None, (self.scheduler.abort(ME, id) for id in message.ids))
 
-    def receive(self, timeout_s: float | None) -> EngineOutputs | None:
+    def wake(self) -> None:
+        """Nobody ever waits here."""
+
+    def receive(self, timeout_s: float) -> EngineOutputs | None:
         self.num_calls += 1
         failure = self.failures.get(self.num_calls)
         if isinstance(failure, EngineDeadError):

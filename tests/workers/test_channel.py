@@ -66,6 +66,33 @@ def test_a_hub_removes_the_sockets_of_killed_processes_and_no_others(temporary: 
     assert not list(temporary.iterdir())
 
 
+def test_where_temporary_files_lie_too_deep_for_sockets_a_shorter_place_is_taken(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = temporary / ("d" * 87)
+    deep.mkdir()
+    for place in (temporary, deep):
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        hub = Hub()
+        path = Path(hub.endpoint.address.removeprefix("ipc://"))
+        assert path.parent.parent == (temporary if place == temporary else Path("/tmp"))
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        peer = Peer(hub.endpoint, b"rank 0")
+        peer.send(b"hello")
+        assert hub.socket.poll(5000)
+        assert hub.receive() == (b"rank 0", b"hello")
+        peer.close()
+        hub.close()
+        assert not path.parent.exists()
+
+
+def test_without_a_shorter_place_the_remedy_is_said(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / ("d" * 87)))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # this user cannot write to /tmp
+    with pytest.raises(ValueError, match="set a shorter TMPDIR"):
+        Hub()
+
+
 def test_what_looks_alike_but_is_something_else_stays(temporary: Path) -> None:
     (temporary / "eagleray-file").write_text("mine")
     (temporary / "eagleray-empty").mkdir()

@@ -1,0 +1,153 @@
+"""The engine core's loop in a thread, with real sockets and a toy rank, and a front end's side of the channel."""
+
+import os
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from eagleray.cluster.engine_core import EngineCore
+from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.messages import (
+    EngineOutputs,
+    EngineRequest,
+    FrontEndMessage,
+    ProfileAnswer,
+    Shutdown,
+    StartProfile,
+    StopProfile,
+    Submit,
+    Tokens,
+)
+from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.wire_check import EngineLimits
+from eagleray.workers.channel import Hub, Peer
+from eagleray.workers.wire import Profile, Profiled, Sampling, Step, StepOutput
+from support.toy_rank import VOCAB_SIZE, ToyRank
+
+NUM_BLOCKS, BLOCK_SIZE = 64, 4
+LIMITS = EngineLimits(vocab_size=VOCAB_SIZE, max_model_len=400)
+
+
+class ToyExecutor:
+    """Runs each step when its output is asked for; `gate` holds outputs back."""
+
+    def __init__(self) -> None:
+        self.num_blocks = NUM_BLOCKS
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = False
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.pollable: Sequence[Any] = (self._fd,)
+        self._rank = ToyRank(NUM_BLOCKS, BLOCK_SIZE)
+        self._messages: deque[Step | Profile] = deque()
+        self.sent: list[str] = []  # step, or what a profile is to do
+        self.fault: str | None = None  # why the second of two ranks cannot profile
+
+    def send(self, message: Step | Profile) -> None:
+        self.sent.append("step" if isinstance(message, Step) else message.action)
+        if self.sent[-1] == "drop":  # unanswered
+            return
+        self._messages.append(message)
+        os.eventfd_write(self._fd, 1)
+
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        if not self._messages or not self.gate.is_set():
+            return None
+        message = self._messages.popleft()
+        if not self._messages:
+            os.eventfd_read(self._fd)
+        if isinstance(message, Step):
+            return self._rank.run(message)
+        file = "trace" if message.action == "stop" else ""
+        return [Profiled(0, file), Profiled(1, file, self.fault)]
+
+    def suspects(self) -> str:
+        return ""
+
+    def open(self) -> None:
+        self.gate.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FrontEnd:
+    """A front end's side of the channel."""
+
+    def __init__(self, hub: Hub, name: bytes) -> None:
+        self.peer = Peer(hub.endpoint, name)
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, Tokens] = {}
+        self.profiles: list[ProfileAnswer] = []
+        self.num_messages = 0
+
+    def send(self, message: FrontEndMessage) -> None:
+        self.peer.send(msgspec.msgpack.encode(message))
+
+    def submit(self, request_id: int, prompt: list[int], max_tokens: int = 8) -> None:
+        token_ids = array("i", prompt).tobytes()
+        self.send(Submit([EngineRequest(request_id, token_ids, Sampling(), max_tokens)]))
+        self.tokens[request_id] = []
+
+    def ask(self, message: StartProfile | StopProfile) -> ProfileAnswer:
+        before = len(self.profiles)
+        self.send(message)
+        self.wait(lambda: len(self.profiles) > before)
+        assert self.profiles[-1].id == message.id
+        return self.profiles[-1]
+
+    def has_ended(self) -> bool:
+        return bool(self.ends)
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        while not done():
+            payload = self.peer.receive(10)
+            assert payload is not None, "no news for ten seconds"
+            news = msgspec.msgpack.decode(payload, type=EngineOutputs)
+            self.num_messages += 1
+            assert news.number == self.num_messages
+            self.profiles += news.profiles
+            for tokens in news.outputs:
+                self.tokens[tokens.id] += tokens.token_ids
+                if tokens.finish_reason:
+                    assert tokens.id not in self.ends, "a request ended twice"
+                    self.ends[tokens.id] = tokens
+
+
+class Core:
+    """An engine core that runs in a thread."""
+
+    def __init__(self, step_timeout_s: float = 30.0, hub: Hub | None = None) -> None:
+        self.hub = hub or Hub()
+        self.executor = ToyExecutor()
+        self.scheduler = Scheduler(
+            num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_num_seqs=8, max_num_batched_tokens=64
+        )
+        core = EngineCore(
+            self.scheduler, self.executor, self.hub, LIMITS, steps_in_flight=2, step_timeout_s=step_timeout_s
+        )
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, args=(core,), daemon=True)
+        self.thread.start()
+
+    def _run(self, core: EngineCore) -> None:
+        try:
+            core.run()
+        except EngineDeadError as error:
+            self.error = error
+
+    def front_end(self, name: bytes) -> FrontEnd:
+        return FrontEnd(self.hub, name)
+
+    def close(self) -> None:
+        if self.thread.is_alive():
+            self.executor.open()
+            owner = self.front_end(b"owner")
+            owner.send(Shutdown())
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        assert self.executor.closed
