@@ -5,6 +5,7 @@ So the two parts they are made of are used directly: the `tokenizers` library an
 that takes two seconds to import, so it is left to the first conversation, or to a thread while the engine starts.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +62,10 @@ class Tokenizer:
         """Whether the chat template has this in quotes, as it has the roles that it tells apart."""
         template = self._chat_templates.get("default", "")
         return f"'{role}'" in template or f'"{role}"' in template
+
+    def chat_template_has(self, name: str) -> bool:
+        """Whether the chat template has this word, as it has variables and the fields of messages that it uses."""
+        return re.search(rf"\b{re.escape(name)}\b", self._chat_templates.get("default", "")) is not None
 
     def prepare(self) -> None:
         """Import what chat templates need; a thread can do so while others wait for something else."""

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
@@ -19,7 +20,6 @@ from eagleray.deploy.openai.replies import (
     ChatDelta,
     ChatLogprobs,
     ChunkChoice,
-    Usage,
 )
 from eagleray.deploy.openai.sampling import chat_params
 from eagleray.deploy.openai.schema import ChatRequest, StreamOptions
@@ -40,6 +40,7 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
         model=served.model_name,
         choices=_choices(count.latest[0], job.params[0], served.engine.tokenizer),
         usage=count.usage(),
+        **_tier(request),
     )
 
 
@@ -48,7 +49,7 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
     job = await _job(served, request)
     created, count = int(time.time()), Count()
 
-    def chunk(choices: list[ChunkChoice], **usage: Usage) -> ChatCompletionChunk:
+    def chunk(choices: list[ChunkChoice], **usage: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk(
             id=job.id,
             object="chat.completion.chunk",
@@ -56,6 +57,7 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
             model=served.model_name,
             choices=choices,
             **usage,
+            **_tier(request),
         )
 
     options = request.stream_options or StreamOptions()
@@ -71,6 +73,11 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
                     yield chunk([choice], **so_far)
     if options.include_usage:
         yield chunk([], usage=count.usage())
+
+
+def _tier(request: ChatRequest) -> dict[str, Any]:
+    """The only one, for those who ask."""
+    return {} if request.service_tier is None else {"service_tier": "default"}
 
 
 async def _job(served: Served, request: ChatRequest) -> Job:

@@ -10,10 +10,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.openai.absent import IN_CHATS, IN_COMPLETIONS
 from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.schema import CHAT_TAG, TEXT_TAG
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut, shown
 
+KNOWN_ABSENT = IN_COMPLETIONS | IN_CHATS
 MAX_NAMED = 20  # unknown fields in a message
 
 
@@ -57,6 +59,11 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     match first["type"]:
         case "json_invalid":
             return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        case "extra_forbidden" if (absent := KNOWN_ABSENT.get(path)) is not None:
+            neutral = " or ".join(map(json.dumps, absent.neutral))
+            others = f", or give {neutral}" if neutral else ""
+            wanted = f"leave it out{others}"
+            return ApiError(400, f"{path} is {shown(first.get('input'))}, but {absent.lack}; {wanted}", param=path)
         case "extra_forbidden":
             return _unknown_fields([_path(error) for error in errors if error["type"] == "extra_forbidden"])
         case "missing" if path:
@@ -92,4 +99,4 @@ def _wanted(error: Any) -> str:
 def _kind_of_part(errors: Sequence[Any]) -> str | None:
     """What stands for the type of a message's part that is no text."""
     wrong = (error for error in errors if error["type"] == "literal_error" and error["loc"][-1] == "type")
-    return next((shown(error.get("input")) for error in wrong), None)
+    return next((shown(error.get("input")) for error in wrong if error.get("input") not in ("text", "refusal")), None)

@@ -7,7 +7,7 @@ from eagleray.cluster.chat import any_text, chat_prompt
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.ranges import ROLES
+from eagleray.deploy.openai.messages import template_messages, template_variables
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
@@ -77,14 +77,15 @@ async def conversation_prompt(
     if goes_on and conversation.add_generation_prompt:
         message = "continue_final_message and add_generation_prompt are both true; set one of them"
         raise ApiError(400, message, param="continue_final_message")
+    options = template_variables(served.tokenizer, conversation) | options
     options |= {
         "continue_final_message": goes_on,
         "add_generation_prompt": conversation.add_generation_prompt is not False,
     }
-    _check_roles(served.tokenizer, conversation)
-    messages = _messages(conversation)
+    messages = template_messages(served.tokenizer, conversation)
     with bad_requests():
-        small = len(messages) <= FEW and sum(len(text) for each in messages for text in each.values()) <= SHORT
+        values = [value for each in messages for value in each.values()]
+        small = len(messages) <= FEW and all(map(_is_short, values)) and sum(map(_length, values)) <= SHORT
         if small and len(options) <= FEW and all(map(_is_short, options.values())):
             return chat_prompt(served.tokenizer, messages, options, check)
         return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options, check)
@@ -92,6 +93,10 @@ async def conversation_prompt(
 
 def _is_short(value: object) -> bool:
     return not isinstance(value, str | list | dict) or (isinstance(value, str) and len(value) <= SHORT)
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, str) else 1
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:
@@ -107,28 +112,3 @@ def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str 
         return [prompt]
     ids = [each for each in prompt if isinstance(each, int)]
     return [ids] if ids else [each for each in prompt if not isinstance(each, int)]
-
-
-def _check_roles(tokenizer: Tokenizer, conversation: Conversation) -> None:
-    """Raises `ApiError` 400 for a role that is neither OpenAI's nor the model's."""
-    known = set(ROLES)
-    for index, role in enumerate(message.role for message in conversation.messages):
-        if role not in known and not tokenizer.chat_template_names(role):
-            param = f"messages.{index}.role"
-            wanted = f"give {', '.join(ROLES)}, or another that the model's chat template names"
-            raise ApiError(400, f"{param} is {shown(role)}; {wanted}", param=param)
-        known.add(role)
-
-
-def _messages(conversation: Conversation) -> list[dict[str, str]]:
-    """As chat templates take them."""
-    return [
-        {
-            "role": message.role,
-            "content": message.content
-            if isinstance(message.content, str)
-            else "\n".join(part.text for part in message.content),
-            **({} if message.name is None else {"name": message.name}),
-        }
-        for message in conversation.messages
-    ]

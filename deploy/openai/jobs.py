@@ -18,6 +18,7 @@ from eagleray.deploy.openai.sampling import FIELDS
 from eagleray.deploy.openai.schema import GenerationRequest
 from eagleray.deploy.openai.shown import shown
 
+LOGGED = ("user", "safety_identifier", "session_id", "metadata")  # fields that change nothing in an answer
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Job:
     """One request: prompts with their parameters, which differ in max_tokens at most."""
 
-    id: str
+    id: str  # for the client, who may have chosen it
+    unique: str  # for the engine
     prompts: list[TokensPrompt]
     params: list[SamplingParams]
     priority: int
@@ -39,9 +41,11 @@ class Job:
         if num_choices > MAX_N:
             message = f"{len(prompts)} prompts with n {params[0].n} are {num_choices} choices; ask for at most {MAX_N}"
             raise ApiError(400, message, param="n" if params[0].n > 1 else "prompt")
-        job = cls(f"{kind}-{uuid4().hex}", prompts, params, request.priority or 0)
-        if request.user is not None:
-            logger.info("%s is for user %s", job.id, shown(request.user))
+        unique = uuid4().hex
+        job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0)
+        told = {name: shown(value) for name in LOGGED if (value := getattr(request, name))}
+        if told:
+            logger.info("%s is for %s", job.id, ", ".join(f"{name} {value}" for name, value in told.items()))
         return job
 
     @property
@@ -64,7 +68,7 @@ async def outputs(engine: AsyncLLM, job: Job) -> AsyncGenerator[tuple[int, Reque
 
 
 async def _outputs(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[RequestOutput, None]:
-    stream = engine.generate(job.prompts[number], job.params[number], f"{job.id}-{number}", priority=job.priority)
+    stream = engine.generate(job.prompts[number], job.params[number], f"{job.unique}-{number}", priority=job.priority)
     with bad_requests(FIELDS):
         async with aclosing(stream):
             async for output in stream:

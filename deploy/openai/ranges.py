@@ -1,6 +1,6 @@
 """Types of fields whose ranges stand in the OpenAPI document; `SamplingParams` checks them and words the errors."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, WrapValidator
 
@@ -40,6 +40,11 @@ FrequencyPenalty = Annotated[float, _number("frequency_penalty")]
 RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
 NumLogprobs = Annotated[int, _count("logprobs")]
 Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
+
+MAX_REQUEST_ID = 128  # characters
+RequestId = Annotated[str, Field(max_length=MAX_REQUEST_ID)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's
 Role = Annotated[str, WithJsonSchema({"type": "string", "enum": list(ROLES)})]

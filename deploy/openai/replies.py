@@ -84,6 +84,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: Literal["default"] | None = Field(None, description="Where a request names one.")
 
 
 class ChatDelta(BaseModel):
@@ -108,6 +109,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice] = Field(description="Empty in the event with `usage` of all.")
     usage: Usage | None = None
+    service_tier: Literal["default"] | None = None
 
 
 class ModelCard(BaseModel):

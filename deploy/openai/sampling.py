@@ -38,6 +38,10 @@ def completion_params(request: CompletionRequest, room: int, defaults: Defaults)
 
     With `echo` and max_tokens 0, which asks for the prompt alone, the one token that is generated is to be dropped.
     """
+    n = 1 if request.n is None else request.n
+    if request.best_of not in (None, 1, n):
+        message = f"best_of is {shown(request.best_of)}, but this server ranks no choices; leave it out, or give 1 or n"
+        raise ApiError(400, message, param="best_of")
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = max(1, request.min_tokens or 0, min(DEFAULT_MAX_TOKENS, room))
@@ -53,22 +57,19 @@ def prompt_only(request: CompletionRequest) -> bool:
 
 
 def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
-    """Without a limit of the client's, the model's room is the limit."""
-    old, new = request.max_tokens, request.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        message = (
-            f"max_tokens is {shown(old)} and max_completion_tokens is {shown(new)}, its new name; give one of them"
-        )
-        raise ApiError(400, message, param="max_tokens")
+    """Without a limit of the client's, the model's room is the limit; of two, that under the new name."""
     low, high, remedy = RANGES["max_tokens"]
-    if new is not None and not low <= new <= high:
-        raise ApiError(400, f"max_completion_tokens is {shown(new)}; {remedy}", param="max_completion_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
+    for name in ("max_completion_tokens", "max_tokens"):
+        limit = getattr(request, name)
+        if limit is not None and not low <= limit <= high:
+            raise ApiError(400, f"{name} is {shown(limit)}; {remedy}", param=name)
+    if request.top_logprobs and not request.logprobs:
         message = f"top_logprobs is {shown(request.top_logprobs)} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
         message = f"top_logprobs is {shown(request.top_logprobs)}; give a number from 0 to 20"
         raise ApiError(400, message, param="top_logprobs")
+    old, new = request.max_tokens, request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _params(request, defaults, max_tokens=old if new is None else new, logprobs=logprobs)
 
@@ -76,10 +77,12 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
 def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> SamplingParams:
     same = {name: value for name in SAME_NAME if (value := getattr(request, name)) is not None}
     same = {**defaults, **same}
+    if request.stop == "":
+        del same["stop"]
     if isinstance(request.stop, list) and len(request.stop) > MAX_STOP_STRINGS:
         message = f"stop has {len(request.stop)} texts; give at most {MAX_STOP_STRINGS}"
         raise ApiError(400, message, param="stop")
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options is not None and request.stream_options.asks and not request.stream:
         message = "stream_options are for streams; leave them out or set stream to true"
         raise ApiError(400, message, param="stream_options")
     with bad_requests(FIELDS):

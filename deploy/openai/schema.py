@@ -1,16 +1,21 @@
-"""What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would be ignored.
+"""What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would change an answer and be ignored.
 
-None, JSON's null, stands for a field's default everywhere, be that the model's own. `SamplingParams` checks ranges and
-words the errors.
+None, JSON's null, stands for a field's default everywhere, be that the model's own. What asks for nothing is dropped
+(`absent.py`). `SamplingParams` checks ranges and words the errors.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from eagleray.deploy.openai.absent import IN_CHATS, IN_COMPLETIONS, Absent, describe, without_nothing
 from eagleray.deploy.openai.ranges import (
     MAX_STOP_STRINGS,
     Biases,
+    Effort,
     FrequencyPenalty,
     Ids,
     ListsOfIds,
@@ -23,6 +28,7 @@ from eagleray.deploy.openai.ranges import (
     PresencePenalty,
     Priority,
     RepetitionPenalty,
+    RequestId,
     Role,
     Seed,
     SomeIds,
@@ -32,24 +38,48 @@ from eagleray.deploy.openai.ranges import (
     Temperature,
     TopK,
     TopP,
+    Verbosity,
 )
 
+LOGGED = "Changes nothing: it goes to the server's log together with the answer's id."
+CACHED = "Changes nothing: prefixes are cached as long as there is room."
 
-class Asked(BaseModel):
-    """A request's body: a field that is not here is an error, and so is a number as text."""
+
+class Known(BaseModel):
+    """An object all of whose fields are known: others that ask for something are errors, and so is a number as text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    absent: ClassVar[Mapping[str, Absent]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, body: Any) -> Any:
+        return without_nothing(body, cls.model_fields, cls.absent) if isinstance(body, dict) else body
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        describe(handler.resolve_ref_schema(schema), cls.absent)
+        return schema
+
+
+class Asked(Known):
+    """A request's body."""
 
     model: str | None = Field(None, description="As `/v1/models` lists it; the one that is served if left out.")
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Known):
     include_usage: bool | None = Field(default=None, description="Send one more event before `[DONE]`, with `usage`.")
     continuous_usage_stats: bool | None = Field(
         default=None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
     )
+    include_obfuscation: bool | None = Field(default=None, description="Changes nothing: events are not padded.")
+
+    @property
+    def asks(self) -> bool:
+        """Whether any of it makes a difference."""
+        return bool(self.include_usage or self.continuous_usage_stats)
 
 
 class GenerationRequest(Asked):
@@ -65,14 +95,24 @@ class GenerationRequest(Asked):
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
     temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
     top_p: TopP | None = Field(None, description="Draw from the most likely tokens of this total probability.")
-    stop: SomeText | Stops | None = Field(
+    stop: str | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
     seed: Seed | None = Field(None, description="Equal seeds draw equal tokens, in any batch; -1 is 2**64 - 1.")
     presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
     frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
     logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
-    user: str | None = Field(None, description="Who asks; goes to the server's log together with the answer's id.")
+
+    user: str | None = Field(None, description=f"Who asks. {LOGGED}")
+    safety_identifier: str | None = Field(None, description=f"The new name of `user`. {LOGGED}")
+    metadata: dict[str, Any] | None = Field(None, description=f"What the client wants to remember. {LOGGED}")
+    session_id: str | None = Field(None, description=f"Extension: of several requests. {LOGGED}")
+    request_id: RequestId | None = Field(None, description="Extension: the answer's `id` ends with it.")
+    store: bool | None = Field(None, description="Changes nothing: this server does not keep answers.")
+    service_tier: str | None = Field(None, description="Changes nothing: there is one, `default`.")
+    prompt_cache_key: str | None = Field(None, description=CACHED)
+    prompt_cache_retention: str | None = Field(None, description=CACHED)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=CACHED)
 
     top_k: TopK | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
     min_p: MinP | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
@@ -91,6 +131,7 @@ class GenerationRequest(Asked):
 class CompletionRequest(GenerationRequest):
     """Continue prompts."""
 
+    absent = IN_COMPLETIONS
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}]}
     )
@@ -102,24 +143,50 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, with those of so many likely tokens.")
     add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
+    best_of: int | None = Field(None, description="1 or `n`, which ask for nothing: no choices are ranked.")
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    """What else it has, such as `cache_control`, makes no difference."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(fail_fast=True)]
+class RefusalPart(BaseModel):
+    """What an assistant said instead of an answer; text like other text."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return self.refusal
+
+
+Parts = Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)]
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    """Any further fields go to the model's chat template, unless they are null or empty."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Role = Field(description="One of these, or another that the model's chat template names.")
-    content: str | Parts = Field(description="Text, or parts of type text, which newlines join.")
+    content: str | Parts | None = Field(
+        None, description="Text, or parts of type text, which newlines join; an assistant's may be null."
+    )
     name: str | None = Field(None, description="Who of that role; shows as far as the model's chat template uses it.")
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Fields that are not here, those that say nothing left out."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {})}
 
 
 class Conversation(BaseModel):
@@ -136,6 +203,7 @@ class Conversation(BaseModel):
 class ChatRequest(GenerationRequest, Conversation):
     """Answer a conversation."""
 
+    absent = IN_CHATS
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
@@ -147,6 +215,12 @@ class ChatRequest(GenerationRequest, Conversation):
     max_completion_tokens: MaxTokens | None = Field(None, description="The new name of `max_tokens`.")
     logprobs: bool | None = Field(None, description="Return log-probabilities of the tokens.")
     top_logprobs: NumLogprobs | None = Field(None, description="With so many of the most likely tokens.")
+    reasoning_effort: Effort | None = Field(
+        None, description="A variable of the model's chat template; where that has no such variable, only `none`."
+    )
+    verbosity: Verbosity | None = Field(
+        None, description="A variable of the model's chat template; where that has no such variable, only `medium`."
+    )
 
 
 class TokenizeText(Asked):

@@ -17,7 +17,7 @@ from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.batch_replica import AppReplica
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest
-from support.http_client import create_streamed, created, ends, post, put_together
+from support.http_client import create_streamed, created, ends, post, put_together, streamed
 from support.http_server import Server, serving
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID
@@ -77,7 +77,19 @@ TESTED = {  # fields whose effect is no other text
     "stop": "test_parameters.py: test_stop_texts_end_an_answer_and_are_no_part_of_it",
     "max_completion_tokens": "test_parameters.py: test_both_names_of_the_limit_of_a_chat",
     "priority": "test_parameters.py: test_lower_priority_numbers_run_first",
-    "user": "test_parameters.py: test_a_user_is_logged_with_the_answers_id",
+    **dict.fromkeys(
+        ("user", "safety_identifier", "session_id", "metadata"),
+        "test_parameters.py: test_who_asks_is_logged_with_the_answers_id",
+    ),
+    **dict.fromkeys(
+        ("store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+        "test_fields_of_openai.py: test_bookkeeping_changes_nothing",
+    ),
+    "request_id": "test_parameters.py: test_a_request_may_name_its_answer",
+    "service_tier": "test_parameters.py: test_the_tier_is_told_if_asked_for",
+    "best_of": "test_parameters.py: test_best_of_all_choices_are_all_choices",
+    "reasoning_effort": "test_histories.py: test_efforts_are_variables_of_templates_that_have_them",
+    "verbosity": "test_histories.py: test_efforts_are_variables_of_templates_that_have_them",
 }
 
 
@@ -136,7 +148,8 @@ def test_without_a_limit_completions_end_at_16_tokens_and_chats_where_the_model_
 
 
 def test_both_names_of_the_limit_of_a_chat(tiny: Server) -> None:
-    for limit in ({"max_tokens": 3}, {"max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": 3}):
+    new = {"max_completion_tokens": 3}
+    for limit in ({"max_tokens": 3}, new, new | {"max_tokens": 3}, new | {"max_tokens": 9}, new | {"max_tokens": 1}):
         body = {"messages": MESSAGES, "ignore_eos": True, **limit}
         assert created(tiny, "/v1/chat/completions", **body)["usage"]["completion_tokens"] == 3
 
@@ -200,10 +213,45 @@ def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
             assert (ours["choices"], ours["usage"]["prompt_tokens"]) == (by_ids["choices"], len(expected))
 
 
-def test_a_user_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_asks_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
         answer = post(tiny, "/v1/completions", prompt=PROMPT, user="alice")
+        others = {"safety_identifier": "b", "session_id": "c", "metadata": {"d": "e"}}
+        more = post(tiny, "/v1/chat/completions", messages=MESSAGES, max_tokens=2, user="alice", **others)
         post(tiny, "/v1/completions", prompt=PROMPT, user="x" * 100_000)
-    first, second = caplog.messages
+    first, second, third = caplog.messages
     assert first == f"{answer['id']} is for user 'alice'"
-    assert len(second) < 200
+    assert second == (f"{more['id']} is for user 'alice', safety_identifier 'b', session_id 'c', metadata {{'d': 'e'}}")
+    assert len(third) < 200
+
+
+def test_a_request_may_name_its_answer(tiny: Server) -> None:
+    assert post(tiny, "/v1/completions", prompt=PROMPT, request_id="mine")["id"] == "cmpl-mine"
+    assert post(tiny, "/v1/chat/completions", messages=MESSAGES, max_tokens=2, request_id="my")["id"] == "chatcmpl-my"
+    chunks = streamed(tiny, "/v1/completions", prompt=PROMPT, request_id="mine", n=2)
+    assert {chunk["id"] for chunk in chunks} == {"cmpl-mine"}
+
+
+async def test_the_same_name_may_be_used_twice_at_once(tiny: Server) -> None:
+    client = tiny.async_openai()
+    asked = {"request_id": "same", "ignore_eos": True}
+    answers = await asyncio.gather(
+        *(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=50, extra_body=asked) for _ in range(4))
+    )
+    assert [answer.id for answer in answers] == ["cmpl-same"] * 4
+
+
+def test_the_tier_is_told_if_asked_for(tiny: Server) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 2}
+    assert "service_tier" not in post(tiny, "/v1/chat/completions", **body)
+    for tier in ("auto", "flex"):
+        assert post(tiny, "/v1/chat/completions", **body, service_tier=tier)["service_tier"] == "default"
+        chunks = streamed(tiny, "/v1/chat/completions", **body, service_tier=tier)
+        assert {chunk["service_tier"] for chunk in chunks} == {"default"}
+
+
+def test_best_of_all_choices_are_all_choices(tiny: Server) -> None:
+    body = BASE | {"prompt": PROMPT, "n": 3}
+    plain = post(tiny, "/v1/completions", **body)["choices"]
+    for best_of in (1, 3):
+        assert post(tiny, "/v1/completions", **body, best_of=best_of)["choices"] == plain

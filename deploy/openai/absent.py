@@ -1,0 +1,102 @@
+"""What clients may send and this server does not have: refused by name where it asks for something.
+
+Null and what is empty ask for nothing, whatever the field; so does a neutral value, such as `tool_choice: "none"`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A field of OpenAI's or vLLM's: what is lacking, and the values with which nobody asks for it."""
+
+    lack: str
+    neutral: tuple[Any, ...] = ()
+    nothing: tuple[Any, ...] = NOTHING
+
+    @property
+    def accepted(self) -> tuple[Any, ...]:
+        """Every value that asks for nothing."""
+        return self.nothing + self.neutral
+
+
+TOOLS = "this server does not call tools"
+GUIDES = "this server does not hold answers to a form"
+PROMPTS = "this server makes prompts by the model's own chat template alone"
+AUDIO = "this server answers with text alone"
+SEARCH = "this server does not search"
+BEAMS = "this server does not search by beams"
+TRANSFER = "this server does not move caches"
+
+EVERYWHERE: dict[str, Absent] = {
+    "response_format": Absent(GUIDES, ({"type": "text"},)),
+    **dict.fromkeys(
+        ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
+        Absent(GUIDES),
+    ),
+    "use_beam_search": Absent(BEAMS, (False,)),
+    "early_stopping": Absent(BEAMS, (False,)),
+    "length_penalty": Absent(BEAMS, (1, 1.0)),
+    "spaces_between_special_tokens": Absent("this server writes tokens as the tokenizer does", (True,)),
+    "thinking_token_budget": Absent("this server does not tell thoughts from answers"),
+    "include_reasoning": Absent("this server does not tell thoughts from answers", (True,)),
+    "stream_interval": Absent("this server sends news as soon as it is there", (1,)),
+    "truncation_side": Absent("this server leaves out the beginnings of prompts", ("left",)),
+    "logprob_token_ids": Absent("this server has log-probabilities of the likeliest tokens"),
+    "return_prompt_text": Absent("`/tokenize` and `/detokenize` tell a conversation's text", (False,)),
+    "return_token_offsets": Absent("this server has no such offsets", (False,)),
+    "repetition_detection": Absent("this server does not look for repetitions"),
+    "watermarking": Absent("this server has no watermarks", (False,)),
+    "cache_salt": Absent("this server's prefix cache is one for all"),
+    "kv_transfer_params": Absent(TRANSFER),
+    "ec_transfer_params": Absent(TRANSFER),
+    "logits_processors": Absent("this server runs no code of clients"),
+    "vllm_xargs": Absent("this server has no extensions"),
+}
+IN_COMPLETIONS = EVERYWHERE | {
+    "suffix": Absent("this server does not fill in between two texts"),
+    "prompt_embeds": Absent("this server takes prompts as text or token ids"),
+}
+IN_CHATS = EVERYWHERE | {
+    "tools": Absent(TOOLS),
+    "tool_choice": Absent(TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Absent(TOOLS, (True, False)),  # of which there are none
+    "functions": Absent(TOOLS),
+    "function_call": Absent(TOOLS, ("none", "auto")),
+    "modalities": Absent(AUDIO, (["text"],)),
+    "audio": Absent(AUDIO),
+    "prediction": Absent("this server does not take guesses at its answer"),
+    "web_search_options": Absent(SEARCH, nothing=(None,)),  # an empty one asks for a search
+    "moderation": Absent("this server does not judge what it is sent"),
+    "best_of": Absent("this server ranks no choices", (1,)),
+    "echo": Absent("this server repeats no messages", (False,)),
+    "add_special_tokens": Absent(PROMPTS, (False,)),
+    "chat_template": Absent(PROMPTS),
+    "documents": Absent(PROMPTS),
+    "media_io_kwargs": Absent("this server takes text alone"),
+    "mm_processor_kwargs": Absent("this server takes text alone"),
+}
+UNKNOWN = Absent("this server has no such field")
+
+
+def without_nothing(body: dict[str, Any], fields: object, absent: Mapping[str, Absent]) -> dict[str, Any]:
+    """A body without what asks for nothing and is none of `fields`, a container of names."""
+    left_out = [name for name in body if name not in fields and _is_nothing(body[name], absent.get(name, UNKNOWN))]  # type: ignore[operator]
+    return {name: value for name, value in body.items() if name not in left_out} if left_out else body
+
+
+def _is_nothing(value: Any, absent: Absent) -> bool:
+    """JSON's `true` is not its 1, as it is in Python."""
+    return any(type(value) is type(each) and value == each for each in absent.accepted)
+
+
+def describe(schema: dict[str, Any], absent: Mapping[str, Absent]) -> None:
+    """Let a body's JSON schema say all this."""
+    schema["additionalProperties"] = {"enum": list(NOTHING), "description": "Nothing else is known."}
+    for name, each in absent.items():
+        description = f"Not there: {each.lack}. These values ask for nothing."
+        schema["properties"][name] = {"enum": list(each.accepted), "description": description}
