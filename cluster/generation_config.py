@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.models.json_file import read_object
+from eagleray.models.json_file import read_object, shown
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,8 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
 
     Both files may hold one id or a list. Raises `ValueError` for anything else.
     """
-    named = _eos_of(Path(model) / FILE) or _eos_of(Path(model) / "config.json")
+    files = (Path(model) / FILE, Path(model) / "config.json")
+    named = next(filter(None, [_eos_of(file) for file in files]), [])
     own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return frozenset(named).union(own)
 
@@ -26,9 +27,12 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
 def sampling_defaults(model: str | Path) -> dict[str, float]:
     """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
 
-    As vLLM, this takes `do_sample: false` for no word on temperature. Raises `ValueError` for values out of range.
+    As vLLM, this takes `do_sample: false` for no word on temperature. As transformers, it takes config.json, where
+    older models have them, if there is no generation_config.json. Raises `ValueError` for values out of range.
     """
     file = Path(model) / FILE
+    if not file.is_file():
+        file = Path(model) / "config.json"
     found = {name: value for name, value in read_object(file).items() if name in DEFAULTED and value is not None}
     try:
         SamplingParams(**found)
@@ -52,6 +56,6 @@ def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:
 def _eos_of(file: Path) -> list[int]:
     value = read_object(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
-        raise ValueError(f"eos_token_id in {file} is {value!r}; write one token id or a list of them")
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"eos_token_id in {file} is {shown(value)}; write one token id or a list of them")
     return ids

@@ -1,8 +1,7 @@
 """Text to token ids and back, and chat templates.
 
-transformers' own tokenizer classes import torch where it is installed, which takes seconds and a driver has no use for.
-So the two parts they are made of are used directly: the `tokenizers` library and transformers' template renderer. Even
-that takes two seconds to import, so it is left to the first conversation, or to a thread while the engine starts.
+transformers reads a checkpoint's files, see `tokenizer_files.py`; of its tokenizer, this takes the two parts that do
+the work: the `tokenizers` library and the template renderer, so that nothing here imports torch.
 """
 
 import re
@@ -15,18 +14,18 @@ from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.prompts import Message, check_text
 from eagleray.cluster.token_bytes import TokenBytes
-from eagleray.models.json_file import read_object
+from eagleray.cluster.tokenizer_files import MAX_BYTES, build_tokenizer
 
 
 class Tokenizer:
     """A checkpoint's tokenizer: the same ids and the same text as transformers' `AutoTokenizer`."""
 
-    def __init__(self, backend: Backend, config: dict[str, Any], chat_templates: dict[str, str]) -> None:
-        """`config` is tokenizer_config.json; `chat_templates` has the usual one under "default"."""
+    def __init__(self, backend: Backend, special_tokens: dict[str, str], chat_templates: dict[str, str]) -> None:
+        """`special_tokens` has named ones, "bos_token" -> "<s>"; `chat_templates` has the usual one under "default"."""
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.special_tokens = _special_tokens(config)  # "bos_token" -> "<s>", …
+        self.special_tokens = special_tokens
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self.special_token_ids = frozenset(
@@ -46,12 +45,12 @@ class Tokenizer:
                 f"{missing}; name a directory with a tokenizer.json as `tokenizer`, or make one with transformers' "
                 "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
             )
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} cannot be read as a tokenizer: {error}; fetch the file again") from error
-        config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
-        return cls(backend, config, _chat_templates(folder, config))
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{file} has {size} bytes, and {MAX_BYTES} is the limit; fetch the file again")
+        theirs = build_tokenizer(folder)
+        templates = theirs.chat_template or {}
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        return cls(theirs.backend_tokenizer, theirs.special_tokens_map, named)
 
     @property
     def has_chat_template(self) -> bool:
@@ -109,7 +108,7 @@ class Tokenizer:
 
         try:
             rendered: Any = render_jinja_template(  # texts and token masks, whatever its annotation says
-                [list(messages)],
+                [[{key: value for key, value in message.items() if value is not None} for message in messages]],
                 tools=list[Any](tools) if tools else None,
                 chat_template=self._chat_templates[name],
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
@@ -125,21 +124,3 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         token_id: int | None = None if token is None else self.backend.token_to_id(token)
         return token_id
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Named tokens, which stand in the file as text or as an object with the text as its content."""
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """From chat_template.jinja, else from tokenizer_config.json, as one text or as a list of named ones."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {entry["name"]: entry["template"] for entry in template}
-    return {"default": template} if template else {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.models.json_file import flag, number, read_object, shown, whole
+from eagleray.models.json_file import flag, fraction, number, read_object, shown, whole
 from eagleray.models.registry import ARCHITECTURES, MODEL_TYPES
 from eagleray.parallel.shares import share, share_heads
 
@@ -139,7 +139,7 @@ class ModelConfig:
             head_size=head_size,
             max_position_embeddings=whole(raw, "max_position_embeddings", MAX_POSITIONS),
             dtype=_dtype(raw),
-            rms_norm_eps=number(raw, "rms_norm_eps"),
+            rms_norm_eps=fraction(raw, "rms_norm_eps"),
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             rope=_rope(raw),
             attention_scale=_attention_scale(architecture, raw, head_size),
@@ -227,7 +227,7 @@ def _attention_scale(architecture: str, raw: Mapping[str, Any], head_size: int) 
 
 
 def _soft_cap(raw: Mapping[str, Any], key: str) -> float | None:
-    return number(raw, key) if raw.get(key) is not None else None
+    return fraction(raw, key) if raw.get(key) is not None else None
 
 
 def _dtype(raw: Mapping[str, Any]) -> str:
@@ -242,10 +242,11 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     """The older `rope_scaling` comes before `rope_parameters`, and what is within either before what is beside it."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) is not None and (not isinstance(raw[key], Mapping) or "__float__" in raw[key]):
+            raise ValueError(f"{key} is {shown(raw[key])}; an object is needed")
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key)
-    if rope is not None and not isinstance(rope, Mapping):
-        raise ValueError(f"{key} is {shown(rope)}; an object is needed")
     rope = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw} | dict(rope or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(f"{key} is {shown(rope)}; one rotary embedding for all layers is supported")
@@ -265,8 +266,8 @@ def _rope_of(raw: Mapping[str, Any], rope: dict[str, Any]) -> RopeConfig:
     if kind != "llama3":
         raise ValueError(f"rope type is {shown(kind)}; supported are default, linear and llama3")
     outside = "original_max_position_embeddings"
-    if outside in raw and outside not in rope:
-        raise ValueError(f"{outside} is not within the rope parameters; move it there, where transformers looks")
+    if outside in raw and raw[outside] != rope.get(outside):
+        raise ValueError(f"{outside} is {shown(raw[outside])}, and {shown(rope.get(outside))} in the rope parameters")
     low, high = _in_rope(rope, "low_freq_factor"), _in_rope(rope, "high_freq_factor")
     if low >= high:
         raise ValueError(f"low_freq_factor of the rope parameters is {low}, not less than high_freq_factor {high}")
@@ -291,13 +292,15 @@ def _sliding_windows(architecture: str, raw: Mapping[str, Any]) -> tuple[int | N
     """The window of each layer: from `layer_types`, or else by the family's rule."""
     num_layers = whole(raw, "num_hidden_layers", MAX_LAYERS)
     qwen = architecture.startswith("Qwen")
-    off = architecture == "LlamaForCausalLM" or (qwen and not flag(raw, "use_sliding_window"))
-    window = None if off or raw.get("sliding_window") is None else whole(raw, "sliding_window", MAX_POSITIONS)
+    off = qwen and not flag(raw, "use_sliding_window")
+    window = None if raw.get("sliding_window") is None else whole(raw, "sliding_window", MAX_POSITIONS)
+    window = None if off else window
+    first = whole(raw, "max_window_layers", 1 << 31, least=0)
     types = raw.get("layer_types")
     if architecture == "MistralForCausalLM" and "layer_types" in raw:  # which makes a Ministral of it in transformers
         raise ValueError(f"layer_types is {shown(types)}, which is not supported for {architecture}")
     if types is None:
-        types = _layer_types(architecture, raw, num_layers, window)
+        types = _layer_types(architecture, first, num_layers, window)
     known = isinstance(types, list) and all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in types)
     if not known or len(types) != num_layers:
         raise ValueError(f"layer_types is {shown(types)}; {num_layers} of {', '.join(sorted(_LAYER_TYPES))} are needed")
@@ -306,11 +309,10 @@ def _sliding_windows(architecture: str, raw: Mapping[str, Any]) -> tuple[int | N
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _layer_types(architecture: str, raw: Mapping[str, Any], num_layers: int, window: int | None) -> list[str]:
+def _layer_types(architecture: str, first: int, num_layers: int, window: int | None) -> list[str]:
     if architecture == "Gemma2ForCausalLM":
         windowed = [layer % 2 == 0 for layer in range(num_layers)]
     elif architecture.startswith("Qwen"):
-        first = whole(raw, "max_window_layers", 1 << 31, least=0)
         windowed = [window is not None and layer >= first for layer in range(num_layers)]
     else:
         windowed = [window is not None] * num_layers

@@ -62,6 +62,13 @@ def number(raw: Mapping[str, Any], key: str) -> float:
     raise ValueError(f"{key} is {shown(value)}; a number above 0 is needed")
 
 
+def fraction(raw: Mapping[str, Any], key: str) -> float:
+    """A number above 0 that is written as no whole one, as transformers insists for some keys."""
+    if type(raw.get(key)) is int:
+        raise ValueError(f"{key} is {shown(raw[key])}; write it with a decimal point")
+    return number(raw, key)
+
+
 def flag(raw: Mapping[str, Any], key: str) -> bool:
     """True or false."""
     value = raw.get(key)

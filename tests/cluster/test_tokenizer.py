@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from eagleray.cluster.detokenizer import TextStream
 from eagleray.cluster.generation_config import eos_token_ids
 from eagleray.cluster.tokenizer import Tokenizer
 
@@ -50,6 +51,11 @@ def small_tokenizer(**config: Any) -> PreTrainedTokenizerFast:
     )
 
 
+def both(path: Path) -> tuple[Tokenizer, Any]:
+    """A folder's tokenizer: ours, and transformers'."""
+    return Tokenizer.from_dir(path), AutoTokenizer.from_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def ours(demo_model_dir: Path) -> Tokenizer:
     return Tokenizer.from_dir(demo_model_dir)
@@ -84,7 +90,7 @@ def test_start_and_end_tokens_are_those_of_the_tokenizer_file(tmp_path: Path, bo
     small_tokenizer(add_bos_token=bos, add_eos_token=eos).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": not bos}))
-    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = both(tmp_path)
     assert ours.encode("ab é") == theirs("ab é")["input_ids"]
     assert ours.encode("a", add_special_tokens=False) == theirs("a", add_special_tokens=False)["input_ids"]
     assert (ours.encode("a")[0] == 1, ours.encode("a")[-1] == 2) == (bos, eos)
@@ -93,7 +99,7 @@ def test_start_and_end_tokens_are_those_of_the_tokenizer_file(tmp_path: Path, bo
 def test_the_template_sees_special_tokens_and_variables(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}{{ mood }}"
     small_tokenizer(chat_template=template).save_pretrained(tmp_path)
-    ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = both(tmp_path)
     expected = theirs.apply_chat_template(CHAT, tokenize=False, mood="calm")
     assert ours.apply_chat_template(CHAT, mood="calm") == expected == "<s>Be brief.Grüße! 👋Hi</s>calm"
 
@@ -105,10 +111,104 @@ def test_a_template_inside_the_tokenizers_config_is_found(tmp_path: Path) -> Non
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     for chat_template, with_tools in ((named, "tools"), ("always", "always")):
         file.write_text(json.dumps(config | {"chat_template": chat_template}))
-        ours, theirs = Tokenizer.from_dir(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        ours, theirs = both(tmp_path)
         tools = [{"type": "function", "function": {"name": "f"}}]
         assert ours.apply_chat_template(CHAT, tools=tools) == with_tools
         assert ours.apply_chat_template(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
+
+
+ADDED = {
+    "content": "<new>",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<new>"}),
+        ("tokenizer_config.json", {"eos_token": "<new>", "additional_special_tokens": ["<other>", "<new>"]}),
+        ("tokenizer_config.json", {"eos_token": "<new>", "added_tokens_decoder": {"263": ADDED}}),
+        ("special_tokens_map.json", {"eos_token": {**ADDED, "lstrip": True}}),
+        ("added_tokens.json", {"<new>": 263}),
+    ],
+)
+def test_tokens_that_tokenizer_json_lacks_are_those_of_the_files_beside_it(
+    tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<new>"}')
+    (tmp_path / file).write_text(json.dumps(content))
+    ours, theirs = both(tmp_path)
+    ids = ours.encode("a <new>b<other>")
+    assert ids == theirs("a <new>b<other>")["input_ids"]
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.eos_token_id in ids, "it is one token and no pieces"
+    assert eos_token_ids(tmp_path, ours) == {ours.eos_token_id}
+    assert ours.decode([*ids, ours.eos_token_id]) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_an_end_that_tokenizer_json_calls_ordinary_is_left_out_of_the_text(tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for entry in content["added_tokens"]:
+        entry["special"] = False
+    file.write_text(json.dumps(content))
+    ours, theirs = both(tmp_path)
+    ids = [*ours.encode("ab"), 2, *ours.encode("a")]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert "</s>" not in ours.decode(ids)
+    assert "</s>" in ours.decode(ids, skip_special_tokens=False)
+    stream = TextStream(ours, [], skip_special_tokens=True)
+    assert "".join(map(stream.push, ids)) + stream.flush() == ours.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer_config.json", {"eos_token": {"x": 1}}, r"eos_token is \{'x': 1\}; a token is needed"),
+        ("tokenizer_config.json", {"eos_token": ""}, "eos_token is ''; a token of at least one character"),
+        ("tokenizer_config.json", {"additional_special_tokens": "x"}, "additional_special_tokens is 'x'"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": ADDED}}, "added_tokens_decoder is"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template is 5; a text"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "chat_template is"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "tokenizer_class is 5; a tokenizer of transformers"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}, "auto_map is"),
+        (
+            "tokenizer_config.json",
+            {"padding_side": "up"},
+            "tokenizer.json cannot be read .* with tokenizer_config.json",
+        ),
+        ("special_tokens_map.json", {"bos_token": [1]}, r"bos_token is \[1\]"),
+        ("added_tokens.json", {"<new>": "x"}, "<new> is 'x'; a token id is needed"),
+        ("tokenizer.json", {"added_tokens": []}, "cannot be read as a tokenizer"),
+    ],
+)
+def test_a_value_that_is_none_is_refused_by_file_and_key(
+    tmp_path: Path, file: str, content: dict[str, Any], words: str
+) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{file}.*{words}|{words}"):
+        Tokenizer.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_templates_in_files_of_their_own_are_found(tmp_path: Path, template: str) -> None:
+    small_tokenizer(chat_template="usual").save_pretrained(tmp_path)
+    (tmp_path / template).parent.mkdir(exist_ok=True)
+    (tmp_path / template).write_text("in a file")
+    ours, theirs = both(tmp_path)
+    tools: list[Any] = [{"type": "function", "function": {"name": "f"}}]
+    some: list[dict[str, Any]] = [{}, {"tools": tools}]
+    for options in some:
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, **options)
+        assert ours.apply_chat_template(CHAT, **options) == expected
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

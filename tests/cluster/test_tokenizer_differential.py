@@ -1,0 +1,34 @@
+"""Randomly changed tokenizer folders: the ids, texts, ends and chats of transformers' `AutoTokenizer`, or a refusal.
+
+`tests/bench/checkpoint_differential.py` runs as many more cases as one likes.
+"""
+
+from pathlib import Path
+
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
+
+from eagleray.cluster.tokenizer_files import OVERRULED, REGISTERED
+from eagleray.models.registry import MODEL_TYPES
+from support.differential import Tally
+from support.tokenizer_differential import run_tokenizer_case
+
+CASES = 300
+
+
+def test_the_classes_of_our_families_are_those_that_transformers_has_for_them() -> None:
+    assert {name: TOKENIZER_MAPPING_NAMES.get(name) for name in REGISTERED} == REGISTERED
+    assert MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(REGISTERED) == OVERRULED
+    assert set(MODEL_TYPES.values()) <= set(REGISTERED), "else starts import torch"
+
+
+def test_a_changed_folder_is_read_as_transformers_reads_it_or_refused(tmp_path: Path) -> None:
+    tally = Tally()
+    for seed in range(CASES):
+        tally.counts[run_tokenizer_case(tmp_path / str(seed), seed)] += 1
+    print(f"tokenizers: {tally}")
+    assert set(tally.counts) == {"equal", "refused"}
+    assert tally.counts["equal"] >= CASES // 4
+    assert tally.counts["refused"] >= CASES // 8
