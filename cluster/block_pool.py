@@ -76,6 +76,12 @@ class BlockPool:
             self._cached[key] = block
             self._hashes[block] = key
 
+    def unpublish(self, keys: Iterable[bytes]) -> None:
+        """Let blocks be found no more by these hashes, those of them that are known."""
+        for key in keys:
+            if (block := self._cached.get(key)) is not None:
+                self._forget(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a reference of each of one request's blocks, given in order: its last blocks are to be evicted first."""
         for block in reversed(blocks):

@@ -36,6 +36,7 @@ class Request:
     quiet_until: int = 0  # a decode from a position before this needs no block and is not the last
     block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of committed tokens
     num_published: int = 0  # blocks of `block_ids` offered to the prefix cache
+    is_finite: bool = True  # False once its logits were NaN or infinite, hence also what its blocks hold
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first start
     num_prompt_logprobs: int = 0  # delivered
     waits_since: float | None = field(default_factory=time.monotonic)  # None once its first step is done

@@ -19,6 +19,10 @@ from eagleray.workers.wire import Step, StepOutput
 logger = logging.getLogger(__name__)
 
 News = tuple[FrontEndId, Tokens]
+NOT_FINITE = (
+    "the model's logits for this request are NaN or infinite, so no token can be drawn; its weights or its precision "
+    "do not stand this prompt: try a dtype with a wider range (bfloat16 or float32), or check the checkpoint"
+)
 
 
 def headroom(num_blocks: int) -> int:
@@ -232,7 +236,7 @@ class Scheduler:
 
     def _publish(self, request: Request) -> None:
         """Let full blocks of committed tokens be found by others."""
-        if not self._caching:
+        if not self._caching or not request.is_finite:
             return
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
         if num_full <= request.num_published:
@@ -295,6 +299,9 @@ class Scheduler:
             token_id = next(sampled) if samples else None
             if request.finished:
                 continue
+            if output.not_finite and row in output.not_finite:
+                news.append((request.front_end, self._end_not_finite(request)))
+                continue
             tokens = Tokens(request.id)
             if output.prompt_logprobs and row in output.prompt_logprobs:
                 tokens.prompt_logprobs = request.take_prompt_logprobs(start, output.prompt_logprobs[row])
@@ -331,6 +338,15 @@ class Scheduler:
         tokens.finish_reason = request.commit(token_id)
         if tokens.finish_reason:
             self._end(request, tokens)
+
+    def _end_not_finite(self, request: Request) -> Tokens:
+        """Nothing can be drawn for it; what it has written since its prefix was found in the cache is offered no more.
+
+        Ranks clean such blocks before they go to another request.
+        """
+        request.is_finite = False
+        self.pool.unpublish(request.block_hashes[(request.num_cached_tokens or 0) // self._block_size :])
+        return self._end(request, Tokens(request.id, finish_reason="error", error=NOT_FINITE))
 
     # ---- a step ran out of memory
 

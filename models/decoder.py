@@ -91,6 +91,6 @@ class CausalLM(nn.Module):
         return self.lm_head.logits(hidden, out)
 
     def finish(self, raw: Tensor) -> Tensor:
-        """The logits, float32, that `raw` ones stand for."""
+        """The logits, float32, that `raw` ones stand for. What is not finite stays so under a soft cap, as NaN."""
         logits, cap = raw.float(), self.config.final_soft_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap + 0 * logits

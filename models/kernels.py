@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 
 COLUMNS_AT_ONCE = 1024
 
@@ -53,7 +53,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         block,
         OVERLAP,
         num_warps=max(1, min(16, block // 512)),
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
     return normed, total
 
@@ -77,6 +77,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, size)
     _silu_mul_kernel[(rows, triton.cdiv(size, COLUMNS_AT_ONCE))](
-        gate_up, out, size, COLUMNS_AT_ONCE, OVERLAP, num_warps=4, launch_pdl=OVERLAP
+        gate_up, out, size, COLUMNS_AT_ONCE, OVERLAP, num_warps=4, **LAUNCH
     )
     return out

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 
 MAX_ROWS = 512  # of a sum; with more, less data beats fewer launches
 MAX_ROWS_AT_ONCE = 64  # of a sum for which every rank sends all it has to every other
@@ -86,7 +86,7 @@ def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tenso
         HAS_OWNERS=has_owners(rows, size * x.itemsize, inboxes.size),
         IS_BF16=x.dtype == torch.bfloat16, HAS_RESIDUAL=residual is not None,
         BLOCK=triton.next_power_of_2(size // 2), PDL=OVERLAP,
-        num_warps=num_warps(size), launch_pdl=OVERLAP,
+        num_warps=num_warps(size), **LAUNCH,
     )  # fmt: skip
     return normed, total
 
@@ -103,7 +103,7 @@ def highest(inboxes: Inboxes, pairs: Tensor) -> Tensor:
     out = torch.empty_like(pairs)
     _highest_kernel[(triton.cdiv(n, _PAIRS_AT_ONCE),)](
         pairs, out, inboxes.pointers, inboxes.epochs, n, inboxes.lines,
-        RANK=inboxes.rank, SIZE=inboxes.size, BLOCK=_PAIRS_AT_ONCE, PDL=OVERLAP, num_warps=4, launch_pdl=OVERLAP,
+        RANK=inboxes.rank, SIZE=inboxes.size, BLOCK=_PAIRS_AT_ONCE, PDL=OVERLAP, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return out
 

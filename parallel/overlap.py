@@ -8,3 +8,7 @@ Every kernel waits, even if it reads nothing of the one before: else the next co
 import torch
 
 OVERLAP = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+LAUNCH = {
+    "launch_pdl": OVERLAP,
+    "enable_fp_fusion": True,  # Triton's default until 3.9, which 3.10 turns round: a * b + c rounded once
+}  # what every launch of a kernel says

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import HOPPER, shared_memory
 
 MAX_ROWS = 64
@@ -81,7 +81,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gate
         x, weight, bias, out, parts, arrived, rows, columns, depth, x.stride(0),
         ROWS=row_pad, COLUMNS=tile.columns, DEPTH=tile.depth, SPLITS=splits,
         HAS_BIAS=bias is not None, GATED=gated, PDL=OVERLAP,
-        num_warps=4, num_stages=tile.num_stages, launch_pdl=OVERLAP,
+        num_warps=4, num_stages=tile.num_stages, **LAUNCH,
     )  # fmt: skip
     return out
 

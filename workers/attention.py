@@ -28,7 +28,7 @@ def attention(
     """`q` is `[tokens, heads, head_size]`, `k` and `v` are `[tokens, kv_heads, head_size]`; like `q`."""
     layer = current_layer(layer_index)
     rotation = None if cos is None or sin is None else (cos, sin)
-    q = prepare(q, k, v, rotation, layer.kv_cache, layer.metadata.slot_mapping)
+    q = prepare(q, k, v, rotation, layer.kv_cache, layer.marks, layer.metadata.slot_mapping)
     attend = layer.backend or reference_attention
     return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec, layer.sinks)
 
@@ -50,19 +50,28 @@ def backend_name(backend: AttentionBackend) -> str:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, kv_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    marks: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
     """Turn queries and keys, and put each token's key and value into its slot; returns the queries.
 
-    Tokens beyond the slot mapping are padding.
+    Tokens beyond the slot mapping are padding. Blocks that get a number that is not finite are marked.
     """
     if kv_cache.is_cuda:
-        return kv_kernels.rotate_and_write(q, k, v, rotation, kv_cache, slot_mapping)
+        return kv_kernels.rotate_and_write(q, k, v, rotation, kv_cache, marks, slot_mapping)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)
     tokens = slot_mapping.shape[0]
-    for cache, new in zip(kv_cache.flatten(1, 2), (k, v), strict=True):
-        cache.index_copy_(0, slot_mapping, new[:tokens])
+    for cache, new in zip(kv_cache.flatten(1, 2), (k[:tokens], v[:tokens]), strict=True):
+        cache.index_copy_(0, slot_mapping, new)
+        finite = new.isfinite()
+        if not finite.all():
+            marks[slot_mapping[~finite.flatten(1).all(dim=1)] // kv_cache.shape[2]] = 1
     return q
 
 
@@ -76,9 +85,9 @@ def reference_attention(
 ) -> Tensor:
     """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
 
-    Tokens of `q` beyond the last request are padding, and their output is 0. Slots that nobody wrote are read, with
-    weight 0, so they must hold finite numbers. `sinks`, `[heads]` float32, are scores that join the softmax without a
-    value.
+    Tokens of `q` beyond the last request are padding, and their output is 0. Slots of a request's last block that
+    nobody wrote are read, with weight 0, so they must hold finite numbers. `sinks`, `[heads]` float32, are scores that
+    join the softmax without a value.
     """
     shared, key = scratch(), ("visits", id(metadata), k_cache.shape[1], spec.sliding_window)
     if key not in shared:
@@ -113,7 +122,7 @@ def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None
         tokens = slice(starts[0], starts[-1]) if alone else _index([starts[i] for i in group], metadata)
         table = metadata.block_table if alone else metadata.block_table[_index(group, metadata)]
         ends = _index([seq_lens[i] for i in group], metadata)
-        blocks = table[:, : -(-max(seq_lens[i] for i in group) // block_size)]
+        blocks = _own_blocks(table, ends, -(-max(seq_lens[i] for i in group) // block_size), block_size)
         visits.append(Visit(tokens, blocks, _seen(ends.unsqueeze(1) - 1, 0, blocks.shape[1] * block_size, window)))
     for i, length in enumerate(lengths):
         for first in range(0, length if length > 1 else 0, _QUERIES_AT_ONCE):
@@ -133,6 +142,15 @@ def _alike(requests: list[int], seq_lens: list[int]) -> list[list[int]]:
     for request in requests:
         groups.setdefault(max(3, seq_lens[request].bit_length() // 2), []).append(request)
     return list(groups.values())
+
+
+def _own_blocks(table: Tensor, seq_lens: Tensor, num_blocks: int, block_size: int) -> Tensor:
+    """The first `num_blocks` columns of a table, where a shorter request's last block stands for all behind it.
+
+    What the table has there is whatever a request before had, and may hold anything.
+    """
+    columns = torch.arange(num_blocks, device=table.device)
+    return table.gather(1, torch.minimum(columns, ((seq_lens - 1) // block_size).unsqueeze(1)))
 
 
 def _index(values: list[int], metadata: AttentionMetadata) -> Tensor:

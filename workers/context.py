@@ -49,6 +49,7 @@ class LayerContext:
 
     metadata: AttentionMetadata
     kv_cache: Tensor  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
+    marks: Tensor  # [num_blocks] int8, 1 for blocks that hold a number that is not finite
     spec: AttentionSpec
     backend: AttentionBackend | None = None  # the plain PyTorch reference
     sinks: Tensor | None = None  # [num_heads] float32, if the spec has any

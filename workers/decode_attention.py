@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import shared_memory
 from eagleray.workers.decode_attention_kernels import (
     CHUNKS,
@@ -162,7 +162,7 @@ def plan_decode(
         N_PAD=max(16, triton.next_power_of_2(workspace.requests.shape[0])),  # one kernel for batches of all sizes
         PDL=OVERLAP,
         num_warps=8,
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
 
 
@@ -226,7 +226,7 @@ def attend_planned(
         num_warps=constants.num_warps,
         num_stages=constants.num_stages,
         maxnreg=constants.num_registers,
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
     heads_each = triton.cdiv(n * heads, COMBINING_PROGRAMS)
     combine_kernel[(n, triton.cdiv(heads, heads_each))](
@@ -244,6 +244,6 @@ def attend_planned(
         FILLS=into is None,
         PDL=OVERLAP,
         num_warps=1,
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
     return out

@@ -19,7 +19,7 @@ if CAN_IMPORT:
 
 logger = logging.getLogger(__name__)
 
-DecodeForward = Callable[[Tensor], Tensor]  # rows [n] int64 -> token ids [n] int64
+DecodeForward = Callable[[Tensor], Tensor]  # rows [n] int64 -> pairs [n] int64
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -62,7 +62,7 @@ class DecodeGraphs:
         )  # fmt: skip
 
     def run(self, rows: IntArray) -> Tensor:
-        """The next token [n] of each of `rows`. The next run overwrites it: what is to last must be copied."""
+        """The pair [n] of the next token of each of `rows`; the next run overwrites it."""
         count = len(rows)
         replay = self._replays[self._sizes[bisect.bisect_left(self._sizes, count)]]
         if not np.array_equal(rows, self._last):

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
+
+if CAN_IMPORT:
+    from eagleray.workers import kv_kernels
 
 
 def block_bytes(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:
@@ -14,11 +18,34 @@ def block_bytes(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dt
     return per_token * block_size * dtype.itemsize
 
 
-def allocate_kv_cache(
-    specs: Sequence[AttentionSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """One zeroed tensor per layer: [2 (key, value), num_blocks, block_size, kv_heads, head_size]."""
-    return [
-        torch.zeros(2, num_blocks, block_size, spec.num_kv_heads, spec.head_size, dtype=dtype, device=device)
-        for spec in specs
-    ]
+class KVCache:
+    """Keys and values of every layer, of which each block is finite when a request gets it.
+
+    Attention reads a block's slots behind a request's last token with weight 0, and 0 times NaN is NaN. So a request
+    whose keys or values overflow must leave nothing behind: whoever writes such numbers marks the block, and `clean`
+    zeroes what is marked before the block goes to another request. All of that is on the device.
+    """
+
+    def __init__(
+        self, specs: Sequence[AttentionSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Zeroed tensors, one per layer: [2 (key, value), num_blocks, block_size, kv_heads, head_size]."""
+        self.layers = [
+            torch.zeros(2, num_blocks, block_size, spec.num_kv_heads, spec.head_size, dtype=dtype, device=device)
+            for spec in specs
+        ]
+        self.marks = torch.zeros(len(specs), num_blocks, dtype=torch.int8, device=device)  # 1 for what is not finite
+        self._cleans_in_kernel = runs_triton(device)
+        self._addresses = torch.tensor([layer.data_ptr() for layer in self.layers], device=device)
+        self._side_bytes = torch.tensor([layer[0].nbytes for layer in self.layers], device=device)
+        self.clean(torch.zeros(1, dtype=torch.int64, device=device))  # compiles the kernel, where there is one
+
+    def clean(self, blocks: Tensor) -> None:
+        """Zero what of `blocks` [n] is marked, in every layer. Asks nothing of the host on a GPU."""
+        if self._cleans_in_kernel:
+            kv_kernels.clean_blocks(blocks, self.marks, self._addresses, self._side_bytes)
+        elif self.marks[:, blocks].any():
+            for layer, marks in zip(self.layers, self.marks, strict=True):
+                odd = blocks[marks[blocks] != 0]
+                layer[:, odd] = 0
+                marks[odd] = 0

@@ -6,13 +6,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 
 HEADS_AT_ONCE = 8
+BYTES_AT_ONCE = 16_384
 
 
 def rotate_and_write(
-    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, kv_cache: Tensor, slot_mapping: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    marks: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
     """As `attention.prepare`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
     tokens, num_q, head_size = q.shape
@@ -21,22 +28,23 @@ def rotate_and_write(
     turned = q if rotation is None else q.new_empty(q.shape)
     num_programs = triton.cdiv(num_q, HEADS_AT_ONCE) + 2 * triton.cdiv(num_k, HEADS_AT_ONCE)
     _rotate_and_write_kernel[(tokens, num_programs)](
-        q, k, v, cos, sin, turned, kv_cache, slot_mapping, slot_mapping.shape[0],
-        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), num_q, num_k,
+        q, k, v, cos, sin, turned, kv_cache, marks, slot_mapping, slot_mapping.shape[0],
+        q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), kv_cache.shape[2], num_q, num_k,
         HALF=head_size // 2, BLOCK=triton.next_power_of_2(head_size // 2), HEADS=HEADS_AT_ONCE,
-        ROTATES=rotation is not None, PDL=OVERLAP, num_warps=4, launch_pdl=OVERLAP,
+        ROTATES=rotation is not None, PDL=OVERLAP, num_warps=4, **LAUNCH,
     )  # fmt: skip
     return turned
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_q", "num_k"])
+@triton.jit(do_not_specialize=["num_slots", "block_size", "num_q", "num_k"])
 def _rotate_and_write_kernel(
     q, k, v,  # [tokens, heads, 2 * HALF]
     cos, sin,  # [tokens, 1, 2 * HALF] float32, only if ROTATES; the first half of the sines is negated
     turned,  # like q, contiguous
     cache,  # [2, slots, num_k, 2 * HALF]
+    marks,  # [blocks] int8, of which those become 1 that hold a number that is not finite
     slots,  # [num_slots] int64
-    num_slots, q_stride, k_stride, v_stride, side_stride, num_q, num_k,
+    num_slots, q_stride, k_stride, v_stride, side_stride, block_size, num_q, num_k,
     HALF: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, ROTATES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program for some heads of one token: of its queries, its keys or its values."""
@@ -76,3 +84,39 @@ def _rotate_and_write_kernel(
         high = (y * cos_high[None, :] + x * sin_high[None, :]).to(high.dtype)
     tl.store(target + place, low, mask=inside)
     tl.store(target + place + HALF, high, mask=inside)
+    finite = (tl.abs(low.to(tl.float32)) < float("inf")) & (tl.abs(high.to(tl.float32)) < float("inf"))
+    if program >= q_programs:
+        tl.store(marks + slot // block_size + tl.zeros_like(place), 1, mask=inside & (finite == 0))
+
+
+def clean_blocks(blocks: Tensor, marks: Tensor, addresses: Tensor, side_bytes: Tensor) -> None:
+    """Zero what is marked of `blocks` [n] in every layer, and take the marks away.
+
+    `marks` is [layers, num_blocks] int8, `addresses` [layers] int64 of contiguous caches [2, num_blocks, ...], and
+    `side_bytes` [layers] int64 the bytes of each half, keys or values, of one. Nothing is asked of the host.
+    """
+    num_layers, num_blocks = marks.shape
+    _clean_kernel[(len(blocks), num_layers)](
+        blocks, marks, addresses, side_bytes, num_blocks, BYTES_AT_ONCE, OVERLAP, num_warps=4, **LAUNCH
+    )
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _clean_kernel(blocks, marks, addresses, side_bytes, num_blocks, BYTES: tl.constexpr, PDL: tl.constexpr):
+    """One program for a block in a layer."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block, layer = tl.load(blocks + tl.program_id(0)).to(tl.int64), tl.program_id(1)
+    mark = marks + layer * num_blocks + block
+    if tl.load(mark) != 0:
+        side = tl.load(side_bytes + layer)
+        block_bytes = side // num_blocks
+        first = tl.load(addresses + layer).to(tl.pointer_type(tl.int8)) + block * block_bytes
+        for start in range(0, block_bytes, BYTES):
+            place = start + tl.arange(0, BYTES)
+            inside = place < block_bytes
+            zero = tl.zeros([BYTES], tl.int8)
+            tl.store(first + place, zero, mask=inside)
+            tl.store(first + side + place, zero, mask=inside)
+        tl.store(mark, 0)

@@ -2,15 +2,21 @@
 
 The upper half holds the bits of the float32 value, turned so that they compare as integers; the lower half holds the
 complement of the id. No two tokens have the same pair, so a maximum, a sort or a top-k over pairs has one answer,
-whichever rank or device computes it. -0.0 equals 0.0 and NaN with a clear sign bit ranks above everything.
+whichever rank or device computes it. -0.0 equals 0.0.
+
+`NOT_FINITE` in the upper half, above that of every number, says that a line had a logit that is NaN or infinite. So
+the maximum over all ranks' pairs says it, too, and costs nothing more. The id beside it means nothing, but is valid.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 PAD = -(1 << 63)  # below the pair of every token
+NOT_FINITE = 0x7FFFFFFF  # the upper half of a pair that stands for a line which nothing can be drawn from
 _LOW = 0xFFFFFFFF
 _GROUP_SIZES = (256, 64, 16)
 _CPU_BLOCK = 1 << 17  # elements; the temporaries of one block stay in a core's cache
@@ -32,6 +38,22 @@ def unpack(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack_ids(pairs: Tensor) -> Tensor:
     return _LOW - (pairs & _LOW)
+
+
+def marks_of(pairs: Tensor) -> Tensor:
+    """The marks [n] among `pairs` [n], and `PAD` for the others."""
+    return torch.where((pairs >> 32) == NOT_FINITE, pairs, PAD)
+
+
+def find_marks(logits: Tensor, first_id: int) -> Tensor:
+    """The mark for each line of `logits` [n, share] that holds NaN or an infinity, and `PAD` for the others, [n]."""
+    lowest, highest = logits.aminmax(dim=-1)
+    return torch.where(lowest.isfinite() & highest.isfinite(), PAD, (NOT_FINITE << 32) + _LOW - first_id)
+
+
+def unpack_host(pairs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The token ids of pairs on the host, and which pairs are marks."""
+    return _LOW - (pairs & _LOW), (pairs >> 32) == NOT_FINITE
 
 
 def best_pairs(values: Tensor, first_id: int) -> Tensor:

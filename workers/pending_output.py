@@ -1,8 +1,11 @@
 """A step's output between its launch and the moment when the device has got there."""
 
+from math import isfinite
+
 import numpy as np
 import torch
 
+from eagleray.workers.pairs import unpack_host
 from eagleray.workers.rows import IntArray
 from eagleray.workers.sampler import SampleOutput
 from eagleray.workers.wire import StepOutput, TokenLogprobs
@@ -24,12 +27,12 @@ class PendingOutput:
         self._sampled = sampled
         self._copied: torch.cuda.Event | None = None
         if sampled is not None:
-            self._token_ids = sampled.token_ids
-            if sampled.token_ids.is_cuda:
-                # The tokens of a graph lie where its next replay will write. This copy is queued before that, on the
+            self._pairs = sampled.pairs
+            if sampled.pairs.is_cuda:
+                # The pairs of a graph lie where its next replay will write. This copy is queued before that, on the
                 # same stream, into memory that is this step's own; so they are safe before `launch` returns.
-                self._token_ids = torch.empty(sampled.token_ids.shape, dtype=torch.int64, pin_memory=True)
-                self._token_ids.copy_(sampled.token_ids, non_blocking=True)
+                self._pairs = torch.empty(sampled.pairs.shape, dtype=torch.int64, pin_memory=True)
+                self._pairs.copy_(sampled.pairs, non_blocking=True)
                 self._copied = torch.cuda.Event(blocking=True)
                 self._copied.record()
 
@@ -38,7 +41,16 @@ class PendingOutput:
         if self._copied is not None:
             self._copied.synchronize()
         if self._sampled is not None:
-            in_order = self._token_ids.numpy()[np.argsort(self._rows)]
-            self._output.token_ids = in_order.astype(np.int32).tobytes()
+            order = np.argsort(self._rows)
+            token_ids, is_not_finite = unpack_host(self._pairs.numpy()[order])
+            self._output.token_ids = token_ids.astype(np.int32).tobytes()
             self._output.logprobs = self._sampled.logprobs
+            self._output.not_finite = self._rows[order][is_not_finite].tolist()
+        for row, entries in self._output.prompt_logprobs.items():
+            if row not in self._output.not_finite and not _are_finite(entries):
+                self._output.not_finite.append(row)
         return self._output
+
+
+def _are_finite(entries: list[TokenLogprobs]) -> bool:
+    return all(isfinite(logprob) for entry in entries for logprob in entry.logprobs)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 
 LINES_AT_ONCE = 32
 COLUMNS_AT_ONCE = 256
@@ -62,14 +62,14 @@ def gather_decodes(
     )
     _gather_kernel[(n, triton.cdiv(max_blocks, COLUMNS_AT_ONCE))](
         rows, tokens, tokens.stride(0), num_computed, table, max_blocks, *gathered,
-        block_size, COLUMNS_AT_ONCE, OVERLAP, num_warps=1, launch_pdl=OVERLAP,
+        block_size, COLUMNS_AT_ONCE, OVERLAP, num_warps=1, **LAUNCH,
     )  # fmt: skip
     return gathered
 
 
 @triton.jit(do_not_specialize=["num_lines", "spare"])
 def _advance_kernel(
-    pairs, rows, positions, token_ids, tokens, tokens_stride, num_computed, num_lines, spare,
+    pairs, rows, positions, tokens, tokens_stride, num_computed, num_lines, spare,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -80,20 +80,18 @@ def _advance_kernel(
     row = tl.load(rows + lines, mask=inside, other=0)
     ahead = tl.where(row == spare, 0, tl.load(positions + lines, mask=inside, other=0) + 1)
     token_id = 0xFFFFFFFF - (tl.load(pairs + lines, mask=inside, other=0) & 0xFFFFFFFF)
-    tl.store(token_ids + lines, token_id, mask=inside)
     tl.store(tokens + row * tokens_stride + ahead, token_id.to(tl.int32), mask=inside)
     tl.store(num_computed + row, ahead, mask=inside)
 
 
-def advance(pairs: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor, num_computed: Tensor, spare: int) -> Tensor:
-    """The token ids [n] of `pairs` [n]; each is written to `tokens` [rows, length] int32, behind `positions` [n].
+def advance(pairs: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor, num_computed: Tensor, spare: int) -> None:
+    """Write the token id of each of `pairs` [n] to `tokens` [rows, length] int32, behind `positions` [n].
 
     `num_computed` [rows] of `rows` [n] counts that position too. Where the row is `spare`, both are as if the position
     were -1. All but `tokens` are int64. Nothing is asked of the host, so graphs may capture it.
     """
-    token_ids, num_lines = torch.empty_like(pairs), len(pairs)
+    num_lines = len(pairs)
     _advance_kernel[(triton.cdiv(num_lines, LINES_AT_ONCE),)](
-        pairs, rows, positions, token_ids, tokens, tokens.stride(0), num_computed, num_lines, spare, LINES_AT_ONCE,
-        OVERLAP, num_warps=1, launch_pdl=OVERLAP,
+        pairs, rows, positions, tokens, tokens.stride(0), num_computed, num_lines, spare, LINES_AT_ONCE,
+        OVERLAP, num_warps=1, **LAUNCH,
     )  # fmt: skip
-    return token_ids

@@ -1,5 +1,6 @@
 """The tables of running requests, indexed by row, and the batch that a step makes of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,7 +47,17 @@ class Rows:
     nothing from the host. One spare row, with a block of its own, takes what padded batches write.
     """
 
-    def __init__(self, *, max_rows: int, max_len: int, block_size: int, spare_block: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_len: int,
+        block_size: int,
+        spare_block: int,
+        device: torch.device,
+        on_new_blocks: Callable[[Tensor], None],
+    ) -> None:
+        """`on_new_blocks` hears of blocks [n] int32, on the device, that go to a row and hold nothing for it yet."""
         self.max_blocks = max_blocks = -(-max_len // block_size)
         self.spare_slot = spare_block * block_size
         self.spare = max_rows
@@ -61,6 +72,7 @@ class Rows:
         self._device_num_computed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self._block_size = block_size
         self._staging = Staging(device)
+        self._on_new_blocks = on_new_blocks
 
     # ---- a step changes the tables
 
@@ -69,9 +81,10 @@ class Rows:
         self._live[step.stop] = False
         for start in step.start:
             self._start(start)
+        known = {start.row: start.num_computed_tokens // self._block_size for start in step.start}
         new_blocks = {start.row: start.block_ids for start in step.start} | step.blocks
         if new_blocks:
-            self._append_blocks(new_blocks)
+            self._append_blocks(new_blocks, known)
         return self._slices(step)
 
     def _start(self, start: RowStart) -> None:
@@ -83,14 +96,18 @@ class Rows:
         self._num_blocks[row] = 0
         self._live[row] = True
 
-    def _append_blocks(self, new_blocks: dict[int, list[int]]) -> None:
+    def _append_blocks(self, new_blocks: dict[int, list[int]], known: dict[int, int]) -> None:
+        """`known` says how many of a row's blocks hold what was computed before."""
         rows = np.repeat(list(new_blocks), [len(blocks) for blocks in new_blocks.values()])
         columns = np.concatenate([self._num_blocks[row] + np.arange(len(b)) for row, b in new_blocks.items()])
         blocks = np.concatenate([np.asarray(blocks, np.int64) for blocks in new_blocks.values()])
         for row, block_ids in new_blocks.items():
             self._num_blocks[row] += len(block_ids)
-        on_device = self._staging.send([rows, columns, blocks])
+        fresh = np.concatenate([np.asarray(ids[known.get(row, 0) :], np.int64) for row, ids in new_blocks.items()])
+        on_device = self._staging.send([rows, columns, blocks, fresh])
         self._block_table[on_device[0].long(), on_device[1].long()] = on_device[2]
+        if len(fresh):
+            self._on_new_blocks(on_device[3])
 
     def _slices(self, step: Step) -> Slices:
         rows = np.flatnonzero(self._live)
@@ -173,12 +190,12 @@ class Rows:
             ),
         )
 
-    def advance(self, rows: Tensor, positions: Tensor, pairs: Tensor) -> Tensor:
-        """The tokens at `positions` of `rows` [n] int64 are computed, and those of `pairs` [n] follow: their ids [n].
+    def advance(self, rows: Tensor, positions: Tensor, pairs: Tensor) -> None:
+        """The tokens at `positions` of `rows` [n] int64 are computed, and those of `pairs` [n] follow.
 
         The spare row stays where it is: it runs in many steps and must never reach the end of its tokens.
         """
-        return row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
+        row_kernels.advance(pairs, rows, positions, self.tokens, self._device_num_computed, self.spare)
 
 
 def _slots(blocks: Tensor, positions: Tensor, block_size: int) -> Tensor:

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import OVERLAP
-from eagleray.workers.pairs import PAD
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.workers import pairs as of_pairs
 
 LARGEST_TILE, SMALLEST_TILE = 1024, 128  # columns that a program reads at once
 FEW_PROGRAMS = 100  # fewer leave most of the GPU idle
@@ -21,6 +21,7 @@ ENOUGH_PROGRAMS = 2048  # of four warps, that is about as many as the GPU runs a
 _LOW = tl.constexpr(0xFFFFFFFF)
 _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 _LOWEST = tl.constexpr(-(1 << 31))
+_NOT_FINITE = tl.constexpr(of_pairs.NOT_FINITE)
 
 
 @triton.jit
@@ -87,12 +88,13 @@ def _draw_kernel(
         columns = first + tile * TILE
         inside = columns < share
         values = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
+        finite = tl.abs(values) < float("inf")
         if HAS_CAP:
             values = tanh(values / cap) * cap
         if temperature > 0:
             values = tl.div_rn(values, temperature) - log_exponential(random_bits(key, first_id + columns))
         bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
-        ordered = ((bits >> 31) & 0x7FFFFFFF) ^ bits
+        ordered = tl.where(finite, ((bits >> 31) & 0x7FFFFFFF) ^ bits, _NOT_FINITE)
         is_better = inside & (ordered > best)
         best = tl.where(is_better, ordered, best)
         best_column = tl.where(is_better, columns, best_column)
@@ -114,11 +116,12 @@ def best_plain_pairs(
 
     Line i belongs to `rows[i]` of `temperatures` [rows] float32 and mixed `seeds` [rows] int64, and `num_tokens[i]` is
     the position that is drawn for. A temperature of 0 is greedy. With `soft_cap`, logits are first bent to
-    `soft_cap * tanh(logit / soft_cap)`. Nothing is asked of the host, so graphs may capture it.
+    `soft_cap * tanh(logit / soft_cap)`. A line with a logit that is not finite has the mark of `pairs.py`. Nothing is
+    asked of the host, so graphs may capture it.
     """
     num_lines, share = logits.shape
     tile, tiles, chunks = _cut(num_lines, share)
-    pairs = torch.full((num_lines,), PAD, dtype=torch.int64, device=logits.device)
+    pairs = torch.full((num_lines,), of_pairs.PAD, dtype=torch.int64, device=logits.device)
     _draw_kernel[(num_lines, chunks)](
         logits,
         logits.stride(0),
@@ -135,7 +138,7 @@ def best_plain_pairs(
         tile,
         OVERLAP,
         num_warps=max(1, tile // 256),
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
     return pairs
 

@@ -15,6 +15,7 @@ The order of operations is that of vLLM's v1 engine, so that the same parameters
 10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`noise.py`). Equal sums go to the lower id.
 
 Where nothing is left to draw from, because everything is masked, the token is the lowest id, as arg-max has it.
+Where a raw logit is NaN or infinite nothing is drawn: the row's pair says so, and its token means nothing.
 
 Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (`candidates.py`), and per-row sums and
 maxima. The last exchange is a maximum over integers, so all ranks end with the same tokens whatever their rounding.
@@ -33,7 +34,7 @@ from eagleray.workers.candidates import Restriction, draw_restricted
 from eagleray.workers.logit_edits import add_bias_, allow_only_, mask_
 from eagleray.workers.logprobs import LogprobTensors, token_logprobs
 from eagleray.workers.noise import add_gumbel_, row_keys
-from eagleray.workers.pairs import best_pairs, unpack_ids
+from eagleray.workers.pairs import best_pairs, find_marks, unpack_ids
 from eagleray.workers.penalties import penalise
 from eagleray.workers.sampling_table import NO_TOP_K, PLAIN, Feature, SamplingTable
 from eagleray.workers.staging import to_device
@@ -49,9 +50,14 @@ if CAN_IMPORT:
 class SampleOutput:
     """One token per line, the same on every rank."""
 
-    token_ids: Tensor  # [n] int64
+    pairs: Tensor  # [n] int64, as in `pairs.py`; they say, too, which rows nothing could be drawn for
     logprob_tensors: LogprobTensors | None = None  # of the rows that ask
     num_logprobs: dict[int, int] = field(default_factory=dict)  # of the same rows, in order: how many they ask for
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[n] int64."""
+        return unpack_ids(self.pairs)
 
     @cached_property
     def logprobs(self) -> dict[int, TokenLogprobs]:
@@ -93,28 +99,37 @@ class Sampler:
         self._max_share = int(tp.all_reduce(width, "max"))
 
     def __call__(
-        self, logits: Tensor, rows: list[int], tokens: Tensor, num_prompt_tokens: list[int], num_tokens: list[int]
+        self,
+        logits: Tensor,
+        rows: list[int],
+        tokens: Tensor,
+        num_prompt_tokens: list[int],
+        num_tokens: list[int],
+        marks: Tensor | None = None,
     ) -> SampleOutput:
         """The next token of each of `rows`.
 
         `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
         `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.
+        `marks` [n] say which logits are not finite, if somebody has looked (`pairs.py`).
         """
+        if marks is None:
+            marks = find_marks(logits, self._share.start)
         features = self._table.features[rows]
         if not features.any():
-            return SampleOutput(self._agree(best_pairs(logits, self._share.start)))
+            return SampleOutput(self._agree(best_pairs(logits, self._share.start), marks))
         batch = _Batch(rows, features, tokens, num_prompt_tokens, num_tokens)
         asking = batch.lines(Feature.LOGPROBS)
         raw = logits.index_select(0, self._tensor(asking)) if asking else None
         self._edit(logits, batch)
-        token_ids = self._agree(self._best(logits, batch))
+        pairs = self._agree(self._best(logits, batch), marks)
         if raw is None:
-            return SampleOutput(token_ids)
+            return SampleOutput(pairs)
         num_logprobs = {rows[line]: self._table.host[rows[line]].logprobs or 0 for line in asking}
         most = min(max(num_logprobs.values()), self._vocab_size)
-        asking_ids = token_ids[self._tensor(asking)]
+        asking_ids = unpack_ids(pairs[self._tensor(asking)])
         logprobs = token_logprobs(raw, asking_ids, most, self._share, self._tp)
-        return SampleOutput(token_ids, logprobs, num_logprobs)
+        return SampleOutput(pairs, logprobs, num_logprobs)
 
     def plain_pairs(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor, soft_cap: float | None) -> Tensor:
         """The pair [n] of the next token of each of `rows` [n], as if it asked for nothing but a temperature.
@@ -135,9 +150,9 @@ class Sampler:
         most = min(num_top, self._vocab_size)
         return token_logprobs(logits, targets, most, self._share, self._tp).to_wire([most] * len(targets))
 
-    def _agree(self, pairs: Tensor) -> Tensor:
-        """The token ids [n] of the highest of all ranks' `pairs` [n]."""
-        return unpack_ids(self._tp.all_reduce(pairs, "max"))
+    def _agree(self, pairs: Tensor, marks: Tensor) -> Tensor:
+        """The highest [n] of all ranks' `pairs` [n] and `marks` [n]."""
+        return self._tp.all_reduce(torch.maximum(pairs, marks), "max")
 
     def _edit(self, logits: Tensor, batch: _Batch) -> None:
         """Masks, bias and penalties, in place."""

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.overlap import OVERLAP
+from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import shared_memory
 from eagleray.workers.context import AttentionMetadata
 from eagleray.workers.slice_attention_kernels import slice_attend_kernel
@@ -112,6 +112,6 @@ def slice_attention(
         PDL=OVERLAP,
         num_warps=constants.num_warps,
         num_stages=constants.num_stages,
-        launch_pdl=OVERLAP,
+        **LAUNCH,
     )
     return out

@@ -88,6 +88,7 @@ class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
     prompt_logprobs: dict[
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
+    not_finite: list[int] = []  # rows whose logits were NaN or infinite: their tokens mean nothing
     gpu_seconds: float = 0.0  # from its launch, or from the output before if that came later, to its output
     out_of_memory: str = ""  # why the step did not run; those after it do not either, up to a restart
 

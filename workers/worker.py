@@ -13,9 +13,9 @@ from eagleray.workers.config import WorkerConfig
 from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
 from eagleray.workers.decode_backend import DecodeBackends
 from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
-from eagleray.workers.kv_cache import allocate_kv_cache
+from eagleray.workers.kv_cache import KVCache
 from eagleray.workers.mixed_graphs import MixedGraphs, token_counts
-from eagleray.workers.pairs import unpack_ids
+from eagleray.workers.pairs import marks_of, unpack_ids
 from eagleray.workers.pending_output import PendingOutput
 from eagleray.workers.rows import Batch, IntArray, Rows, Slices
 from eagleray.workers.sampler import SampleOutput, Sampler
@@ -45,13 +45,14 @@ class Worker:
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model
         self._specs = [layer.spec for layer in model.attentions]
         self._backends = [choose_backend(spec, dtype, device) for spec in self._specs]
-        self._kv_caches = allocate_kv_cache(self._specs, num_blocks + 1, config.block_size, dtype, device)
+        self._kv_cache = KVCache(self._specs, num_blocks + 1, config.block_size, dtype, device)
         self._rows = Rows(
             max_rows=config.max_num_seqs,
             max_len=config.max_model_len,
             block_size=config.block_size,
             spare_block=num_blocks,
             device=device,
+            on_new_blocks=self._kv_cache.clean,
         )
         self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
         self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
@@ -152,15 +153,17 @@ class Worker:
         return hidden
 
     def _context(self, metadata: AttentionMetadata, backends: list[AttentionBackend]) -> list[LayerContext]:
-        layers = zip(self._kv_caches, self._model.attentions, backends, strict=True)
+        cache = self._kv_cache
+        layers = zip(cache.layers, cache.marks, self._model.attentions, backends, strict=True)
         return [
-            LayerContext(metadata, kv_cache, layer.spec, backend, layer.sinks) for kv_cache, layer, backend in layers
+            LayerContext(metadata, kv_cache, marks, layer.spec, backend, layer.sinks)
+            for kv_cache, marks, layer, backend in layers
         ]
 
     # ---- decoding, with nothing from the host but row numbers
 
     def _decode_forward(self, rows: Tensor) -> Tensor:
-        """The next token [n] of each of `rows` [n], drawn as for plain rows and written to its row.
+        """The pair [n] of the next token of each of `rows` [n], drawn as for plain rows and written to its row.
 
         Graphs capture this, so it may wait for nothing, copy nothing from the host and decide nothing by what a row
         asks. The logits stay in `_decode_logits` for rows that are not plain.
@@ -171,11 +174,12 @@ class Worker:
         hidden = self._run_model(batch, self._decode_backends.of_layers)
         logits = self._model.raw_logits(hidden, out=self._decode_logits[: len(rows)])
         pairs = self._sampler.plain_pairs(logits, rows, seq_lens, self._model.config.final_soft_cap)
-        return self._rows.advance(rows, batch.positions, pairs)
+        self._rows.advance(rows, batch.positions, pairs)
+        return pairs
 
     def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
-        token_ids = graphs.run(slices.rows)
-        sampled = self._draw_others(slices.rows, slices.ends, self._decode_logits, token_ids)
+        pairs = graphs.run(slices.rows)
+        sampled = self._draw_others(slices.rows, slices.ends, self._decode_logits, pairs)
         self._rows.count_sampled(slices.rows)
         return sampled
 
@@ -199,27 +203,28 @@ class Worker:
     def _sampled_lines(self, slices: Slices) -> Tensor:
         return self._rows.to_device(slices.samples.nonzero()[0])[0].long()
 
-    def _draw(self, rows: IntArray, num_tokens: IntArray, logits: Tensor) -> SampleOutput:
+    def _draw(self, rows: IntArray, num_tokens: IntArray, logits: Tensor, marks: Tensor | None = None) -> SampleOutput:
         num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
-        return self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens.tolist())
+        return self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens.tolist(), marks)
 
     def _draw_in_kernels(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor) -> SampleOutput:
         device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
         soft_cap = self._model.config.final_soft_cap
-        token_ids = unpack_ids(self._sampler.plain_pairs(raw_logits, device_rows, device_num_tokens, soft_cap))
-        self._rows.append(rows, num_tokens, token_ids)
-        return self._draw_others(rows, num_tokens, raw_logits, token_ids)
+        pairs = self._sampler.plain_pairs(raw_logits, device_rows, device_num_tokens, soft_cap)
+        self._rows.append(rows, num_tokens, unpack_ids(pairs))
+        return self._draw_others(rows, num_tokens, raw_logits, pairs)
 
-    def _draw_others(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, token_ids: Tensor) -> SampleOutput:
-        """The same `token_ids` [n] after those of rows that are not plain were drawn anew, there and in their rows."""
+    def _draw_others(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor) -> SampleOutput:
+        """The same `pairs` [n] after those of rows that are not plain were drawn anew, there and in their rows."""
         lines = self._sampler.lines_not_plain(rows)
         if not len(lines):
-            return SampleOutput(token_ids)
+            return SampleOutput(pairs)
         device_lines = self._rows.to_device(lines)[0].long()
-        sampled = self._draw(rows[lines], num_tokens[lines], self._model.finish(raw_logits[device_lines]))
-        token_ids[device_lines] = sampled.token_ids
+        logits, marks = self._model.finish(raw_logits[device_lines]), marks_of(pairs[device_lines])
+        sampled = self._draw(rows[lines], num_tokens[lines], logits, marks)
+        pairs[device_lines] = sampled.pairs
         self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
-        return replace(sampled, token_ids=token_ids)
+        return replace(sampled, pairs=pairs)
 
     def _prompt_logprobs(self, slices: Slices, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of each prompt token whose predecessor is in this batch, for the rows that ask."""

@@ -77,7 +77,8 @@ class Requests:
         q = torch.cat([*self.queries, self.queries[0].new_ones(padding, *self.queries[0].shape[1:])])
         new = [kv[:, kv.shape[1] - len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
         k, v = (torch.cat([kv[side] for kv in new] + [new[0].new_ones(padding, *new[0].shape[2:])]) for side in (0, 1))
-        with forward_context([LayerContext(self.metadata, self.cache, self.spec, backend, sinks)]):
+        marks = torch.zeros(self.cache.shape[1], dtype=torch.int8, device=self.cache.device)
+        with forward_context([LayerContext(self.metadata, self.cache, marks, self.spec, backend, sinks)]):
             out: Tensor = torch.ops.eagleray.attention(q, k, v, 0)
         return out
 

@@ -64,9 +64,36 @@ class Cases:
         ours = self.random(2, 4, 8, num_k, head_size, seed=3)
         expected, before = ours.float(), merged.clone()
         slots = torch.tensor([31, 0, 7, 8, 20, 9], device=self._device)
+        marks = torch.zeros(4, dtype=torch.int8, device=self._device)
         queries, keys = (rotate(x.float(), angles) if rotates else x.float() for x in (q, k))
         for cache, new in zip(expected.flatten(1, 2), (keys, v.float()), strict=True):
             cache[slots] = new[:6]
-        self._compare(kv_kernels.rotate_and_write(q, k, v, rotation, ours, slots), queries)
+        self._compare(kv_kernels.rotate_and_write(q, k, v, rotation, ours, marks, slots), queries)
+        assert not marks.any()
         self._compare(ours, expected)
         assert torch.equal(merged, before)
+
+    def marked_and_cleaned_blocks(self, num_k: int, head_size: int) -> None:
+        """One number of one token is enough, and of two layers each cleans what it has marked."""
+        merged = self.random(6, 3 * num_k, head_size)
+        slots, blocks = torch.tensor([31, 0, 7, 8, 20, 9]), torch.tensor([3, 0, 0, 1, 2, 1])  # of eight slots
+        layers = [self.random(2, 4, 8, num_k, head_size, seed=seed) for seed in (1, 2)]
+        for token, (column, value) in enumerate([(-1, torch.nan), (-1, -torch.inf), (num_k, torch.inf)] * 2):
+            odd = merged.clone()
+            odd[token, column, head_size - 1 - token] = value
+            q, k, v = odd.split([num_k, num_k, num_k], dim=1)
+            marks = torch.zeros(2, 4, dtype=torch.int8, device=self._device)
+            ours = [layer.clone() for layer in layers]
+            kv_kernels.rotate_and_write(q, k, v, None, ours[1], marks[1], slots.to(self._device))
+            assert marks[1].nonzero().flatten().tolist() == [int(blocks[token])]
+            assert not marks[0].any()
+            written = ours[1].clone()
+            addresses = torch.tensor([layer.data_ptr() for layer in ours], device=self._device)
+            sides = torch.tensor([layer[0].nbytes for layer in ours], device=self._device)
+            others = torch.tensor([b for b in range(4) if b != blocks[token]], dtype=torch.int32, device=self._device)
+            kv_kernels.clean_blocks(others, marks, addresses, sides)
+            torch.testing.assert_close(ours, [layers[0], written], rtol=0, atol=0, equal_nan=True)
+            kv_kernels.clean_blocks(torch.arange(4, device=self._device), marks, addresses, sides)
+            written[:, blocks[token]] = 0
+            torch.testing.assert_close(ours, [layers[0], written], rtol=0, atol=0)
+            assert not marks.any()

@@ -82,7 +82,7 @@ class Paged:
             max_seq_len=max(seq_lens),
         )
         layers = [
-            LayerContext(metadata, cache, layer.spec, sinks=layer.sinks)
+            LayerContext(metadata, cache, torch.zeros(cache.shape[1], dtype=torch.int8), layer.spec, sinks=layer.sinks)
             for cache, layer in zip(self.caches, self.model.attentions, strict=True)
         ]
         return torch.tensor(positions), layers

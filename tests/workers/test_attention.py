@@ -11,6 +11,7 @@ from eagleray.workers import attention, flash_attention
 from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
 from support.attention_requests import Requests
 
+NO_MARKS = torch.zeros(0, dtype=torch.int8)  # finite numbers mark nothing
 MIXED = [(1, 9), (6, 6), (1, 1), (3, 17), (1, 30), (20, 23)]  # (tokens in this batch, tokens of the request)
 
 
@@ -118,7 +119,7 @@ def test_a_forward_pass_without_context_is_an_error() -> None:
 
 
 def test_contexts_are_never_nested_and_end_with_their_block() -> None:
-    layer = LayerContext(Requests(MIXED, spec()).metadata, torch.empty(0), spec())
+    layer = LayerContext(Requests(MIXED, spec()).metadata, torch.empty(0), NO_MARKS, spec())
     with forward_context([layer]):
         assert current_layer(0) is layer
         with pytest.raises(RuntimeError, match="has 1 layers, so no layer 1"):
@@ -150,7 +151,7 @@ def test_layers_share_what_they_work_out_until_the_pass_ends() -> None:
 def test_layers_with_and_without_a_window_each_have_their_own_plan() -> None:
     requests = [Requests(MIXED, SPECS[name]) for name in ("plain", "window", "plain")]
     metadata = requests[0].metadata
-    layers = [LayerContext(metadata, request.cache, request.spec) for request in requests]
+    layers = [LayerContext(metadata, request.cache, NO_MARKS, request.spec) for request in requests]
     with forward_context(layers):
         for index, request in enumerate(requests):
             new = [kv[:, -len(q) :] for kv, q in zip(request.kv, request.queries, strict=True)]

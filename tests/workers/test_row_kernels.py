@@ -27,7 +27,12 @@ else:
         max_blocks = -(-max_len // block_size)
         num_blocks = len(lengths) * max_blocks
         rows = Rows(
-            max_rows=len(lengths), max_len=max_len, block_size=block_size, spare_block=num_blocks, device=DEVICE
+            max_rows=len(lengths),
+            max_len=max_len,
+            block_size=block_size,
+            spare_block=num_blocks,
+            device=DEVICE,
+            on_new_blocks=lambda blocks: None,
         )
         blocks = generator.permutation(num_blocks).reshape(len(lengths), max_blocks)
         starts = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.noise import log_exponential, mixed_seed, random_bits, row_keys
-from eagleray.workers.pairs import pack, unpack, unpack_ids
+from eagleray.workers.pairs import marks_of, pack, unpack, unpack_ids
 from eagleray.workers.sampler import Sampler
 from eagleray.workers.sampling_table import SamplingTable
 from eagleray.workers.wire import Sampling
@@ -139,33 +139,31 @@ else:
             assert unpack_ids(draw(logits, samplings)).tolist() == expected
 
     def test_pairs_of_odd_values_are_those_of_pack() -> None:
-        """Ties, zeros of both signs, masks and NaNs of both signs: the very same integers for greedy rows."""
-        logits = some_logits(9, 1100, torch.float32)
-        logits[0] = -torch.inf
+        """Ties, zeros of both signs, the largest and the smallest: the very same integers for greedy rows."""
+        logits = some_logits(6, 1100, torch.float32)
+        logits[0] = torch.finfo(torch.float32).min
         logits[1] = 0.0
         logits[1, :500] = -0.0
-        logits[2, 700], logits[2, 40] = torch.nan, torch.inf
-        logits[3, 700] = -torch.tensor(torch.nan)
-        logits[4, [3, 1050]] = 99.0
-        logits[5] = -torch.tensor(torch.nan)
-        logits[6] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # the lowest of all
-        logits[7, 1099] = torch.inf
-        logits[8] = 1e-45
-        pairs = draw(logits, [Sampling(temperature=0.0)] * 9)
+        logits[2, 700] = torch.finfo(torch.float32).max
+        logits[3, [3, 1050]] = 99.0
+        logits[4] = 1e-45
+        pairs = draw(logits, [Sampling(temperature=0.0)] * 6)
         token_ids = torch.arange(FIRST_ID, FIRST_ID + 1100, device=DEVICE)
-        on_device = pack(logits.to(DEVICE), token_ids).amax(dim=1)  # a GPU's sums clear the sign of a NaN
-        assert torch.equal(pairs, on_device.cpu())
+        assert torch.equal(pairs, pack(logits.to(DEVICE), token_ids).amax(dim=1).cpu())
 
-    def test_masks_and_broken_logits_of_random_rows() -> None:
-        samplings = [Sampling(seed=seed) for seed in range(5)]
-        logits = some_logits(5, 1100, torch.float32)
-        logits[0] = -torch.inf
-        logits[1] = -torch.inf
-        logits[1, [70, 1090]] = 2.0
-        logits[2, 1:] = torch.nan
-        logits[3, 5] = torch.inf
-        logits[4, [7, 9]] = torch.inf
-        assert unpack_ids(draw(logits, samplings)).tolist() == expected_ids(logits, samplings)
+    @pytest.mark.parametrize("soft_cap", [None, 30.0])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_lines_with_a_logit_that_is_not_finite_are_marked(temperature: float, soft_cap: float | None) -> None:
+        broken = torch.tensor([torch.nan, torch.nan, torch.inf, -torch.inf, 0.0])
+        broken[1].neg_()
+        broken[4] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # the NaN that is the lowest integer
+        logits = some_logits(len(broken) * 4, 1100, torch.float32)
+        for line, column in enumerate([0, 255, 700, 1099] * len(broken)):
+            if column != 255:  # every fourth line stays as it is
+                logits[line, column] = broken[line // 4]
+        pairs = draw(logits, [Sampling(temperature=temperature)] * len(logits), soft_cap)
+        assert (marks_of(pairs) == pairs).tolist() == [True, False, True, True] * len(broken)
+        assert all(FIRST_ID <= token_id < FIRST_ID + 1100 for token_id in unpack_ids(pairs).tolist())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_logits_are_capped_first(dtype: torch.dtype) -> None:

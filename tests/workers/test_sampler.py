@@ -1,7 +1,7 @@
 """The sampler over vocabulary shares against a plain numpy pipeline over the whole vocabulary, and its corner cases."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.pairs import unpack_host
 from eagleray.workers.sampler import Sampler
 from eagleray.workers.sampling_table import SamplingTable
 from eagleray.workers.wire import Sampling, TokenLogprobs
@@ -88,8 +89,11 @@ class Line:
     output: list[int] = field(default_factory=list)
 
 
-def sample(lines: list[Line], size: int = 1) -> tuple[list[int], dict[int, TokenLogprobs]]:
-    """The tokens of `lines`, in rows 0, 2, 4, …, after a check that all ranks agree; logprobs by line."""
+def sample(lines: list[Line], size: int = 1, odd: Sequence[int] = ()) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """The tokens of `lines`, in rows 0, 2, 4, …, after a check that all ranks agree; logprobs by line.
+
+    Nothing can be drawn for lines `odd`, and every rank must say so of those alone.
+    """
     rows = [2 * line for line in range(len(lines))]
     max_rows, max_len = 2 * len(lines) + 3, 2 + max(len(line.prompt) + len(line.output) for line in lines)
     tokens = torch.full((max_rows, max_len), 5, dtype=torch.int32)  # what stands behind a row's tokens must not count
@@ -113,7 +117,9 @@ def sample(lines: list[Line], size: int = 1) -> tuple[list[int], dict[int, Token
             [len(line.prompt) for line in lines],
             [len(line.prompt) + len(line.output) for line in lines],
         )
-        return out.token_ids.tolist(), {row // 2: logprobs for row, logprobs in out.logprobs.items()}
+        token_ids, is_mark = unpack_host(out.pairs.numpy())
+        assert np.flatnonzero(is_mark).tolist() == list(odd)
+        return token_ids.tolist(), {row // 2: each for row, each in out.logprobs.items() if row // 2 not in odd}
 
     results = on_ranks(size, work)
     assert all(result == results[0] for result in results)
@@ -345,23 +351,30 @@ class TestExtremes:
         assert sample(lines, size)[0] == [20, 20, 20, 800, 800]
 
     def test_impossible_tokens_are_never_drawn(self, size: int) -> None:
-        logits = np.full(VOCAB, -np.inf, np.float32)
+        logits = np.full(VOCAB, -1e30, np.float32)
         logits[[4, 650]] = 0.0
         for kind in (Sampling(), Sampling(top_p=0.99), Sampling(top_k=500), Sampling(min_p=1e-9)):
             lines = [Line(msgspec.structs.replace(kind, seed=seed), logits) for seed in range(30)]
             assert set(sample(lines, size)[0]) == {4, 650}
 
     def test_with_nothing_left_the_token_is_the_lowest_id(self, size: int) -> None:
-        nothing = np.full(VOCAB, -np.inf, np.float32)
-        kinds = [Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.9), Sampling(top_k=9), Sampling(min_p=0.5)]
-        assert sample([Line(kind, nothing) for kind in kinds], size)[0] == [0] * 5
+        kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.5}]
+        nothing: dict[str, Any] = {"allowed_token_ids": [720], "stop_token_ids": [720], "min_tokens": 1}
+        assert sample([Line(Sampling(**kind, **nothing), flat()) for kind in kinds], size)[0] == [0] * 5
 
-    def test_broken_logits_still_give_a_token_of_the_vocabulary(self, size: int) -> None:
+    @pytest.mark.parametrize("where", [0, 5, 650, 720, 999])
+    @pytest.mark.parametrize("broken", [np.nan, -np.nan, np.inf, -np.inf])
+    def test_broken_logits_are_noticed_by_every_rank(self, size: int, where: int, broken: float) -> None:
+        """One is enough, wherever it is and whatever masks it; rows beside it draw what they would have drawn."""
         kinds = [Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.9), Sampling(top_k=9), Sampling(min_p=0.5)]
-        for broken in (np.nan, -np.nan, np.inf):
-            logits = peaked()
-            logits[::7] = broken
-            assert all(0 <= token < VOCAB for token in sample([Line(kind, logits) for kind in kinds], size)[0])
+        kinds += [Sampling(allowed_token_ids=[1]), Sampling(logprobs=2)]
+        logits = peaked()
+        logits[where] = broken
+        well = [Line(kind, peaked(1)) for kind in kinds]
+        both = [line for kind, good in zip(kinds, well, strict=True) for line in (Line(kind, logits), good)]
+        tokens, _ = sample(both, size, odd=range(0, len(both), 2))
+        assert tokens[1::2] == sample(well, size)[0]
+        assert all(0 <= token < VOCAB for token in tokens)
 
     def test_a_nucleus_wider_than_the_candidates_is_drawn_from_whole_shares(self, size: int) -> None:
         """A flat distribution at top-p 0.9 keeps 900 tokens, far more than the ranks offer at first."""

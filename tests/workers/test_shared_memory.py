@@ -12,6 +12,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from eagleray.models.attention import AttentionSpec  # noqa: E402
 from eagleray.parallel import skinny  # noqa: E402
+from eagleray.parallel.overlap import LAUNCH  # noqa: E402
 from eagleray.parallel.shared_memory import HOPPER  # noqa: E402
 from eagleray.workers import decode_attention  # noqa: E402
 from eagleray.workers.decode_attention_kernels import attend_kernel  # noqa: E402
@@ -35,7 +36,8 @@ def compiled_bytes(kernel: Any, capability: int, constants: dict[str, Any], **op
     attributes = {(i,): sixteen for i, (_, kind) in enumerate(signature.items()) if kind not in ("constexpr", "fp32")}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    return int(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared)
+    launch = {"enable_fp_fusion": LAUNCH["enable_fp_fusion"], **options}
+    return int(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch).metadata.shared)
 
 
 @pytest.mark.parametrize(
