@@ -46,9 +46,14 @@ def marks_of(pairs: Tensor) -> Tensor:
 
 
 def find_marks(logits: Tensor, first_id: int) -> Tensor:
-    """The mark for each line of `logits` [n, share] that holds NaN or an infinity, and `PAD` for the others, [n]."""
-    lowest, highest = logits.aminmax(dim=-1)
-    return torch.where(lowest.isfinite() & highest.isfinite(), PAD, (NOT_FINITE << 32) + _LOW - first_id)
+    """The mark for each line of `logits` [n, share] that holds NaN or an infinity, and `PAD` for the others, [n].
+
+    A finite sum has none of them; one that is not may have overflowed.
+    """
+    finite = logits.sum(dim=-1).isfinite()
+    if not finite.all():
+        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()
+    return torch.where(finite, PAD, (NOT_FINITE << 32) + _LOW - first_id)
 
 
 def unpack_host(pairs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

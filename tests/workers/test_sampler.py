@@ -376,6 +376,10 @@ class TestExtremes:
         assert tokens[1::2] == sample(well, size)[0]
         assert all(0 <= token < VOCAB for token in tokens)
 
+    def test_the_largest_logits_are_finite_though_their_sum_is_not(self, size: int) -> None:
+        logits = np.full(VOCAB, np.finfo(np.float32).max, np.float32)
+        assert sample([Line(Sampling(temperature=0.0), logits)] * 2, size)[0] == [0, 0]
+
     def test_a_nucleus_wider_than_the_candidates_is_drawn_from_whole_shares(self, size: int) -> None:
         """A flat distribution at top-p 0.9 keeps 900 tokens, far more than the ranks offer at first."""
         lines = [Line(Sampling(top_p=0.9, seed=seed), flat()) for seed in range(300)]
