@@ -10,6 +10,7 @@ from eagleray.models.json_file import read_object, shown
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+MAX_EOS = 1000  # ends of a sequence, which go with every request
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM's, but for its limit of tokens
 
 
@@ -22,6 +23,13 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
     named = next(filter(None, [_eos_of(file) for file in files]), [])
     own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     return frozenset(named).union(own)
+
+
+def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """Those ends that a model of this vocabulary can draw; a request must name no others."""
+    if beyond := sorted(token_id for token_id in eos if token_id >= vocab_size):
+        logger.warning("%s can end no sequence: the model's vocabulary ends at %d", beyond[:10], vocab_size - 1)
+    return eos.difference(beyond)
 
 
 def sampling_defaults(model: str | Path) -> dict[str, float]:
@@ -56,6 +64,6 @@ def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:
 def _eos_of(file: Path) -> list[int]:
     value = read_object(file).get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise ValueError(f"eos_token_id in {file} is {shown(value)}; write one token id or a list of them")
+    if len(ids) > MAX_EOS or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"eos_token_id in {file} is {shown(value)}; write one token id or a list of up to {MAX_EOS}")
     return ids

@@ -9,7 +9,7 @@ from rich.console import Console
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd, OnEnd, unwatched
-from eagleray.cluster.generation_config import eos_token_ids
+from eagleray.cluster.generation_config import drawable, eos_token_ids
 from eagleray.cluster.placement import Room
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits
@@ -50,5 +50,6 @@ def launch(
         Thread(target=text.prepare, name="tokenizer").start()
     with shown_start(config, Console(stderr=True)) as on_progress:
         engine = EngineClient.start(config, on_progress, room)
+    eos = drawable(eos, engine.info.vocab_size)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
     return engine, FrontEnd(text, limits, config.seed, on_end)

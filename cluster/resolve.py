@@ -1,10 +1,12 @@
 """From what the user set to what the ranks are told: every `auto` decided, every limit checked against the model."""
 
 import os
+from pathlib import Path
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.models.config import ModelConfig, check_tp
+from eagleray.models.weight_formats import find_format
 from eagleray.workers.config import WorkerConfig
 
 CPU_BLOCK_SIZE = 16
@@ -15,6 +17,8 @@ def check_model(config: EngineConfig) -> ModelConfig:
     """Read the model's configuration and refuse, with `ValueError` and before anything starts, what cannot run."""
     model = ModelConfig.from_dir(config.model)
     check_tp(model, config.tensor_parallel_size)
+    if config.load_format == "safetensors":
+        find_format(Path(config.model))  # that there are none at all, the ranks' machines say, which may have them
     limit = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 
 from eagleray.models.json_file import read_object, read_text, shown
 
-MAX_BYTES = 256 << 20  # of tokenizer.json
+MAX_BYTES = 64 << 20  # of tokenizer.json
 REGISTERED: dict[str, str | None] = {  # what `AutoTokenizer` has for a model type
     "llama": None,
     "mistral": "TokenizersBackend",

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagleray.models.json_file import read_object, shown
+from eagleray.models.weight_formats import INDEX, SINGLE, find_format
 from eagleray.models.weight_stream import WeightStream
 from eagleray.parallel.piece import Piece
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 ROWS = 4096  # of a tensor that is compared with another, at a time
-OTHER_FORMATS = ("pytorch_model*.bin", "*.pth", "*.pt", "*.gguf", "consolidated*.safetensors", "*.safetensors")
 logger = logging.getLogger(__name__)
 
 
@@ -139,14 +139,15 @@ def open_file(file: Path) -> Any:
 
 
 def _locate(path: Path) -> dict[str, Path]:
-    """The file of every tensor. Where there are both, the single file counts and not the index, as in transformers."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if single.is_file():
+    """The file of every tensor."""
+    found = find_format(path)
+    single, index = path / SINGLE, path / INDEX
+    if found is None:
+        raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}; fetch the weights, too")
+    if found == SINGLE:
         if index.is_file():
-            logger.warning("%s is taken, and %s beside it is not", single, index.name)
+            logger.warning("%s is taken, and %s beside it is not", single, INDEX)
         return dict.fromkeys(open_file(single).keys(), single)
-    if not index.is_file():
-        raise ValueError(f"{path} holds neither {single.name} nor {index.name}{_other_format(path)}")
     names = read_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} is no index of tensors: weight_map is {shown(names)}; fetch the file again")
@@ -158,21 +159,6 @@ def _within(path: Path, index: Path, name: str, file: object) -> Path:
     if not isinstance(file, str) or not file or Path(file).is_absolute() or ".." in Path(file).parts:
         raise ValueError(f"{index}: weight_map has {shown(file)} for tensor {shown(name)}; a file beside it is needed")
     return path / file
-
-
-def _other_format(path: Path) -> str:
-    """What to do about weights of another format, if there are any."""
-    found = sorted(file.name for pattern in OTHER_FORMATS for file in path.glob(pattern))
-    if not found:
-        return "; fetch the weights, too"
-    if found[0].endswith(".safetensors"):
-        return f", but {found[0]}; rename it if it is the only one, or fetch the index, too"
-    if found[0].endswith(".gguf"):
-        return f", but {found[0]}; take the model's original checkpoint"
-    return (
-        f', but {found[0]}; convert it to safetensors: python -c "from transformers import AutoModelForCausalLM; '
-        f"AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype='auto').save_pretrained({str(path)!r})\""
-    )
 
 
 def _explain(file: Path) -> str | None:

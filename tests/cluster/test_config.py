@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.resolve import worker_config
+from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.models.config import ModelConfig
 
 
@@ -49,6 +49,18 @@ def test_blocks_on_cuda_are_of_a_power_of_two(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"block_size is {block_size}; on CUDA give a power of two"):
             worker_config(engine, model, "cuda")
         assert worker_config(engine, model, "cpu").block_size == block_size
+
+
+def test_weights_of_another_format_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = sizes | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 1, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"but pytorch_model\.bin; convert it to safetensors: python -c"):
+        check_model(EngineConfig(model=str(tmp_path)))
+    check_model(EngineConfig(model=str(tmp_path), load_format="dummy"))
+    (tmp_path / "model.safetensors").touch()
+    check_model(EngineConfig(model=str(tmp_path)))
 
 
 def test_a_step_must_have_room_for_a_token_of_every_request() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.cluster.generation_config import chosen_defaults, sampling_defaults
+from eagleray.cluster.generation_config import DEFAULTED, chosen_defaults, drawable, eos_token_ids, sampling_defaults
 
 LLAMA = {  # Llama-3.1-8B-Instruct's, but for min_p
     "bos_token_id": 128000,
@@ -37,6 +37,37 @@ def test_without_a_file_or_a_wish_there_are_none(tmp_path: Path, caplog: pytest.
         assert chosen_defaults(tmp_path, "auto") == {}
         assert chosen_defaults(written(tmp_path, json.dumps(LLAMA)), "none") == {}
     assert caplog.messages == []
+
+
+def test_config_json_counts_where_there_is_no_file_as_in_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"temperature": 0.3, "model_type": "llama"}')
+    assert sampling_defaults(tmp_path) == {"temperature": 0.3}
+    assert sampling_defaults(written(tmp_path, "{}")) == {}
+
+
+def test_an_end_that_no_model_can_draw_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    assert drawable(frozenset({2, 31}), 32) == {2, 31}
+    assert not caplog.messages
+    assert drawable(frozenset({2, 32, 10**18}), 32) == {2}
+    assert caplog.messages == ["[32, 1000000000000000000] can end no sequence: the model's vocabulary ends at 31"]
+
+
+@pytest.mark.parametrize("ids", [True, [True], -1, 1.0, "2", {"a": 1}, [[1]], [None], list(range(2000))])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ends_that_are_no_token_ids_are_refused(tmp_path: Path, file: str, ids: object) -> None:
+    written(tmp_path, '{"eos_token_id": 2}')
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(
+        ValueError, match=rf"eos_token_id in .*{file} is .*; write one token id or a list of up to 1000"
+    ):
+        eos_token_ids(tmp_path, None)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "true", "[]", "{}", '"x"', "-1e400"])
+@pytest.mark.parametrize("name", DEFAULTED)
+def test_a_default_that_is_no_number_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {name} is"):
+        sampling_defaults(written(tmp_path, f'{{"{name}": {value}}}'))
 
 
 @pytest.mark.parametrize(
