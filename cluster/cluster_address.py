@@ -7,6 +7,7 @@ from pathlib import Path
 
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray sets for programs that were submitted as jobs
 GCS = b"--gcs-address="
+LOCAL = "local"  # what RAY_ADDRESS says for a cluster of this process alone
 
 
 def cluster_address() -> str | None:
@@ -15,7 +16,7 @@ def cluster_address() -> str | None:
     None if there is none. "local" in RAY_ADDRESS means the same and comes first.
     """
     named = os.environ.get("RAY_ADDRESS") or None
-    own = _of_job() if IN_A_JOB in os.environ and named != "local" else None
+    own = _of_job() if IN_A_JOB in os.environ and named != LOCAL else None
     return own or named or _left_by_ray_start()
 
 

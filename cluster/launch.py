@@ -1,5 +1,6 @@
 """An engine with a front end, out of the options that `LLM` and `AsyncLLM` share."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,6 +15,7 @@ from eagleray.cluster.placement import Room
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.started import OnProgress
 
 
 def launch(
@@ -25,8 +27,9 @@ def launch(
     *,
     room: Room | None = None,
     on_end: OnEnd = unwatched,
+    on_progress: OnProgress | None = None,
 ) -> tuple[EngineClient, FrontEnd]:
-    """Start an engine and wait for it, with a line on the terminal while that takes.
+    """Start an engine and wait for it, with a line on the terminal while that takes, or as `on_progress` has it.
 
     Without `room` the engine reserves its own; `on_end` hears of every request that has ended. What is wrong with the
     options or the tokenizer is said before anything starts.
@@ -48,8 +51,9 @@ def launch(
     eos = eos_token_ids(folder, text)
     if text is not None:
         Thread(target=text.prepare, name="tokenizer").start()
-    with shown_start(config, Console(stderr=True)) as on_progress:
-        engine = EngineClient.start(config, on_progress, room)
+    shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)
+    with shown as progress:
+        engine = EngineClient.start(config, progress, room)
     eos = drawable(eos, engine.info.vocab_size)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
     return engine, FrontEnd(text, limits, config.seed, on_end)

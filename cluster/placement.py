@@ -2,11 +2,17 @@
 
 import logging
 import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -15,7 +21,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from eagleray.cluster.cluster_address import answers, cluster_address
+from eagleray.cluster.cluster_address import LOCAL, answers, cluster_address
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 
@@ -23,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Resources = dict[str, float]
 
-LOCAL = "local"  # what RAY_ADDRESS says for a cluster of this process alone
+RAY_WAITED_S = 10.0  # a start that took as long to fail has waited for something in vain
 TO_JOIN = "start it, or unset RAY_ADDRESS"
 TO_START = (
     "try again when the machine is less busy, or start Ray with `ray start --head` first; Ray's logs are in "
@@ -68,10 +74,54 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
 
 
 def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:
-    if address == LOCAL:  # its logical CPUs are ours to choose: as many as the ranks ask for
-        wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
-        options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
-    ray.init(address=address, **options)
+    if address != LOCAL:
+        ray.init(address=address, **options)
+        return
+    wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
+    options |= {"num_cpus": max(os.cpu_count() or 1, wanted)}  # logical ones, which are ours to choose
+    ray_constants.ENABLE_RAY_CLUSTER = False  # so it listens at 127.0.0.1 alone, as it does by default elsewhere
+    start_patiently(
+        lambda: ray.init(address=LOCAL, include_dashboard=False, **options), _end_children(), config.start_timeout_s
+    )
+
+
+def start_patiently(start: Callable[[], object], clear: Callable[[], None], timeout_s: float) -> None:
+    """Call `start` until it succeeds. Raises its error once `timeout_s` are over, or if it did not even wait.
+
+    Ray gives up by limits of its own, which a machine with much else to do does not keep. `clear` is called in between.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        begin = time.monotonic()
+        try:
+            start()
+            return
+        except Exception as error:
+            clear()
+            now = time.monotonic()
+            if now >= deadline or now - begin < RAY_WAITED_S:
+                raise
+            words = "Ray has not started within its own limits (%s); trying again, for %.0f s at most"
+            logger.warning(words, str(error).partition("\n")[0], deadline - now)
+
+
+def _end_children() -> Callable[[], None]:
+    """What ends all children that this process does not have yet."""
+    before = set(_children())
+
+    def end() -> None:
+        ray.shutdown()
+        for pid in set(_children()) - before:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    return end
+
+
+def _children() -> list[int]:
+    """Of this process, as Linux tells; none elsewhere."""
+    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return [int(pid) for file in files for pid in file.read_text().split()]
 
 
 def choose_device(config: EngineConfig) -> str:

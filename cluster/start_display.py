@@ -79,11 +79,11 @@ def _show(shown: ExitStack, line: Progress, name: str, progress: started.Progres
     if progress.phase != line.tasks[0].description:
         _begin(line, name, progress.phase)
     if progress.total:
-        size = _size(progress.done, progress.total)
+        size = size_of(progress.done, progress.total)
         line.update(line.task_ids[0], completed=progress.done, total=progress.total, size=size)
 
 
-def _size(done: int, total: int) -> str:
+def size_of(done: int, total: int) -> str:
     """`0.3/16.1 GB`."""
     unit, name = pick_unit_and_suffix(total, ["bytes", "kB", "MB", "GB", "TB"], 1000)
     return f"{done / unit:.1f}/{total / unit:.1f} {name}"

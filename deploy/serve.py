@@ -5,7 +5,9 @@ import logging
 import os
 import time
 from dataclasses import asdict, replace
+from importlib import import_module
 from math import inf
+from typing import Any
 
 import ray
 from ray import serve
@@ -31,6 +33,7 @@ from eagleray.deploy.openai.probes import Probes
 from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_progress import Teller
 from eagleray.deploy.server_start import BEFORE_ENGINE
 
 logger = logging.getLogger(__name__)
@@ -78,12 +81,14 @@ class Replica:
     async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
         begin = time.monotonic()
         _log_to_stderr()
+        _listen_here_only()
         engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
         self._args = args = args.model_copy(update={"engine": engine_config})
         self._metrics = Metrics()
         self._keys = args.read_api_keys()
         self._defaults = chosen_defaults(args.engine.model, args.generation_config)
-        engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics)
+        teller = Teller(serve.get_replica_context().app_name)
+        engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics, teller)
         self._info = engine.info
         before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
         self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
@@ -144,10 +149,22 @@ class Replica:
             os._exit(1)
 
 
-def _launch(config: EngineConfig, room: Room, metrics: Metrics) -> tuple[EngineClient, FrontEnd]:
+def _launch(config: EngineConfig, room: Room, metrics: Metrics, teller: Teller) -> tuple[EngineClient, FrontEnd]:
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    return launch(model, size, None, False, options, room=room, on_end=metrics.end)
+    return launch(model, size, None, False, options, room=room, on_end=metrics.end, on_progress=teller)
+
+
+def _listen_here_only() -> None:
+    """Serve's proxies hand requests to replicas over gRPC, pickled: whoever reaches that port can run code here.
+
+    Serve listens on all addresses; one is enough, that by which other nodes know this one.
+    """
+    replica: Any = import_module("ray.serve._private.replica")  # which has no types
+    listen = replica.add_port_to_grpc_server
+    here = ray.util.get_node_ip_address()
+    address = f"[{here}]:0" if ":" in here else f"{here}:0"
+    replica.add_port_to_grpc_server = lambda server, _: listen(server, address)
 
 
 def _log_to_stderr() -> None:

@@ -1,147 +1,144 @@
 """`eagleray serve`: deploys a model on Ray Serve, and drains it when told to end.
 
-Imports of Ray stand where they are needed: they take seconds, which what is refused need not wait for.
+The work is done in a process of its own, which `supervisor` answers for. Imports of Ray stand where they are needed:
+they take seconds, which what is refused need not wait for.
 """
 
 import argparse
 import logging
-import os
 import re
-import signal
 import socket
-import threading
+import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from types import FrameType
+from threading import Thread
 from typing import TYPE_CHECKING
 
-from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.cluster_address import LOCAL, cluster_address
+from eagleray.cluster.errors import EngineDeadError, EngineStartError
+from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
+from eagleray.deploy.private_ray import private_ray, reap_ray
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
 from eagleray.deploy.serve_environment import set_environment
-from eagleray.deploy.server_start import ANSWER, IMPORTS, RAY, REPLICA, SERVE, Laps, line, replica_parts
+from eagleray.deploy.serve_progress import forget, latest, shown_serve
+from eagleray.deploy.server_link import News, ServerEnd
+from eagleray.deploy.server_start import ANSWER, IMPORTS, RAY, REPLICA, SERVE, Laps, line, open_here, replica_parts
+from eagleray.deploy.supervisor import supervised
+from eagleray.workers.started import READY, OnProgress, Progress
 
 if TYPE_CHECKING:
     from ray.serve import Application
+    from ray.serve.schema import ApplicationStatusOverview
 
 logger = logging.getLogger(__name__)
 
 END_S = 30.0  # how long the end may take beyond drain_timeout_s
 DELETE_S = 15.0  # of these, how long Serve may take to take the application away
+LEAVE_S = 20.0  # how long a start on a cluster of others may take to end
+SHORT = "/tmp"  # since a socket's path has 107 characters at most
 POLL_S = 0.1
+LOOK_S = 5.0  # between two looks at Serve while the model serves
+SILENCE_S = 60.0  # how long Serve's controller may be away, which Ray starts anew
 RAISED = re.compile(r"^[\w.]*(?:Error|Exception): ", re.MULTILINE)  # how a traceback's last part begins
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
-FORCED = 1
 
 
-class ToldToEnd(BaseException):
-    """A signal came before there was anything to drain."""
-
-
-class End:
-    """The first signal asks for an end, which then has a limited time; the second ends the process at once.
-
-    Between `begin` and `wait` it interrupts whatever runs with `ToldToEnd`. Before that Ray starts, which cannot be
-    interrupted without leaving half of it behind.
-    """
-
-    def __init__(self, bound_s: float) -> None:
-        self._bound_s = bound_s
-        self._told = threading.Event()
-        self._interrupts = False
-        self.code = 0
-
-    def listen(self) -> None:
-        """Take SIGTERM and SIGINT from whoever has them."""
-        for number in EXIT_CODES:
-            signal.signal(number, self._hear)
-
-    def begin(self) -> None:
-        """From now on a signal interrupts; if there was one, it does so here."""
-        self._interrupts = True
-        if self._told.is_set():
-            raise ToldToEnd
-
-    def wait(self) -> None:
-        """Sleep until a signal comes."""
-        self._interrupts = False
-        self._told.wait()
-
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self._told.is_set():
-            os._exit(EXIT_CODES[signal.SIGINT])
-        self._told.set()
-        self.code = EXIT_CODES[signal.Signals(number)]
-        late = threading.Timer(self._bound_s, os._exit, [FORCED])
-        late.daemon = True
-        late.start()
-        if self._interrupts:
-            raise ToldToEnd
+class ToldToEnd(Exception):
+    """Before there was anything to drain."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until told to end. Raises `ValueError` before anything starts, `EngineStartError` if the model does not."""
-    laps = Laps()
-    set_environment(arguments.host)  # before anything imports Serve, which reads it then
+    """Serve until told to end. Raises `ValueError` before anything starts."""
     args, site = serve_args(arguments)
-    end = End(args.drain_timeout_s + END_S)
-    end.listen()
+    private = cluster_address() in (None, LOCAL)
+    folder = tempfile.mkdtemp(prefix="eagleray-", dir=SHORT)  # for this user alone
+    set_environment(site.host, folder)  # before anything imports Serve, which reads it then
+    ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)
+    return supervised(lambda link: guarded(lambda _: serve(args, site, link), arguments), ended, (folder,))
+
+
+def serve(args: ServeArgs, site: Site, link: ServerEnd) -> int:
+    """In a process of its own. Raises `EngineStartError` if the model does not start."""
+    laps = Laps()
     try:
-        with _on_ray(args, end, laps) as private, _deployed(args, site, private, laps) as url:
-            urllib.request.urlopen(f"{url}/health", timeout=args.engine.start_timeout_s).close()
+        with (
+            shown_serve(args) as show,
+            _on_ray(args, link, laps, show) as private,
+            _deployed(args, site, private, link, laps, show) as url,
+        ):
+            _first_answer(url, args.engine.start_timeout_s, link)
             laps.end(ANSWER)
+            show(Progress(READY))
+            link.tell(News(serving=True))
             print(f"{args.model_name} answers at {url}/v1", flush=True)
             logger.info("%s", line(laps.seconds, replica_parts(url, args.engine.start_timeout_s)))
-            end.wait()
+            _stay(site, link)
             logger.info("no new requests from now on; those that run may take %g s", args.drain_timeout_s)
     except ToldToEnd:
-        logger.info("ended before the model was ready")
-    return end.code
+        pass
+    return 0
 
 
 @contextmanager
-def _on_ray(args: ServeArgs, end: End, laps: Laps) -> Iterator[bool]:
-    """Join or start Ray for as long as the command runs; gives whether it ends with the command."""
+def _on_ray(args: ServeArgs, link: ServerEnd, laps: Laps, show: OnProgress) -> Iterator[bool]:
+    """Join or start Ray for as long as the server runs; gives whether it ends with it."""
     import ray
 
     from eagleray.cluster.placement import connect
 
     quiet_ray()
     laps.end(IMPORTS)
+    show(Progress(RAY))
+    private = connect(args.engine, args.max_replicas)
+    if private:
+        link.tell(private_ray())
+    laps.end(RAY)
     try:
-        private = connect(args.engine, args.max_replicas)
-        laps.end(RAY)
-        end.listen()  # Ray's own handler of SIGTERM would end the process
-        end.begin()
         yield private
     finally:
-        ray.shutdown()
+        if not private:  # or else the command ends it
+            ray.shutdown()
 
 
 @contextmanager
-def _deployed(args: ServeArgs, site: Site, private: bool, laps: Laps) -> Iterator[str]:
+def _deployed(
+    args: ServeArgs, site: Site, private: bool, link: ServerEnd, laps: Laps, show: OnProgress
+) -> Iterator[str]:
     """The application's address, for as long as it is to run. On a Ray that others use, Serve ends if it began here."""
     from ray import serve
 
     from eagleray.deploy.serve import build
 
     laps.end(IMPORTS)
+    show(Progress(SERVE))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = _check_site(site)
+    mute = False  # Serve hears nothing any more
     try:
         if ours:
             serve.start(http_options={"host": site.host, "port": site.port})
         laps.end(SERVE)
-        _run(build(args), site)
+        _check_told(link)
+        show(Progress(REPLICA))
+        _run(build(args), site, link, show)
         laps.end(REPLICA)
         yield site.url(_here(site))
+    except EngineDeadError:
+        mute = True
+        raise
     finally:
-        _drain(site.name, args.drain_timeout_s + DELETE_S)
-        if ours and not private:
+        if not mute and (link.told_to_end.is_set() or not private):
+            _drain(site.name, args.drain_timeout_s + DELETE_S)
+        if not mute and ours and not private:
             serve.shutdown()
+
+
+def _check_told(link: ServerEnd) -> None:
+    if link.told_to_end.is_set():
+        raise ToldToEnd
 
 
 def _drain(name: str, timeout_s: float) -> None:
@@ -157,24 +154,77 @@ def _drain(name: str, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _run(application: "Application", site: Site) -> None:
+def _run(application: "Application", site: Site, link: ServerEnd, show: OnProgress) -> None:
+    """Until the application's replicas are there, as far as it has any while nobody asks."""
     from ray import serve
-    from ray.serve.exceptions import RayServeException
+    from ray.serve.schema import ApplicationStatus
 
+    forget(site.name)
+    target = serve.RunTarget(application, name=site.name, route_prefix=site.route_prefix)
     try:
-        serve.run(application, name=site.name, route_prefix=site.route_prefix)
-    except (RuntimeError, RayServeException) as error:
-        raise EngineStartError(_cause(site.name) or str(error)) from None
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except (RuntimeError, serve.exceptions.RayServeException) as error:
+        raise EngineStartError(str(error)) from None
+    while (about := serve.status().applications[site.name]).status != ApplicationStatus.RUNNING:
+        if about.status == ApplicationStatus.DEPLOY_FAILED:
+            raise EngineStartError(_cause(about) or about.message)
+        if (progress := latest(site.name)) is not None and progress.phase != READY:
+            show(progress)
+        if link.told_to_end.wait(POLL_S):
+            raise ToldToEnd
 
 
-def _cause(name: str) -> str | None:
+def _cause(about: "ApplicationStatusOverview") -> str | None:
     """Why the application's replicas did not start, if one said so: the end of the traceback that Serve keeps."""
-    from ray import serve
-
-    application = serve.status().applications.get(name)
-    deployments = () if application is None else application.deployments.values()
-    causes = [RAISED.split(deployment.message)[1:] for deployment in deployments]
+    causes = [RAISED.split(deployment.message)[1:] for deployment in about.deployments.values()]
     return next((pieces[-1].strip() for pieces in causes if pieces), None)
+
+
+def _first_answer(url: str, timeout_s: float, link: ServerEnd) -> None:
+    """Wait for it; where there is no replica yet, this starts one. A balancer may be a moment behind."""
+    answered: Future[None] = Future()
+    Thread(target=_ask, args=(url, timeout_s, answered), name="first answer", daemon=True).start()
+    while not answered.done():
+        _check_told(link)
+        time.sleep(POLL_S)
+    answered.result()
+
+
+def _ask(url: str, timeout_s: float, answered: "Future[None]") -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            open_here(f"{url}/health", deadline - time.monotonic()).close()
+        except OSError as error:
+            if time.monotonic() >= deadline - POLL_S:
+                answered.set_exception(EngineStartError(f"the model started, but {url}/health says: {error}"))
+                return
+            time.sleep(POLL_S)
+        else:
+            answered.set_result(None)
+            return
+
+
+def _stay(site: Site, link: ServerEnd) -> None:
+    """Until told to end. Raises `EngineDeadError` if Serve cannot go on."""
+    import ray
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    heard = time.monotonic()
+    while not link.told_to_end.wait(LOOK_S):
+        reap_ray()
+        try:
+            client = _get_global_client()
+            assert client is not None  # or else it raises
+            ray.get(client._controller.check_alive.remote(), timeout=LOOK_S)
+            heard = time.monotonic()
+        except (ray.exceptions.RayError, serve.exceptions.RayServeException):
+            if (silence := time.monotonic() - heard) > SILENCE_S:
+                raise EngineDeadError(f"Ray Serve's controller has said nothing for {silence:.0f} s") from None
+            continue
+        if site.name not in serve.status().applications:
+            raise EngineDeadError(f"the application {site.name} was deleted, but not by this command")
 
 
 def _check_site(site: Site) -> bool:
@@ -208,9 +258,9 @@ def _check_free(site: Site) -> None:
 
 
 def _here(site: Site) -> str | None:
-    """An address at which what listens everywhere can be reached: the head node's, which has a proxy always."""
+    """This machine's address in its network, where what listens everywhere can be reached."""
     if site.host not in ("0.0.0.0", "::"):
         return None
-    import ray
+    from ray._common import network_utils
 
-    return str(ray.get_runtime_context().gcs_address.rpartition(":")[0])
+    return str(network_utils.node_ip_address_from_perspective())  # type: ignore[attr-defined]  # it is

@@ -24,17 +24,29 @@ HAPROXY = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # streams go on that began before replicas came or went
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # after three looks that find HAProxy dead, Serve starts it again
 }
-PORTS = (  # of HAProxy, on every address of the machine; Serve's own numbers would let one server run there
+FILES = {  # of HAProxy, by their names within the folder of one server
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+NO_PROXY = ("localhost", "127.0.0.1", "::1")  # what is here is reached without, whatever the environment says
+PORTS = (  # of HAProxy; Serve's own numbers would let one server run on a machine
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )
 
 
-def set_environment(host: str = "127.0.0.1") -> None:
-    """For Ray processes that this one starts, with Serve to listen at `host`."""
+def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
+    """For Ray processes that this one starts, with Serve to listen at `host`. HAProxy's files are in `folder`."""
+    for name in ("no_proxy", "NO_PROXY"):
+        named = [each for each in os.environ.get(name, "").split(",") if each]
+        os.environ[name] = ",".join([*named, *(each for each in NO_PROXY if each not in named)])
     haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
-    for name, value in (FASTER_STREAMS | haproxy).items():
+    files = {} if folder is None or not haproxy else {name: os.path.join(folder, file) for name, file in FILES.items()}
+    for name, value in (FASTER_STREAMS | haproxy | files).items():
         os.environ.setdefault(name, value)
 
 

@@ -1,0 +1,115 @@
+"""`eagleray serve` as a process with a tiny model, its processes by name, and what it leaves when it ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from support.free_port import free_port
+
+SERVE = [sys.executable, "-m", "eagleray.deploy.cli", "serve"]
+OPTIONS = [
+    *["--tp", "2", "--threads-per-rank", "1", "--cpus-per-rank", "0.1", "--device", "cpu"],
+    *["--kv-cache-bytes", "8000000", "--served-model-name", "tiny", "--drain-timeout-s", "10"],
+]
+NAMES = {  # by what is in their command lines
+    "rank": "ray::RankActor",
+    "core": "ray::CoreActor",
+    "replica": "ray::ServeReplica",
+    "haproxy": "bin/haproxy",
+    "controller": "ray::ServeController",
+    "proxy": "ray::HAProxyManager",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs/gcs_server",
+}
+
+
+class ServedCommand:
+    """One that runs in a folder for temporary files of its own."""
+
+    def __init__(self, model: Path, *words: str, environment: dict[str, str] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+        self.before = set(os.listdir("/tmp"))
+        mine = {
+            "RAY_ADDRESS": "local",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(self.folder),
+            "RAY_TMPDIR": str(self.folder),
+        }
+        self.port = free_port()
+        self.log = self.folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*SERVE, str(model), *OPTIONS, "--port", str(self.port), *words],
+                stdout=log,
+                stderr=log,
+                env=os.environ | mine | (environment or {}),
+                start_new_session=True,
+            )
+        self.seen: dict[int, psutil.Process] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_until_it_answers(self, patience_s: float = 300.0) -> None:
+        self.until(lambda: "answers at" in self.log.read_text(), patience_s)
+
+    def until(self, what: Callable[[], bool], patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        while not what():
+            self.family()
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
+    def family(self) -> list[psutil.Process]:
+        """All processes below the command, which are remembered."""
+        try:
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        self.seen |= {process.pid: process for process in found}
+        return list(found)
+
+    def named(self, name: str) -> list[psutil.Process]:
+        return [process for process in self.family() if NAMES[name] in command_line(process)]
+
+    def end(self, number: signal.Signals = signal.SIGTERM, patience_s: float = 120.0) -> float:
+        """Tell it to end; the seconds that it took."""
+        self.family()
+        begin = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        self.process.wait(patience_s)
+        return time.monotonic() - begin
+
+    def zombies(self) -> list[str]:
+        return [process.name() for process in self.family() if process.status() == psutil.STATUS_ZOMBIE]
+
+    def left(self) -> list[str]:
+        """Processes and files of a command that has ended."""
+        alive = [f"{process.pid} {command_line(process)}" for process in self.seen.values() if process.is_running()]
+        mine = [name for name in os.listdir("/tmp") if name.startswith("eagleray-") and name not in self.before]
+        sockets = [str(file) for file in self.folder.rglob("*") if file.is_socket()]
+        return alive + mine + sockets
+
+
+def command_line(process: psutil.Process) -> str:
+    """Empty for one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def complaints(text: str) -> list[str]:
+    """Lines of a log that the command wrote itself."""
+    return re.findall(r"^eagleray: (.*)$", text, re.MULTILINE)
