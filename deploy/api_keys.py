@@ -1,5 +1,6 @@
 """API keys as a server's operator writes them. No message repeats one."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def keys_of_file(file: Path) -> list[str]:
             f"api_keys_file {file} holds no key; write a key on each line, or leave it out to let everybody in"
         )
     return [line for line in lines if line]
+
+
+def key_digest(key: str | bytes) -> bytes:
+    """Enough to know a key by, and nothing to get in with."""
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).digest()
 
 
 def _cannot_be_sent(key: str) -> bool:

@@ -4,14 +4,17 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
 from math import inf
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
 from eagleray.cluster.async_llm import AsyncLLM
@@ -29,10 +32,10 @@ from eagleray.deploy.openai.http_time import HttpTime
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.openai.origins import cross_origin
 from eagleray.deploy.openai.playground import Playground
-from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.probes import Figures, Health
 from eagleray.deploy.openai.request_ids import RequestIds
 from eagleray.deploy.openai.served import Served
-from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve_args import ServeArgs, in_one_line
 from eagleray.deploy.serve_progress import Teller
 from eagleray.deploy.server_start import BEFORE_ENGINE
 
@@ -43,12 +46,26 @@ LOOK_S = 1.0  # between two looks at the engine's state
 LAST_ANSWERS_S = 1.0  # for what a dead engine's requests are told
 
 
-def build(args: ServeArgs) -> serve.Application:
+class ArgsError(RayServeException, ValueError):
+    """An option that cannot work. Serve hands on the words of its own kind of error, and does not try again."""
+
+
+def build(args: dict[str, Any] | ServeArgs) -> serve.Application:
     """The application: replicas of one engine each, whose ranks are bundles of the replica's placement group.
 
-    So Serve and the autoscaler see all that a replica needs before it starts. Raises `ValueError` for options
-    that cannot work; the model itself is looked at where it is, by the replica.
+    So Serve and the autoscaler see all that a replica needs before it starts. Raises `ArgsError` for options
+    that cannot work, in one line; the model itself is looked at where it is, by the replica.
     """
+    try:
+        return _build(args if isinstance(args, ServeArgs) else ServeArgs.model_validate(args))
+    except ValidationError as error:
+        raise ArgsError(in_one_line(error)) from None
+    except ValueError as error:
+        raise ArgsError(str(error)) from None
+
+
+def _build(args: ServeArgs) -> serve.Application:
+    bound = args.without_keys()  # what Serve keeps, and others see
     engine = args.engine
     if engine.device == "auto" and not ray.is_initialized():
         raise ValueError("device is 'auto', but there is no Ray cluster to look for GPUs in; say 'cuda' or 'cpu'")
@@ -71,21 +88,21 @@ def build(args: ServeArgs) -> serve.Application:
         max_surge_percent=args.max_surge_percent,
         **({"num_replicas": args.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
     )
-    application: serve.Application = deployment(serve.ingress()(Replica)).bind(args)
+    application: serve.Application = deployment(serve.ingress()(Replica)).bind(*bound)
     return application
 
 
 class Replica:
     """One engine and its HTTP application. It takes no resources itself: it sits beside rank 0, in its bundle."""
 
-    async def __init__(self, args: ServeArgs) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, args: ServeArgs, key_digests: Sequence[bytes] = ()) -> None:  # type: ignore[misc]  # Serve awaits it
         begin = time.monotonic()
         _log_to_stderr()
         _listen_here_only()
         engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
         self._args = args = args.model_copy(update={"engine": engine_config})
         self._metrics = Metrics()
-        self._keys = args.read_api_keys()
+        self._keys, self._key_digests = args.read_api_keys(), key_digests
         self._defaults = chosen_defaults(args.engine.model, args.generation_config)
         teller = Teller(serve.get_replica_context().app_name)
         engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics, teller)
@@ -108,10 +125,14 @@ class Replica:
             defaults=self._defaults,
         )
         app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
-        app = ApiKeys(BodyLimit(app, args.max_body_bytes), self._keys)
-        app = cross_origin(RequestIds(app, reply=False), args.allowed_origins)
-        app = HttpTime(Playground(app), self._metrics.observe_http)
-        return Probes(app, self.check_health, self._metrics_text)
+        app = BodyLimit(app, args.max_body_bytes)
+        if args.guard_all:
+            app = Figures(Playground(app), self._metrics_text)
+        app = ApiKeys(app, self._keys, self._key_digests)
+        app = HttpTime(cross_origin(RequestIds(app, reply=False), args.allowed_origins), self._metrics.observe_http)
+        if not args.guard_all:
+            app = Figures(Playground(app), self._metrics_text)
+        return Health(app, self.check_health)
 
     def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica after three failures. Raises `EngineDeadError`.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.deploy.api_keys import check_keys, keys_of_file
+from eagleray.deploy.api_keys import check_keys, key_digest, keys_of_file
 from eagleray.deploy.openai.origins import ANY, check_origin
 
 SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
@@ -34,6 +34,9 @@ class ServeArgs(BaseModel):
     )
     api_keys: tuple[SecretStr, ...] = Field((), description="keys that clients must send one of; none lets all in")
     api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    guard_all: bool = Field(
+        False, description="ask for a key at the page and at /metrics, too, and not at /health alone"
+    )
     allowed_origins: tuple[str, ...] = Field(
         (ANY,),
         description="origins whose pages may ask from a browser, commas between them; * is any, which suits keys, "
@@ -102,6 +105,8 @@ class ServeArgs(BaseModel):
             raise ValueError(
                 f"num_replicas is {self.num_replicas}, but autoscaling_config decides how many there are; leave one out"
             )
+        if self.guard_all and not self.api_keys and self.api_keys_file is None:
+            raise ValueError("guard_all asks for keys, and there are none; give api_keys_file, or leave it out")
         return self
 
     @property
@@ -113,6 +118,12 @@ class ServeArgs(BaseModel):
     def max_replicas(self) -> int:
         """As many engines as there may be at once, without those of an update."""
         return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.get("max_replicas", 1)
+
+    def without_keys(self) -> tuple["ServeArgs", tuple[bytes, ...]]:
+        """The same without `api_keys`, and their digests: what others may see. Raises as `read_api_keys`."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        check_keys(keys)
+        return self.model_copy(update={"api_keys": ()}), tuple(map(key_digest, keys))
 
     def read_api_keys(self) -> list[str]:
         """All keys, those of the file included. Raises `ValueError` for what no client can send, and for the file."""
@@ -137,7 +148,9 @@ def _object(given: Any) -> dict[str, Any] | None:
 
 def in_one_line(error: ValidationError) -> str:
     """Each fault with its option's name; pydantic's own words before those of ours are left out."""
-    faults = [(".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
+    names = [[str(part) for part in each["loc"] if part != "engine"] for each in error.errors()]  # options of one level
+    words = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+    faults = zip(map(".".join, names), words, strict=True)
     return "; ".join(f"{name}: {message}" if name else message for name, message in faults)
 
 

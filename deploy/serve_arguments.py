@@ -1,6 +1,8 @@
 """What `eagleray serve` accepts."""
 
 import argparse
+import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,9 @@ from pydantic_core import PydanticUndefined
 from eagleray.deploy.arguments import add_engine, engine_config
 from eagleray.deploy.serve_args import ServeArgs, in_one_line, own_names
 
+logger = logging.getLogger(__name__)
+
+VARIABLE = "EAGLERAY_API_KEY"  # one, or several with commas between them
 REPEATED = {"api_keys": "--api-key"}  # options that are given once for each value
 
 
@@ -41,11 +46,13 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     for name, field in ServeArgs.model_fields.items():
         if name in own_names():
             flag = REPEATED.get(name, f"--{name.replace('_', '-')}")
-            how: dict[str, Any] = {"action": "append"} if name in REPEATED else {}
+            how: dict[str, Any] = {"action": "append", "metavar": "X"} if name in REPEATED else {"metavar": "X"}
+            if field.annotation is bool:
+                how = {"action": "store_true"}
             shown = field.default not in (None, (), PydanticUndefined)
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             text = f"{field.description}{f' (default: {default})' if shown else ''}"
-            server.add_argument(flag, dest=name, default=argparse.SUPPRESS, metavar="X", help=text, **how)
+            server.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
     add_engine(parser, positional=True)
 
 
@@ -54,11 +61,23 @@ def serve_args(arguments: argparse.Namespace) -> tuple[ServeArgs, Site]:
     own = {name: getattr(arguments, name) for name in own_names() if hasattr(arguments, name)}
     site = Site(arguments.host, arguments.port, arguments.name, arguments.route_prefix)
     try:
-        args = ServeArgs(engine=engine_config(arguments), **own)
+        args = ServeArgs(engine=engine_config(arguments), **own | _keys(own))
     except ValidationError as error:
         raise ValueError(in_one_line(error)) from None
     args.read_api_keys()  # so that what it refuses is refused now
     return args, site
+
+
+def _keys(own: dict[str, Any]) -> dict[str, Any]:
+    """Those of the environment, from where no process that this one starts gets them, beside those of the flag."""
+    given = own.get("api_keys", [])
+    if given:
+        logger.warning(
+            "--api-key shows in `ps` to every user of this machine; %s or --api-keys-file does not", VARIABLE
+        )
+    named = os.environ.pop(VARIABLE, None)
+    keys = [*given, *([] if named is None else named.split(","))]
+    return {"api_keys": keys} if keys else {}
 
 
 def _port(text: str) -> int:

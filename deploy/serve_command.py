@@ -6,6 +6,7 @@ they take seconds, which what is refused need not wait for.
 
 import argparse
 import logging
+import os
 import re
 import socket
 import tempfile
@@ -20,6 +21,7 @@ from eagleray.cluster.cluster_address import LOCAL, cluster_address
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
+from eagleray.deploy.haproxy import HIDE_ROUTES
 from eagleray.deploy.private_ray import private_ray, reap_ray
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     args, site = serve_args(arguments)
     private = cluster_address() in (None, LOCAL)
     folder = tempfile.mkdtemp(prefix="eagleray-", dir=SHORT)  # for this user alone
+    if args.guard_all:
+        os.environ[HIDE_ROUTES] = "1"
     set_environment(site.host, folder)  # before anything imports Serve, which reads it then
     ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)
     return supervised(lambda link: guarded(lambda _: serve(args, site, link), arguments), ended, (folder,))
@@ -74,7 +78,8 @@ def serve(args: ServeArgs, site: Site, link: ServerEnd) -> int:
             show(Progress(READY))
             link.tell(News(serving=True))
             print(f"{args.model_name} answers at {url}/v1", flush=True)
-            logger.info("%s", line(laps.seconds, replica_parts(url, args.engine.start_timeout_s)))
+            key = next(iter(args.read_api_keys()), None)
+            logger.info("%s", line(laps.seconds, replica_parts(url, args.engine.start_timeout_s, key)))
             _stay(site, link)
             logger.info("no new requests from now on; those that run may take %g s", args.drain_timeout_s)
     except ToldToEnd:
@@ -210,6 +215,7 @@ def _stay(site: Site, link: ServerEnd) -> None:
     import ray
     from ray import serve
     from ray.serve.context import _get_global_client
+    from ray.serve.schema import ApplicationStatus
 
     heard = time.monotonic()
     while not link.told_to_end.wait(LOOK_S):
@@ -223,8 +229,10 @@ def _stay(site: Site, link: ServerEnd) -> None:
             if (silence := time.monotonic() - heard) > SILENCE_S:
                 raise EngineDeadError(f"Ray Serve's controller has said nothing for {silence:.0f} s") from None
             continue
-        if site.name not in serve.status().applications:
+        if (about := serve.status().applications.get(site.name)) is None:
             raise EngineDeadError(f"the application {site.name} was deleted, but not by this command")
+        if about.status == ApplicationStatus.DEPLOY_FAILED:
+            raise EngineDeadError(_cause(about) or about.message)
 
 
 def _check_site(site: Site) -> bool:

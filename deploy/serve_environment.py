@@ -24,6 +24,9 @@ HAPROXY = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # streams go on that began before replicas came or went
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # after three looks that find HAProxy dead, Serve starts it again
 }
+ONE_SERVER = {  # a first start that fails would fail again; once one was well, Serve tries for ever
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"
+}
 FILES = {  # of HAProxy, by their names within the folder of one server
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
     "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
@@ -40,13 +43,18 @@ PORTS = (  # of HAProxy; Serve's own numbers would let one server run on a machi
 
 
 def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
-    """For Ray processes that this one starts, with Serve to listen at `host`. HAProxy's files are in `folder`."""
+    """For Ray processes that this one starts, with Serve to listen at `host`.
+
+    If these are for one server alone, HAProxy's files are in its `folder`.
+    """
     for name in ("no_proxy", "NO_PROXY"):
         named = [each for each in os.environ.get(name, "").split(",") if each]
         os.environ[name] = ",".join([*named, *(each for each in NO_PROXY if each not in named)])
     haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
-    files = {} if folder is None or not haproxy else {name: os.path.join(folder, file) for name, file in FILES.items()}
-    for name, value in (FASTER_STREAMS | haproxy | files).items():
+    own = {}
+    if folder is not None:
+        own = ONE_SERVER | ({name: os.path.join(folder, file) for name, file in FILES.items()} if haproxy else {})
+    for name, value in (FASTER_STREAMS | haproxy | own).items():
         os.environ.setdefault(name, value)
 
 

@@ -26,16 +26,17 @@ class Laps:
         self._last = now
 
 
-def open_here(url: str, timeout_s: float) -> HTTPResponse:
+def open_here(url: str, timeout_s: float, key: str | None = None) -> HTTPResponse:
     """Ask a server of this machine, whatever proxy the environment names for others. Raises `OSError`."""
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    answer: HTTPResponse = opener.open(url, timeout=timeout_s)
+    answer: HTTPResponse = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout_s)
     return answer
 
 
-def replica_parts(url: str, timeout_s: float) -> dict[str, float]:
+def replica_parts(url: str, timeout_s: float, key: str | None = None) -> dict[str, float]:
     """The parts of a replica's own start, from its metrics; none if another server answers."""
-    with open_here(f"{url}/metrics", timeout_s) as answer:
+    with open_here(f"{url}/metrics", timeout_s, key) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         samples = [sample for family in families for sample in family.samples if sample.name == START_METRIC]
     return {sample.labels["part"]: sample.value for sample in samples}

@@ -21,6 +21,7 @@ from types import FrameType
 from eagleray.deploy.health_probes import HealthProbe
 from eagleray.deploy.process_tree import POLL_S, STOPPED, ZOMBIE, adopt_orphans, descendants, end_descendants
 from eagleray.deploy.server_link import CommandEnd, News, ServerEnd, Watched, linked
+from eagleray.workers.socket_directory import remove_left_behind
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,7 @@ class _Watch:
             probe.close()
         for process in end_descendants(KILL_S):
             logger.error("%s (process %d) cannot be killed", process.name(), process.pid)
+        remove_left_behind(min_age_s=0)  # sockets of ranks and cores
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 

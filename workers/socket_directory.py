@@ -21,11 +21,15 @@ def make_socket_directory() -> Path:
 
     Removes those of this user that were left behind. Raises `ValueError` as `socket_place`.
     """
-    place = socket_place()
-    for directory in place.glob(f"{PREFIX}*"):
-        if _is_left_behind(directory):
+    remove_left_behind()
+    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=socket_place()))
+
+
+def remove_left_behind(min_age_s: float = YOUNG_S) -> None:
+    """Directories of this user's processes that were killed, as far as they have been there for so long."""
+    for directory in socket_place().glob(f"{PREFIX}*"):
+        if _is_left_behind(directory, min_age_s):
             shutil.rmtree(directory, ignore_errors=True)  # another process may do the same
-    return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
 
 
 def socket_place() -> Path:
@@ -44,7 +48,7 @@ def socket_place() -> Path:
     )
 
 
-def _is_left_behind(directory: Path) -> bool:
+def _is_left_behind(directory: Path, min_age_s: float) -> bool:
     """Whether it is ours, has been there for a while, and holds a socket, and only that, on which nobody listens.
 
     The kernel answers for whoever listens, however busy or stopped. It refuses once the process is gone.
@@ -52,7 +56,7 @@ def _is_left_behind(directory: Path) -> bool:
     try:
         about = directory.lstat()
         mine = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
-        if not mine or time.time() - about.st_mtime < YOUNG_S or os.listdir(directory) != [NAME]:
+        if not mine or time.time() - about.st_mtime < min_age_s or os.listdir(directory) != [NAME]:
             return False
         with socket.socket(socket.AF_UNIX) as probe, suppress(BlockingIOError):
             probe.setblocking(False)

@@ -1,12 +1,12 @@
 """Who gets in: API keys, a limit on bodies, a bounded queue. Pure ASGI, so that streams pass through untouched."""
 
-import hashlib
 import hmac
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagleray.cluster.words import counted
+from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
 
@@ -14,14 +14,14 @@ RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 
 
 class ApiKeys:
-    """401 without one of `keys` as bearer token. No keys let everybody in.
+    """401 without one of `keys` as bearer token, or one that has one of `digests`. None at all lets everybody in.
 
     Only digests are kept and compared, each in constant time, and none is ever logged.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], digests: Sequence[bytes] = ()) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._digests = [*digests, *map(key_digest, keys)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or not self._digests or self._knows(scope):
@@ -35,7 +35,7 @@ class ApiKeys:
 
     def _knows(self, scope: Scope) -> bool:
         scheme, _, token = _header(scope, b"authorization").partition(b" ")
-        given = _digest(token.strip())
+        given = key_digest(token.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
         return any(matches) and scheme.lower() == b"bearer"
 
@@ -123,7 +123,3 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
 def _header(scope: Scope, name: bytes) -> bytes:
     """The first header of this name, in lower case as ASGI has it; empty if there is none."""
     return next((value for key, value in scope["headers"] if key == name), b"")
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -130,20 +129,14 @@ def main() -> None:
                         command.wait_until_it_answers()
                     found = case(command, target, signal.Signals[f"SIG{word}"])
                     if command.process.poll() is not None or "hung" in found:
-                        close(command)
+                        command.close()
                         command = None
                     print(json.dumps(found), flush=True)
         if command is not None:
             seconds = round(command.end(), 1)
             end = {"end_s": seconds, "code": command.process.returncode, "left": command.left()}
-            close(command)
+            command.close()
             print(json.dumps(end | {"streams": NUM_STREAMS, "versions": versions(), "hardware": hardware()}))
-
-
-def close(command: ServedCommand) -> None:
-    """Take away what is there still."""
-    command.end(signal.SIGKILL)
-    shutil.rmtree(command.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

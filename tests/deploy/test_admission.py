@@ -12,9 +12,10 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.origins import cross_origin
-from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.probes import Figures, Health
 from eagleray.deploy.openai.refusal import answer
 from eagleray.deploy.openai.request_ids import RequestIds
 
@@ -57,6 +58,15 @@ async def test_a_key_must_be_one_of_the_keys(header: str | None, status: int) ->
     if status == 401:
         assert reply.headers["www-authenticate"] == "Bearer"
         assert reply.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_a_keys_digest_is_enough_to_know_it() -> None:
+    async with client(ApiKeys(length_of_body, [], [key_digest("one")])) as http:
+        statuses = [
+            (await http.get("/", headers={"authorization": f"Bearer {key}"})).status_code
+            for key in ("one", "two", key_digest("one").hex())
+        ]
+    assert statuses == [200, 401, 401]
 
 
 async def test_without_keys_everybody_comes_in_and_keys_are_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -183,7 +193,7 @@ async def test_health_tells_what_the_check_says() -> None:
         raise EngineDeadError("rank 1: its process is gone")
 
     for check, status in ((lambda: None, 200), (dead, 503)):
-        async with client(Probes(length_of_body, check, lambda: b"a 1\n")) as http:
+        async with client(Health(Figures(length_of_body, lambda: b"a 1\n"), check)) as http:
             reply = await http.get("/health")
             assert reply.status_code == status
             assert ("rank 1" in reply.text) == (status == 503)

@@ -1,13 +1,20 @@
 """What a server is configured with, and what is refused."""
 
 import argparse
+import hashlib
+import os
+import pickle
 import re
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import pytest
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.exceptions import RayServeException
 
 from eagleray.deploy.arguments import Parser
+from eagleray.deploy.serve import build
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import add_serve, serve_args
 from support.tiny_model import write_tiny_model
@@ -63,6 +70,23 @@ def test_what_nobody_knows_or_cannot_be_is_refused_with_what_is_known(given: dic
         ServeArgs.model_validate({"model": "/models/x"} | given)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tensor_paralel_size": 2}, "no such option: tensor_paralel_size; the options are "),
+        ({"tensor_parallel_size": "many"}, "tensor_parallel_size: Input should be a valid integer"),
+        ({"api_keys": ["sk one"]}, "one of api_keys holds white space"),
+        ({}, "device is 'auto', but there is no Ray cluster to look for GPUs in"),
+    ],
+)
+def test_what_serve_cannot_build_it_says_in_a_line_and_does_not_try_again(given: dict[str, Any], words: str) -> None:
+    """As Serve builds from YAML: of `RayServeException` it keeps the words, any other it tries again and again."""
+    with pytest.raises(RayServeException) as caught:
+        call_user_app_builder_with_args_if_necessary(cast(FunctionType, build), {"model": "/models/x"} | given)
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+
+
 def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\n\n two \n")
@@ -87,6 +111,33 @@ def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: 
     with pytest.raises(ValueError, match=r"^one of api_keys holds white space") as caught:
         ServeArgs.model_validate({"model": "m", "api_keys": ["one two"]}).read_api_keys()
     assert "two" not in str(caught.value)
+
+
+def test_keys_come_from_the_environment_and_are_in_nothing_that_others_see(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EAGLERAY_API_KEY", "sk-first,sk-second")
+    args, _ = serve_args(parsed(str(model_dir), "--guard-all"))
+    assert args.read_api_keys() == ["sk-first", "sk-second"]
+    assert caplog.text == ""
+    assert "EAGLERAY_API_KEY" not in os.environ, "or Ray's processes would have it"
+    bare, digests = args.without_keys()
+    assert list(digests) == [hashlib.sha256(key).digest() for key in (b"sk-first", b"sk-second")]
+    assert bare.guard_all
+    for seen in (pickle.dumps((bare, digests)), repr(bare).encode(), bare.model_dump_json().encode()):
+        assert b"sk-" not in seen
+    with pytest.raises(ValueError, match="one of api_keys is empty"):
+        ServeArgs.model_validate({"model": "m", "api_keys": ["sk-one", ""]}).without_keys()
+
+
+def test_a_key_on_the_command_line_is_taken_with_a_warning(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert serve_args(parsed(str(model_dir), "--api-key", "sk-one"))[0].read_api_keys() == ["sk-one"]
+    assert "--api-key shows in `ps` to every user of this machine; EAGLERAY_API_KEY or" in caplog.text
+
+
+def test_without_keys_there_is_nothing_to_guard_with(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"^guard_all asks for keys, and there are none; give api_keys_file"):
+        serve_args(parsed(str(model_dir), "--guard-all"))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,16 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from jinja2 import Environment
 from ray.serve._private import constants
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from eagleray.deploy.haproxy import COMMAND
-from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY, PORTS, set_environment
+from eagleray.deploy.haproxy import COMMAND, mended
+from eagleray.deploy.serve_environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
 from support.free_port import free_port
 
 PATIENCE_S = 20.0
+NO_PROXIES = ("no_proxy", "NO_PROXY")
 ANSWERS = """
 global
     maxconn 4096
@@ -39,22 +42,39 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {names[0]: "mine", PORTS[0]: "1234"}
     monkeypatch.setattr(os, "environ", own)
     set_environment()
-    assert own.keys() == set(names)
+    assert own.keys() == {*names, *NO_PROXIES}
     assert (own[names[0]], own[PORTS[0]]) == ("mine", "1234")
     assert own.items() >= HAPROXY.items()
     assert len({own[port] for port in PORTS}) == len(PORTS)
 
 
+def test_haproxys_files_are_in_the_servers_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(folder="/tmp/own")
+    assert {Path(os.environ[name]).parts[:3] for name in FILES} == {("/", "tmp", "own")}
+
+
 def test_serve_knows_every_name() -> None:
     known = Path(constants.__file__).read_text()
-    assert [name for name in [*FASTER_STREAMS, *HAPROXY, *PORTS] if f'"{name}"' not in known] == []
+    assert [name for name in [*FASTER_STREAMS, *HAPROXY, *PORTS, *FILES, *ONE_SERVER] if f'"{name}"' not in known] == []
 
 
 @pytest.mark.parametrize("host", ["::1", "::"])
 def test_ipv6_is_for_serves_own_proxy(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     monkeypatch.setattr(os, "environ", {})
     set_environment(host)
-    assert os.environ.keys() == FASTER_STREAMS.keys()
+    assert os.environ.keys() == {*FASTER_STREAMS, *NO_PROXIES}
+
+
+@pytest.mark.parametrize("given", ["", "example.com,127.0.0.1"])
+def test_what_is_on_this_machine_is_reached_without_the_proxy_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr(os, "environ", {"http_proxy": "http://proxy", "no_proxy": given})
+    for _ in range(2):
+        set_environment()
+    expected = sorted({*filter(None, given.split(",")), "localhost", "127.0.0.1", "::1"})
+    assert sorted(os.environ["no_proxy"].split(",")) == expected
 
 
 @pytest.mark.parametrize("max_files", [4096, 1200])
@@ -62,6 +82,33 @@ def test_haproxy_starts_under_any_limit_on_open_files(tmp_path: Path, max_files:
     """With Serve's number of clients it would end at once."""
     with haproxy(tmp_path, f"ulimit -n {max_files}; exec") as (_, port):
         assert answer(port) == 200
+
+
+HOSTS = {"127.0.0.1": "127.0.0.1:81", "*": "*:81", "10.0.0.1": "10.0.0.1:81"}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("hide_routes", [False, True])
+def test_haproxys_socket_is_its_owners_and_its_figures_stay_on_the_machine(host: str, hide_routes: bool) -> None:
+    """Whatever it serves at."""
+    environment = Environment()
+    environment.filters["haproxy_fmt"] = str
+    about = {
+        "socket_path": "/tmp/x/admin.sock",
+        "metrics_port": 9101,
+        "stats_port": 8404,
+        "frontend_host": host,
+        "frontend_port": 81,
+    }
+    config = environment.from_string(HAPROXY_CONFIG_TEMPLATE).render(config=about, route_info={"status": 200})
+    lines = [line.strip() for line in mended(config, hide_routes=hide_routes).splitlines()]
+    assert [line for line in lines if line.startswith("stats socket")] == [
+        "stats socket /tmp/x/admin.sock mode 600 level admin expose-fd listeners"
+    ]
+    binds = [line.removeprefix("bind ") for line in lines if line.startswith("bind ")]
+    assert binds == ["127.0.0.1:9101", HOSTS[host], "127.0.0.1:8404"]
+    (routes,) = (line for line in lines if (line.endswith("if routes") and " return " in line) or " deny " in line)
+    assert ("deny_status 404" in routes) == hide_routes
 
 
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:

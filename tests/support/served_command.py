@@ -2,13 +2,16 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -19,6 +22,7 @@ OPTIONS = [
     *["--tp", "2", "--threads-per-rank", "1", "--cpus-per-rank", "0.1", "--device", "cpu"],
     *["--kv-cache-bytes", "8000000", "--served-model-name", "tiny", "--drain-timeout-s", "10"],
 ]
+FOLDER = "RAY_SERVE_HAPROXY_SERVER_STATE_BASE"
 NAMES = {  # by what is in their command lines
     "rank": "ray::RankActor",
     "core": "ray::CoreActor",
@@ -36,7 +40,6 @@ class ServedCommand:
 
     def __init__(self, model: Path, *words: str, environment: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
-        self.before = set(os.listdir("/tmp"))
         mine = {
             "RAY_ADDRESS": "local",
             "OMP_NUM_THREADS": "1",
@@ -54,6 +57,18 @@ class ServedCommand:
                 start_new_session=True,
             )
         self.seen: dict[int, psutil.Process] = {}
+        self._folders: set[Path] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take away what is there still."""
+        self.end(signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def url(self) -> str:
@@ -76,7 +91,11 @@ class ServedCommand:
             found = psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        self.seen |= {process.pid: process for process in found}
+        for process in found:
+            if process.pid not in self.seen:
+                self.seen[process.pid] = process
+                with suppress(psutil.Error):
+                    self._folders |= {Path(process.environ()[FOLDER])} if FOLDER in process.environ() else set()
         return list(found)
 
     def named(self, name: str) -> list[psutil.Process]:
@@ -94,10 +113,14 @@ class ServedCommand:
     def zombies(self) -> list[str]:
         return [process.name() for process in self.family() if process.status() == psutil.STATUS_ZOMBIE]
 
+    def own_folders(self) -> list[Path]:
+        """Where HAProxy's files are, as far as there are any."""
+        return [folder for folder in self._folders if folder.exists()]
+
     def left(self) -> list[str]:
         """Processes and files of a command that has ended."""
         alive = [f"{process.pid} {command_line(process)}" for process in self.seen.values() if process.is_running()]
-        mine = [name for name in os.listdir("/tmp") if name.startswith("eagleray-") and name not in self.before]
+        mine = [str(folder) for folder in self.own_folders()]
         sockets = [str(file) for file in self.folder.rglob("*") if file.is_socket()]
         return alive + mine + sockets
 

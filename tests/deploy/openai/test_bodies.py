@@ -16,7 +16,7 @@ from eagleray.deploy.openai import limits
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.bodies import LARGE, body_route
 from eagleray.deploy.openai.limits import max_characters_of_a_token
-from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.probes import Figures, Health
 from support.http_server import Server
 
 JSON = {"content-type": "application/json"}
@@ -65,7 +65,7 @@ MAX_OWN_TURNS = 1  # of the event loop, while a request waits for nothing
 
 async def _refused_beside_others(tiny: Server, path: str, body: bytes) -> tuple[httpx.Response, int]:
     """The answer, and how many turns others had on the same event loop before it was there."""
-    app = Probes(make_app(tiny.served), lambda: None, lambda: b"")
+    app = Health(Figures(make_app(tiny.served), lambda: b""), lambda: None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
         asking = asyncio.create_task(client.post(path, content=body, headers=JSON))
         num_turns = 0

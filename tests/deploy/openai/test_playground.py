@@ -14,7 +14,7 @@ from eagleray.deploy.openai.admission import ApiKeys
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.metrics import Metrics
 from eagleray.deploy.openai.playground import Playground
-from eagleray.deploy.openai.probes import Probes
+from eagleray.deploy.openai.probes import Figures, Health
 from eagleray.deploy.openai.served import Served
 from support.asgi_server import asgi_server
 from support.chromium import Page, chromium_page
@@ -55,7 +55,7 @@ def recorder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         return metrics.text()
 
     recorder = Recorder(make_app(Served(llm, "tiny", 2000, created=0)))
-    app = Probes(Playground(ApiKeys(recorder, [KEY])), lambda: None, text)
+    app = Health(Figures(Playground(ApiKeys(recorder, [KEY])), text), lambda: None)
     with asgi_server(app, on_end=llm.close) as url:
         yield url, recorder, llm
 
