@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Resources = dict[str, float]
 
 RAY_WAITED_S = 10.0  # a start that took as long to fail has waited for something in vain
+RAYS_LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_worker_register_timeout_seconds")  # of parts of its start
 TO_JOIN = "start it, or unset RAY_ADDRESS"
 TO_START = (
     "try again when the machine is less busy, or start Ray with `ray start --head` first; Ray's logs are in "
@@ -79,6 +80,8 @@ def _init(address: str, config: EngineConfig, num_engines: int, options: dict[st
         return
     wanted = ceil(num_engines * config.tensor_parallel_size * config.cpus_per_rank)
     options |= {"num_cpus": max(os.cpu_count() or 1, wanted)}  # logical ones, which are ours to choose
+    for limit in RAYS_LIMITS:
+        os.environ.setdefault(limit, str(ceil(config.start_timeout_s)))
     ray_constants.ENABLE_RAY_CLUSTER = False  # so it listens at 127.0.0.1 alone, as it does by default elsewhere
     start_patiently(
         lambda: ray.init(address=LOCAL, include_dashboard=False, **options), _end_children(), config.start_timeout_s

@@ -60,19 +60,28 @@ def shown_serve(args: ServeArgs) -> Iterator[OnProgress]:
         with shown_start(args.engine, Console(stderr=True)) as show:
             yield show
         return
-    lines = _Lines(args.model_name)
+    lines = Lines(args.model_name)
     try:
         yield lines.hear
     finally:
-        lines.hear(Progress(READY))
+        lines.close()
 
 
-class _Lines:
-    def __init__(self, name: str) -> None:
+class Lines:
+    """Writes what it has heard last, as long as it has not heard that all is ready."""
+
+    def __init__(self, name: str, period_s: float = LINE_S) -> None:
         self._name = name
+        self._period_s = period_s
         self._progress = Progress("")
         self._ready = threading.Event()
-        threading.Thread(target=self._write, name="start", daemon=True).start()
+        self._thread = threading.Thread(target=self._write, name="start", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the last line."""
+        self._ready.set()
+        self._thread.join()
 
     def hear(self, progress: Progress) -> None:
         self._progress = progress
@@ -81,7 +90,7 @@ class _Lines:
 
     def _write(self) -> None:
         begin = time.monotonic()
-        while not self._ready.wait(LINE_S):
+        while not self._ready.wait(self._period_s):
             now = self._progress
             size = f" {size_of(now.done, now.total)}" if now.total else ""
             logger.info("starting %s: %s%s, %.0f s", self._name, now.phase, size, time.monotonic() - begin)

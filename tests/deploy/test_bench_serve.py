@@ -10,6 +10,7 @@ from eagleray.deploy import cli
 from eagleray.deploy.arguments import Parser
 from eagleray.deploy.bench_arguments import add_serve
 from eagleray.deploy.bench_serve import WORDS, plan
+from eagleray.deploy.http_load import is_here
 from eagleray.deploy.metrics import RequestTimes, serving_figures
 from support.asgi_server import asgi_server
 from support.slow_server import SlowServer
@@ -71,6 +72,20 @@ def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(message["content"].split()) == 4
     assert set(message["content"].split()) <= set(WORDS.split())
     assert chat.body == streamed
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_proxy_of_the_environment_is_for_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with asgi_server(SlowServer(first_s=0, next_s=0)) as url:
+        words = "--num-prompts 2 --input-len 4 --output-len 3 --num-warmups 0"
+        case = bench(url.replace("127.0.0.1", host), words, tmp_path / "serve.json")
+    assert (case["num_failed"], case["errors"]) == (0, {})
+    assert not is_here("http://10.0.0.1:8000/v1/completions")
+    assert not is_here("https://localhost.example/v1/completions")
 
 
 def test_no_more_than_the_limit_run_and_waiting_for_room_is_no_delay(tmp_path: Path) -> None:
