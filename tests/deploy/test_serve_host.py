@@ -90,7 +90,8 @@ def called(process: psutil.Process, server: ServedCommand) -> str:
     for script in ("dashboard.py", "monitor.py"):
         if f"{script} " in line and "log_monitor" not in line:
             return script
-    return os.path.basename(line.split()[0]).split(".")[0]
+    found = re.match(r"ray::\w+", line)
+    return found[0] if found else os.path.basename(line.split()[0])
 
 
 def test_nobody_else_opens_a_socket_of_haproxys_or_of_the_engines(server: ServedCommand) -> None:
