@@ -14,7 +14,7 @@ from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
 from eagleray.cluster.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
-from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.prompts import Message, Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
@@ -96,15 +96,19 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Cumulative outputs, the last one with `finished`. Cancelling or leaving the iteration aborts the request.
+        """Cumulative outputs, or as `output_kind` says, the last one with `finished`.
 
+        Cancelling or leaving the iteration aborts the request.
         Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
         gone. Without `request_id` requests are numbered.
         """
         self._check_open()
         self._check_alive()
-        generation = self._front_end.prepare(prompt, sampling_params or SamplingParams(), request_id, priority)
+        generation = self._front_end.prepare(
+            prompt, sampling_params or SamplingParams(), request_id, priority, output_kind
+        )
         news = self._submit(generation)
         try:
             while True:
@@ -112,6 +116,8 @@ class AsyncLLM:
                 news.clear()
                 if not generation.finished:
                     self._check_alive()
+                if not _is_awaited(generation):
+                    continue
                 yield (output := generation.output())
                 if output.finished:
                     return
@@ -231,7 +237,7 @@ class AsyncLLM:
                 self._fail(str(error))
 
     def _wake(self, generation: Generation) -> None:
-        if generation in self._news:
+        if generation in self._news and _is_awaited(generation):
             self._news[generation].set()
 
     def _fail(self, cause: str) -> None:
@@ -247,3 +253,9 @@ class AsyncLLM:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError(self._failure)
+
+
+def _is_awaited(generation: Generation) -> bool:
+    """Whether what is new is to be told now."""
+    only_last = generation.output_kind is RequestOutputKind.FINAL_ONLY
+    return not only_last or generation.finished or generation.failed

@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from eagleray.cluster.detokenizer import Detokenizer, TextStream
+from eagleray.cluster.detokenizer import Detokenizer
 from eagleray.cluster.generation import Completion, Generation
 from eagleray.cluster.messages import (
     EngineOutputs,
@@ -16,9 +16,12 @@ from eagleray.cluster.messages import (
     StartProfile,
     StopProfile,
 )
+from eagleray.cluster.outputs import RequestOutputKind
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.stop_strings import StopStrings
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_requests
+from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
 
 MAX_PRIORITY = 2**31 - 1
@@ -53,7 +56,12 @@ class FrontEnd:
         self._profile_answers: dict[int, ProfileAnswer] = {}
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        priority: int = 0,
+        output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     ) -> Generation:
         """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice."""
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
@@ -78,9 +86,12 @@ class FrontEnd:
             prompt_token_ids=token_ids,
             params=params,
             tokenizer=self.tokenizer,
+            output_kind=output_kind,
             completions=[
-                Completion(index=index, request=request, detokenizer=self._detokenizer(token_ids, params))
-                for index, request in enumerate(requests)
+                Completion(index=index, request=request, detokenizer=detokenizer)
+                for index, (request, detokenizer) in enumerate(
+                    zip(requests, self._detokenizers(token_ids, params), strict=True)
+                )
             ],
         )
 
@@ -191,8 +202,10 @@ class FrontEnd:
             raise ValueError(f"the prompt is text, {prompt[:50]!r}, but there is no tokenizer; give token ids")
         return prompt, self.tokenizer.encode(prompt)
 
-    def _detokenizer(self, prompt_token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+    def _detokenizers(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Detokenizer | None]:
+        """One for each sequence; what they share is made once."""
         if self.tokenizer is None or not params.detokenize:
-            return None
+            return [None] * params.n
         stream = TextStream(self.tokenizer, prompt_token_ids, params.skip_special_tokens)
-        return Detokenizer(stream, params.stop_strings, keep_stop=params.include_stop_str_in_output)
+        stop, keep_stop = StopStrings(params.stop_strings), params.include_stop_str_in_output
+        return [Detokenizer(stream.copy(), stop, keep_stop=keep_stop) for _ in range(params.n)]

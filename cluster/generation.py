@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 
 from eagleray.cluster.detokenizer import Detokenizer
 from eagleray.cluster.messages import EngineRequest, Tokens
-from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RequestParts
+from eagleray.cluster.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    RequestParts,
+)
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.step_clock import Begun, Spent
 from eagleray.cluster.tokenizer import Tokenizer
@@ -28,9 +35,13 @@ class Completion:
     stop_reason: int | str | None = None
     error: str | None = None
     begun: Begun | None = None
+    num_told: int = 0  # tokens that an output of kind DELTA has had
+    num_characters_told: int = 0
+    shown: CompletionOutput | None = None  # while nothing is new
 
     def take(self, news: Tokens, generation: "Generation", eos_token_ids: frozenset[int]) -> None:
         """Add tokens up to the one that completes a stop string; see to the end if this is it."""
+        self.shown = None
         params = generation.params
         drawn_stop = news.finish_reason == "stop"
         for position, token_id in enumerate(news.token_ids):
@@ -52,6 +63,7 @@ class Completion:
 
     def end(self, reason: str, error: str | None = None) -> None:
         """End without a stop string."""
+        self.shown = None
         self.finish_reason, self.error = reason, error
         if self.detokenizer is not None:
             self.detokenizer.flush()
@@ -67,12 +79,14 @@ class Generation:
     params: SamplingParams
     tokenizer: Tokenizer | None
     completions: list[Completion]
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's second token and later ones
     num_cached_tokens: int | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     first_token_time: float | None = None
     finished_time: float | None = None
     parts: RequestParts | None = None  # once it has ended by itself
+    changed: dict[int, Completion] = field(default_factory=dict)  # since the last output, by index
 
     @property
     def finished(self) -> bool:
@@ -82,6 +96,7 @@ class Generation:
     def take(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
         """News of one of `completions`, received at `now`."""
         completion.take(news, self, eos_token_ids)
+        self.changed[completion.index] = completion
         completion.begun = news.begun or completion.begun
         self.prompt_logprobs += map(self.named, news.prompt_logprobs)
         if self.num_cached_tokens is None:
@@ -106,20 +121,29 @@ class Generation:
         for completion in self.completions:
             if completion.finish_reason is None:
                 completion.end(reason)
+                self.changed[completion.index] = completion
         self._see_end(time.monotonic())
 
+    @property
+    def failed(self) -> bool:
+        """Whether a sequence has ended with an error."""
+        return any(completion.error is not None for completion in self.completions)
+
     def output(self) -> RequestOutput:
-        """All that is known by now, in lists of its own."""
-        return RequestOutput(
+        """All that is known by now, or what is new, as `output_kind` says. Nothing is copied before it is read."""
+        told, num_told = self.prompt_logprobs, len(self.prompt_logprobs)
+        wanted = self.params.prompt_logprobs is not None
+        output: RequestOutput = RequestOutput.made_later(
+            {"prompt_logprobs": lambda: [None, *told[:num_told]] if wanted else None},
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=None if self.params.prompt_logprobs is None else [None, *self.prompt_logprobs],
-            outputs=[self._completion_output(completion) for completion in self.completions],
+            outputs=self._deltas() if self.output_kind is RequestOutputKind.DELTA else self._all(),
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
             metrics=RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time, self.parts),
         )
+        return output
 
     def named(self, entry: TokenLogprobs) -> Logprobs:
         """The token itself with its rank, then the most likely ones, whose ranks count from 1."""
@@ -138,15 +162,43 @@ class Generation:
         if self.finished_time is None and all(completion.finish_reason for completion in self.completions):
             self.finished_time = now
 
-    def _completion_output(self, completion: Completion) -> CompletionOutput:
-        wanted = self.params.logprobs is not None
-        return CompletionOutput(
+    def _all(self) -> list[CompletionOutput]:
+        for completion in self.completions:
+            if completion.shown is None:
+                completion.shown = self._completion_output(completion, 0, 0)
+        return [completion.shown for completion in self.completions if completion.shown is not None]
+
+    def _deltas(self) -> list[CompletionOutput]:
+        changed, self.changed = self.changed, {}
+        return [self._delta(completion) for completion in changed.values()]
+
+    def _delta(self, completion: Completion) -> CompletionOutput:
+        output = self._completion_output(completion, completion.num_told, completion.num_characters_told)
+        completion.num_told = len(completion.token_ids)
+        if completion.detokenizer is not None:
+            completion.num_characters_told = completion.detokenizer.num_characters
+        completion.logprobs = []
+        return output
+
+    def _completion_output(self, completion: Completion, begin: int, first_character: int) -> CompletionOutput:
+        """From a token and a character on. The lists only grow, so that their beginnings can be copied later."""
+        token_ids, end, logprobs = completion.token_ids, len(completion.token_ids), completion.logprobs
+        num_logprobs, wanted = len(logprobs), self.params.logprobs is not None
+        text = _no_text if completion.detokenizer is None else completion.detokenizer.shown(first_character)
+        output: CompletionOutput = CompletionOutput.made_later(
+            {
+                "text": text,
+                "token_ids": lambda: token_ids[begin:end],
+                "logprobs": lambda: logprobs[:num_logprobs] if wanted else None,
+            },
             index=completion.index,
-            text="" if completion.detokenizer is None else completion.detokenizer.text,
-            token_ids=completion.token_ids.copy(),
             cumulative_logprob=completion.cumulative_logprob if wanted else None,
-            logprobs=completion.logprobs.copy() if wanted else None,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             error=completion.error,
         )
+        return output
+
+
+def _no_text() -> str:
+    return ""

@@ -1,6 +1,40 @@
 """What callers get back, under vLLM's names."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class RequestOutputKind(Enum):
+    """What the outputs of a request hold."""
+
+    CUMULATIVE = 0  # all that there is by then
+    DELTA = 1  # what is new since the last output, of the sequences that have news
+    FINAL_ONLY = 2  # all, once: at the end, or when a sequence fails
+
+
+class Later:
+    """Fields that are made when they are first read: outputs come with every token, and long lists take long."""
+
+    __slots__ = ("_later",)
+
+    def __getattr__(self, name: str) -> Any:
+        """Of a field that has no value yet."""
+        later: dict[str, Callable[[], Any]] = object.__getattribute__(self, "_later")
+        if name not in later:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        object.__setattr__(self, name, value := later[name]())
+        return value
+
+    @classmethod
+    def made_later(cls, later: dict[str, Callable[[], Any]], **fields: Any) -> Any:
+        """One whose other `fields` are there already."""
+        made = cls.__new__(cls)
+        for name, value in fields.items():
+            object.__setattr__(made, name, value)
+        object.__setattr__(made, "_later", later)
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +47,7 @@ class Logprob:
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionOutput:
+class CompletionOutput(Later):
     """One sequence so far."""
 
     index: int  # 0 up to n - 1
@@ -58,8 +92,8 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """One request so far: cumulative, so that the last one says everything."""
+class RequestOutput(Later):
+    """One request so far: cumulative, so that the last one says everything, unless `output_kind` says otherwise."""
 
     request_id: str
     prompt: str | None  # None when token ids were given

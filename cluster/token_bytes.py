@@ -30,7 +30,7 @@ class TokenBytes:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
-        steps = list(_steps(json.loads(backend.decoder.__getstate__()))) if backend.decoder is not None else []
+        steps = list(decoder_steps(json.loads(backend.decoder.__getstate__()))) if backend.decoder is not None else []
         kinds = {step["type"] for step in steps}
         self._by_letters = "ByteLevel" in kinds
         self._by_pieces = bool(kinds & {"ByteFallback", "Metaspace"})
@@ -52,11 +52,11 @@ class TokenBytes:
         return piece.encode()
 
 
-def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def decoder_steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A decoder's parts, one by one."""
     if decoder["type"] == "Sequence":
         for part in decoder["decoders"]:
-            yield from _steps(part)
+            yield from decoder_steps(part)
     else:
         yield decoder
 

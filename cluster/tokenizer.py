@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.prompts import Message, check_text
+from eagleray.cluster.spelling import Spelling
 from eagleray.cluster.token_bytes import TokenBytes
 from eagleray.cluster.tokenizer_files import MAX_BYTES, build_tokenizer
 
@@ -32,6 +33,7 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.token_bytes = TokenBytes(backend)
+        self.spelling = Spelling(backend)
         self._chat_templates = chat_templates
 
     @classmethod

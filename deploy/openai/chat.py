@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
@@ -30,15 +30,15 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
     """The whole answer. Raises `ApiError` and `EngineDeadError`."""
     job = await _job(served, request)
     created, count = int(time.time()), Count()
-    async with aclosing(outputs(served.engine, job)) as news:
+    async with aclosing(outputs(served.engine, job, RequestOutputKind.FINAL_ONLY)) as news:
         async for number, output in news:
-            count.latest[number] = output
+            count.add(number, output)
     return ChatCompletion(
         id=job.id,
         object="chat.completion",
         created=created,
         model=served.model_name,
-        choices=_choices(count.latest[0], job.params[0], served.engine.tokenizer),
+        choices=_choices(count.prompts[0], job.params[0], served.engine.tokenizer),
         usage=count.usage(),
         **_tier(request),
     )
@@ -63,12 +63,12 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
     options = request.stream_options or StreamOptions()
     in_each = options.continuous_usage_stats
     growth: defaultdict[int, Growth] = defaultdict(Growth)
-    async with aclosing(outputs(served.engine, job)) as news_of_all:
+    async with aclosing(outputs(served.engine, job, RequestOutputKind.DELTA)) as news_of_all:
         async for number, output in news_of_all:
-            count.latest[number] = output
+            count.add(number, output)
             for sequence in output.outputs:
                 if (news := growth[sequence.index].take(sequence)) is not None:
-                    so_far = {"usage": usage([output], len(sequence.token_ids))} if in_each else {}
+                    so_far = {"usage": usage(output, growth[sequence.index].num_tokens)} if in_each else {}
                     choice = _chunk_choice(sequence.index, news, job.params[0], served.engine.tokenizer)
                     yield chunk([choice], **so_far)
     if options.include_usage:

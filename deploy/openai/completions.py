@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.inputs import completion_prompts, prompt_text
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
@@ -19,10 +19,11 @@ from eagleray.deploy.openai.served import Served
 async def completion(served: Served, request: CompletionRequest) -> Completion:
     """The whole answer. Raises `ApiError` and `EngineDeadError`."""
     reply = Reply(served, request, await _job(served, request))
-    async with aclosing(outputs(served.engine, reply.job)) as news:
+    async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.FINAL_ONLY)) as news:
         async for number, output in news:
-            reply.count.latest[number] = output
-    choices = [choice for number, output in sorted(reply.count.latest.items()) for choice in reply.news(number, output)]
+            reply.count.add(number, output)
+    last = sorted(reply.count.prompts.items())
+    choices = [choice for number, output in last for choice in reply.news(number, output)]
     return reply.part(choices, reply.usage())
 
 
@@ -30,9 +31,9 @@ async def completion_chunks(served: Served, request: CompletionRequest) -> Async
     """What is new, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
     options = request.stream_options or StreamOptions()
     reply = Reply(served, request, await _job(served, request))
-    async with aclosing(outputs(served.engine, reply.job)) as news:
+    async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.DELTA)) as news:
         async for number, output in news:
-            reply.count.latest[number] = output
+            reply.count.add(number, output)
             for choice in reply.news(number, output):
                 yield reply.part([choice], reply.usage_of(choice, output) if options.continuous_usage_stats else None)
     if options.include_usage:
@@ -67,7 +68,7 @@ class Reply:
 
     def usage_of(self, choice: Choice, output: RequestOutput) -> Usage:
         """Of one choice so far, and of its prompt."""
-        return usage([output], 0 if self._prompt_only else self._growth[choice.index].num_tokens)
+        return usage(output, 0 if self._prompt_only else self._growth[choice.index].num_tokens)
 
     def part(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
         """These choices as a body or as an event; without `usage` it is left out."""

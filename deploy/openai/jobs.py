@@ -1,13 +1,13 @@
 """What a request asks of the engine, and what comes of it: news of its choices, and what to count."""
 
 import logging
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput
+from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
@@ -54,12 +54,14 @@ class Job:
         return self.params[0].n
 
 
-async def outputs(engine: AsyncLLM, job: Job) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+async def outputs(
+    engine: AsyncLLM, job: Job, kind: RequestOutputKind
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """News of every prompt, with its number, as soon as it is there. Leaving the iteration aborts what runs.
 
     Raises `ApiError` 400 for what the engine refuses, `EngineDeadError`, and `ApiError` 500 once a choice fails.
     """
-    streams = [_outputs(engine, job, number) for number in range(len(job.prompts))]
+    streams = [_outputs(engine, job, number, kind) for number in range(len(job.prompts))]
     async with aclosing(merged(streams)) as news:
         async for number, output in news:
             for sequence in output.outputs:
@@ -67,8 +69,11 @@ async def outputs(engine: AsyncLLM, job: Job) -> AsyncGenerator[tuple[int, Reque
             yield number, output
 
 
-async def _outputs(engine: AsyncLLM, job: Job, number: int) -> AsyncGenerator[RequestOutput, None]:
-    stream = engine.generate(job.prompts[number], job.params[number], f"{job.unique}-{number}", priority=job.priority)
+async def _outputs(
+    engine: AsyncLLM, job: Job, number: int, kind: RequestOutputKind
+) -> AsyncGenerator[RequestOutput, None]:
+    prompt, params, request_id = job.prompts[number], job.params[number], f"{job.unique}-{number}"
+    stream = engine.generate(prompt, params, request_id, priority=job.priority, output_kind=kind)
     with bad_requests(FIELDS):
         async with aclosing(stream):
             async for output in stream:
@@ -100,24 +105,21 @@ class News:
 class Growth:
     """How much of one choice was handed on."""
 
-    num_characters: int = 0
     num_tokens: int = 0
-    ended: bool = False
 
-    def take(self, sequence: CompletionOutput) -> News | None:
+    def take(self, delta: CompletionOutput) -> News | None:
         """What came since the last call; None if nothing did."""
-        if self.ended or (len(sequence.token_ids) == self.num_tokens and sequence.finish_reason is None):
+        if not delta.token_ids and delta.finish_reason is None:
             return None
         news = News(
             first=self.num_tokens == 0,
-            text=sequence.text[self.num_characters :],
-            token_ids=sequence.token_ids[self.num_tokens :],
-            logprobs=None if sequence.logprobs is None else sequence.logprobs[self.num_tokens :],
-            finish_reason=_finish_reason(sequence),
-            stop_reason=sequence.stop_reason,
+            text=delta.text,
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs,
+            finish_reason=_finish_reason(delta),
+            stop_reason=delta.stop_reason,
         )
-        self.num_characters, self.num_tokens = len(sequence.text), len(sequence.token_ids)
-        self.ended = sequence.finish_reason is not None
+        self.num_tokens += len(delta.token_ids)
         return news
 
 
@@ -134,24 +136,32 @@ def _finish_reason(sequence: CompletionOutput) -> FinishReason | None:
 
 @dataclass(slots=True)
 class Count:
-    """Tokens of a job, prompt by prompt."""
+    """Tokens of a job."""
 
-    latest: dict[int, RequestOutput] = field(default_factory=dict)
+    num_new: int = 0
+    prompts: dict[int, RequestOutput] = field(default_factory=dict)  # the last output of each
+
+    def add(self, number: int, output: RequestOutput) -> None:
+        """Count what is new of a prompt."""
+        self.prompts[number] = output
+        self.num_new += sum(len(delta.token_ids) for delta in output.outputs)
 
     def usage(self, *, prompt_only: bool = False) -> Usage:
-        """What its last outputs add up to."""
-        all_outputs = self.latest.values()
-        num_new = sum(len(sequence.token_ids) for output in all_outputs for sequence in output.outputs)
-        return usage(all_outputs, 0 if prompt_only else num_new)
+        """Of all that came."""
+        num_prompt = sum(len(output.prompt_token_ids) for output in self.prompts.values())
+        num_cached = sum(output.num_cached_tokens or 0 for output in self.prompts.values())
+        return _usage(num_prompt, num_cached, 0 if prompt_only else self.num_new)
 
 
-def usage(outputs: Collection[RequestOutput], num_new: int) -> Usage:
-    """Of these prompts and so many generated tokens."""
-    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+def usage(output: RequestOutput, num_new: int) -> Usage:
+    """Of a prompt and so many generated tokens."""
+    return _usage(len(output.prompt_token_ids), output.num_cached_tokens or 0, num_new)
+
+
+def _usage(num_prompt: int, num_cached: int, num_new: int) -> Usage:
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_new,
         total_tokens=num_prompt + num_new,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
     )

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from eagleray.cluster.detokenizer import TextStream
 from eagleray.cluster.outputs import Logprob
+from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.replies import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 

@@ -7,7 +7,8 @@ from pydantic import Field, WithJsonSchema, WrapValidator
 from eagleray.cluster.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import MAX_SEED, MIN_SEED, RANGES
 
-MAX_STOP_STRINGS = 64  # each is looked for with every token
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 16_384  # of all of them: a table of so many states is made for each prompt
 
 
 def _schema(name: str, kind: str, **others: Any) -> dict[str, Any]:

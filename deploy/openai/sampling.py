@@ -5,7 +5,7 @@ from typing import Any
 
 from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.ranges import MAX_STOP_STRINGS
+from eagleray.deploy.openai.ranges import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 from eagleray.deploy.openai.shown import shown
 
@@ -81,6 +81,10 @@ def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> Sa
         del same["stop"]
     if isinstance(request.stop, list) and len(request.stop) > MAX_STOP_STRINGS:
         message = f"stop has {len(request.stop)} texts; give at most {MAX_STOP_STRINGS}"
+        raise ApiError(400, message, param="stop")
+    num_characters = sum(map(len, request.stop or ()))  # of a text, too
+    if num_characters > MAX_STOP_CHARACTERS:
+        message = f"stop has {num_characters} characters in all; give at most {MAX_STOP_CHARACTERS}"
         raise ApiError(400, message, param="stop")
     if request.stream_options is not None and request.stream_options.asks and not request.stream:
         message = "stream_options are for streams; leave them out or set stream to true"

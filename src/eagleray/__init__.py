@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from eagleray.cluster.config import EngineConfig
     from eagleray.cluster.errors import EngineClosedError, EngineDeadError, EngineStartError
     from eagleray.cluster.llm import LLM
-    from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, RequestOutputKind
     from eagleray.cluster.sampling_params import SamplingParams
 
 _MODULES = {
@@ -25,6 +25,7 @@ _MODULES = {
     "Logprob": "outputs",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
+    "RequestOutputKind": "outputs",
     "SamplingParams": "sampling_params",
 }
 
@@ -39,6 +40,7 @@ __all__ = [
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
 ]
 

@@ -1,16 +1,19 @@
 """The front end's bookkeeping: what the engine is sent for a prompt, and what its news become for the caller."""
 
 import re
+import tracemalloc
 from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.messages import EngineOutputs, EngineRequest, EngineStats, Tokens
-from eagleray.cluster.outputs import Logprob
+from eagleray.cluster.outputs import Logprob, RequestOutputKind
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.submission import ModelLimits
@@ -37,8 +40,13 @@ def make_front_end(tokenizer: Tokenizer | None, *, seed: int = 0) -> FrontEnd:
     return FrontEnd(tokenizer, limits, seed)
 
 
-def add(front_end: FrontEnd, prompt: Prompt = "Hello", **params: Any) -> tuple[Generation, list[EngineRequest]]:
-    generation = front_end.prepare(prompt, SamplingParams(**params))
+def add(
+    front_end: FrontEnd,
+    prompt: Prompt = "Hello",
+    kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+    **params: Any,
+) -> tuple[Generation, list[EngineRequest]]:
+    generation = front_end.prepare(prompt, SamplingParams(**params), output_kind=kind)
     return generation, front_end.add(generation)
 
 
@@ -315,3 +323,43 @@ def test_text_can_be_left_out(front_end: FrontEnd) -> None:
     generation, (request,) = add(front_end, detokenize=False)
     tell(front_end, Tokens(request.id, [A], "length"))
     assert (generation.output().outputs[0].text, generation.output().outputs[0].token_ids) == ("", [A])
+
+
+@given(tokens=st.lists(st.tuples(st.integers(0, 1), st.lists(st.sampled_from([A, B, C, 180, 255]), max_size=3))))
+def test_deltas_add_up_to_what_cumulative_outputs_say(
+    tokenizer: Tokenizer, tokens: list[tuple[int, list[int]]]
+) -> None:
+    """Of two sequences, with news of one or both between two outputs."""
+    wanted: dict[str, Any] = {"n": 2, "logprobs": 0, "stop": ["cab", "aa"], "max_tokens": 60}
+    cumulative, delta = make_front_end(tokenizer), make_front_end(tokenizer)
+    whole, requests = add(cumulative, **wanted)
+    parts, _ = add(delta, kind=RequestOutputKind.DELTA, **wanted)
+    text, ids, logprobs = ["", ""], [list[int](), list[int]()], [list[Any](), list[Any]()]
+    for index, token_ids in [*tokens, (0, [A]), (1, [B])]:
+        news = Tokens(
+            requests[index].id, token_ids, logprobs=[TokenLogprobs([token], [-0.5], 1) for token in token_ids]
+        )
+        for front_end in (cumulative, delta):
+            tell(front_end, news)
+        for output in parts.output().outputs:
+            assert output.logprobs is not None
+            text[output.index] += output.text
+            ids[output.index] += output.token_ids
+            logprobs[output.index] += output.logprobs
+        expected = whole.output().outputs
+        assert text == [output.text for output in expected]
+        assert ids == [output.token_ids for output in expected]
+        assert logprobs == [output.logprobs for output in expected]
+
+
+def test_an_output_copies_nothing_before_it_is_read(tokenizer: Tokenizer) -> None:
+    limits = ModelLimits(max_model_len=40_000, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS}))
+    front_end = FrontEnd(tokenizer, limits)
+    generation, (request,) = add(front_end, max_tokens=None)
+    tell(front_end, Tokens(request.id, [A, B] * 16_000))
+    tracemalloc.start()
+    outputs = [generation.output() for _ in range(10)]
+    assert tracemalloc.get_traced_memory()[1] < 50_000
+    tracemalloc.stop()
+    tell(front_end, Tokens(request.id, [C]))
+    assert [(o.outputs[0].text, o.outputs[0].token_ids) for o in outputs] == [("ab" * 16_000, [A, B] * 16_000)] * 10
