@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from eagleray.cluster.chat import chat_prompt
+from eagleray.cluster.chat import achat_prompt
 from eagleray.cluster.engine_link import EngineLink
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
@@ -125,7 +126,7 @@ class AsyncLLM:
             del self._news[generation]
             self._abort(generation)
 
-    def chat(
+    async def chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
@@ -136,8 +137,10 @@ class AsyncLLM:
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, for a conversation; `template_options` are `Tokenizer.apply_chat_template`'s."""
         self._check_open()
-        prompt = chat_prompt(self.tokenizer, messages, template_options)
-        return self.generate(prompt, sampling_params, request_id, priority=priority)
+        prompt = await achat_prompt(self.tokenizer, messages, template_options)
+        async with aclosing(self.generate(prompt, sampling_params, request_id, priority=priority)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def abort(self, request_id: str) -> None:
         """End a request: its iterator yields a last output with finish_reason "abort". Unknown ids are ignored."""

@@ -1,17 +1,19 @@
 """Text to token ids and back, and chat templates.
 
 transformers reads a checkpoint's files, see `tokenizer_files.py`; of its tokenizer, this takes the two parts that do
-the work: the `tokenizers` library and the template renderer, so that nothing here imports torch.
+the work: the `tokenizers` library and the template renderer, so that nothing here imports torch. The renderer has a
+process of its own.
 """
 
 import re
 from collections.abc import Sequence
+from inspect import isfunction
 from pathlib import Path
 from typing import Any, Self
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer as Backend
 
+from eagleray.cluster.chat_renderer import chat_renderer
 from eagleray.cluster.prompts import Message, check_text
 from eagleray.cluster.spelling import Spelling
 from eagleray.cluster.token_bytes import TokenBytes
@@ -69,9 +71,9 @@ class Tokenizer:
         return re.search(rf"\b{re.escape(name)}\b", self._chat_templates.get("default", "")) is not None
 
     def prepare(self) -> None:
-        """Import what chat templates need; a thread can do so while others wait for something else."""
+        """Start the process that chat templates need, while others wait for something else."""
         if self.has_chat_template:
-            import transformers.utils.chat_template_utils  # noqa: F401
+            chat_renderer().start()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token.
@@ -88,41 +90,51 @@ class Tokenizer:
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def apply_chat_template(
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
+        """The conversation as text, special tokens included: encode it with `add_special_tokens=False`.
+
+        `options` are add_generation_prompt, which is True by default unless continue_final_message is, tools, and the
+        template's variables. Raises `ValueError` when there is no chat template, or it refuses the messages, or takes
+        more time or memory than it may. Another process does the work.
+        """
+        return chat_renderer().render(*self._chat(messages, **options))
+
+    async def aapply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
+        """As `apply_chat_template`, while others go on."""
+        return await chat_renderer().arender(*self._chat(messages, **options))
+
+    def _chat(
         self,
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Any] | None = None,
         **variables: Any,
-    ) -> str:
-        """The conversation as text, special tokens included: encode it with `add_special_tokens=False`.
-
-        Raises `ValueError` when there is no chat template, or it refuses the messages.
-        """
+    ) -> tuple[str, list[Message], dict[str, Any]]:
+        """What the renderer takes."""
         name = "tool_use" if tools and "tool_use" in self._chat_templates else "default"
         if name not in self._chat_templates:
             raise ValueError("this model has no chat template; give plain prompts, or name a tokenizer that has one")
         if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
             raise ValueError(f'messages are {messages!r}; give a list of {{"role": …, "content": …}}')
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(  # texts and token masks, whatever its annotation says
-                [[{key: value for key, value in message.items() if value is not None} for message in messages]],
-                tools=list[Any](tools) if tools else None,
-                chat_template=self._chat_templates[name],
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **self.special_tokens | variables,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from error
-        text: str = rendered[0][0]
-        return text
+        options = self.special_tokens | variables
+        options["tools"] = [_schema(tool) for tool in tools] if tools else None
+        options["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        options["continue_final_message"] = continue_final_message
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return self._chat_templates[name], said, options
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         token_id: int | None = None if token is None else self.backend.token_to_id(token)
         return token_id
+
+
+def _schema(tool: Any) -> Any:
+    """A tool's, which transformers knows how to make of a function."""
+    if not isfunction(tool):
+        return tool
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    return get_json_schema(tool)

@@ -76,7 +76,7 @@ def token_routes(served: Served) -> APIRouter:
         if isinstance(body, TokenizeText):
             (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens)
         else:
-            ids = (await conversation_prompt(served, body))["prompt_token_ids"]
+            ids = (await conversation_prompt(served, body, served.limits.check_text))["prompt_token_ids"]
         return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids))
 
     @router.post("/detokenize", responses=failures())

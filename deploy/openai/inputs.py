@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from eagleray.cluster.chat import any_text, chat_prompt
+from eagleray.cluster.chat import encoded
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests
@@ -13,7 +13,6 @@ from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
 
 SHORT = 1000  # characters: they take less time than a thread takes to begin where others want the processor, too
-FEW = 20  # messages
 RESERVED = frozenset(  # what the template's renderer takes for itself
     {
         *("self", "messages", "conversations", "tools", "chat_template", "template_kwargs"),
@@ -65,9 +64,7 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     return texts[0]
 
 
-async def conversation_prompt(
-    served: Served, conversation: Conversation, check: Callable[[str], None] = any_text
-) -> TokensPrompt:
+async def conversation_prompt(served: Served, conversation: Conversation, check: Callable[[str], None]) -> TokensPrompt:
     """A conversation in the model's chat template, as text for `check` before its tokens. Raises `ApiError` 400."""
     options = dict(conversation.chat_template_kwargs or {})
     if taken := sorted(options.keys() & RESERVED):
@@ -84,19 +81,11 @@ async def conversation_prompt(
     }
     messages = template_messages(served.tokenizer, conversation)
     with bad_requests():
-        values = [value for each in messages for value in each.values()]
-        small = len(messages) <= FEW and all(map(_is_short, values)) and sum(map(_length, values)) <= SHORT
-        if small and len(options) <= FEW and all(map(_is_short, options.values())):
-            return chat_prompt(served.tokenizer, messages, options, check)
-        return await asyncio.to_thread(chat_prompt, served.tokenizer, messages, options, check)
-
-
-def _is_short(value: object) -> bool:
-    return not isinstance(value, str | list | dict) or (isinstance(value, str) and len(value) <= SHORT)
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, str) else 1
+        text = await served.tokenizer.aapply_chat_template(messages, **options)
+        check(text)
+        if len(text) <= SHORT:
+            return encoded(served.tokenizer, text)
+        return await asyncio.to_thread(encoded, served.tokenizer, text)
 
 
 def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:

@@ -7,6 +7,7 @@ fields of the client's own. These go to the template; what says nothing does not
 import json
 from typing import Any
 
+from eagleray.cluster.chat import joined
 from eagleray.cluster.prompts import Message
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
@@ -89,7 +90,7 @@ def _content(message: ChatMessage, where: str) -> str:
     """A message's text. An assistant may have said nothing, or have refused."""
     text = message.content or ""
     if isinstance(text, list):
-        text = "\n".join(part.text for part in text)
+        text = joined(part.text for part in text)
     if message.role not in MAY_BE_SILENT:
         if message.content is None:
             raise ApiError(400, f"{where}.content is missing or null; it is required", param=f"{where}.content")

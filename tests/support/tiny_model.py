@@ -34,6 +34,11 @@ def write_tiny_model(path: Path, max_model_len: int = 4096) -> Path:
         "bos_token_id": 256,
     }
     make_model(options).save_pretrained(path)
+    return write_tokenizer(path)
+
+
+def write_tokenizer(path: Path) -> Path:
+    """The model's tokenizer alone."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
