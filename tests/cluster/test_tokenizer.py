@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eagleray.cluster.detokenizer import TextStream
 from eagleray.cluster.generation_config import eos_token_ids
+from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
 
 TEXTS = [
