@@ -34,7 +34,7 @@ DEVICE = "cuda"
 MAX_LEN = 2048
 NUM_BLOCKS = 100
 CONFIG: dict[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
+    "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 4096,
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -42,6 +42,7 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": MAX_LEN,
+    "use_sliding_window": True,
     "sliding_window": 200,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rms_norm_eps": 1e-5,

@@ -21,8 +21,9 @@ from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, run_in_interpreter
 from support.worker_config import worker_config
 
 NAN, INF = 7, 8
-VOCAB_SIZE, MAX_LEN, BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS = 200, 640, 128 if ON_GPU else 8, 40, 8
-DTYPE = torch.float16 if ON_GPU else torch.float64
+VOCAB_SIZE, NUM_BLOCKS, MAX_ROWS = 200, 40, 8
+MAX_LEN, BLOCK_SIZE = (1024, 128) if ON_GPU else (640, 8)
+DTYPE = torch.bfloat16 if ON_GPU else torch.float64
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": VOCAB_SIZE,
