@@ -90,6 +90,10 @@ class AsyncLLM:
                 f"{max_silence_s:g} s"
             )
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """As `LLM.get_default_sampling_params`."""
+        return self._front_end.default_params
+
     async def generate(
         self,
         prompt: Prompt,
@@ -108,7 +112,7 @@ class AsyncLLM:
         self._check_open()
         self._check_alive()
         generation = self._front_end.prepare(
-            prompt, sampling_params or SamplingParams(), request_id, priority, output_kind
+            prompt, sampling_params or self._front_end.default_params, request_id, priority, output_kind
         )
         news = self._submit(generation)
         try:

@@ -13,7 +13,8 @@ LOAD_FORMATS = ("safetensors", "dummy")
 class EngineConfig:
     """Everything an engine is started with. Raises `ValueError` naming the field, the value and the remedy."""
 
-    model: str  # a directory with config.json, safetensors and tokenizer.json
+    model: str  # a directory with config.json, safetensors and tokenizer.json, OWNER/NAME of the hub, or demo
+    revision: str | None = None  # of a model of the hub: a branch, a tag or a commit
     tensor_parallel_size: int = 1
     dtype: str = "auto"  # the checkpoint's, but float32 on CPU
     device: str = "auto"  # cuda where the cluster has GPUs
@@ -36,6 +37,8 @@ class EngineConfig:
     step_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ValueError(f"revision is {self.revision!r}; give a branch, a tag or a commit, or leave it out")
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("device", self.device, DEVICES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)

@@ -36,13 +36,19 @@ class FrontEnd:
     """Tokenises, checks, detokenises, finds stop strings and puts the sequences of a request together."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, limits: ModelLimits, seed: int = 0, on_end: OnEnd = unwatched
+        self,
+        tokenizer: Tokenizer | None,
+        limits: ModelLimits,
+        seed: int = 0,
+        on_end: OnEnd = unwatched,
+        defaults: SamplingParams | None = None,
     ) -> None:
-        """Without a tokenizer prompts are token ids and outputs have no text.
+        """Without a tokenizer prompts are token ids and outputs have no text. `defaults` are the model's own sampling.
 
         `on_end` hears of every request that was taken in, once it has ended, or once the engine is gone.
         """
         self.tokenizer = tokenizer
+        self.default_params = defaults or SamplingParams()  # of requests that bring none
         self.stats = EngineStats()  # of the engine, after the last step
         self._limits = limits
         self._seed = seed

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
     return eos.difference(beyond)
 
 
-def sampling_defaults(model: str | Path) -> dict[str, float]:
+def sampling_defaults(model: str | Path) -> dict[str, Any]:
     """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
 
     As vLLM, this takes `do_sample: false` for no word on temperature. As transformers, it takes config.json, where
@@ -47,6 +48,11 @@ def sampling_defaults(model: str | Path) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}; mend the file, or leave it alone with generation_config 'none'") from None
     return found
+
+
+def default_params(model: str | Path) -> SamplingParams:
+    """Of requests that bring no parameters at all. Raises `ValueError` for values out of range."""
+    return SamplingParams(**sampling_defaults(model))
 
 
 def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:

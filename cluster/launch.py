@@ -10,11 +10,13 @@ from rich.console import Console
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd, OnEnd, unwatched
-from eagleray.cluster.generation_config import drawable, eos_token_ids
+from eagleray.cluster.generation_config import default_params, drawable, eos_token_ids
 from eagleray.cluster.placement import Room
+from eagleray.cluster.resolve import folder_of, found
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.model_dir import is_of_hub, model_dir
 from eagleray.workers.started import OnProgress
 
 
@@ -41,14 +43,13 @@ def launch(
         raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
     if skip_tokenizer_init and tokenizer is not None:
         raise ValueError(f"tokenizer is {str(tokenizer)!r} and skip_tokenizer_init is True; leave one of them out")
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ValueError(
-            f"there is no model directory {folder}; name one with config.json, safetensors and a tokenizer"
-        )
-    config = EngineConfig(model=str(folder.resolve()), tensor_parallel_size=tensor_parallel_size, **options)
+    config = found(EngineConfig(model=str(model), tensor_parallel_size=tensor_parallel_size, **options))
+    folder = folder_of(config)
+    if tokenizer is not None and is_of_hub(str(tokenizer)):
+        tokenizer = model_dir(str(tokenizer))
     text = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or folder)
     eos = eos_token_ids(folder, text)
+    defaults = default_params(folder)
     if text is not None:
         Thread(target=text.prepare, name="tokenizer").start()
     shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)
@@ -56,4 +57,4 @@ def launch(
         engine = EngineClient.start(config, progress, room)
     eos = drawable(eos, engine.info.vocab_size)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
-    return engine, FrontEnd(text, limits, config.seed, on_end)
+    return engine, FrontEnd(text, limits, config.seed, on_end, defaults)

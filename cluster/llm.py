@@ -40,7 +40,9 @@ class LLM:
         skip_tokenizer_init: bool = False,
         **options: Any,
     ) -> None:
-        """Start an engine; blocks until it is ready. `options` are `EngineConfig`'s, `tokenizer` is a directory.
+        """Start an engine; blocks until it is ready. `options` are `EngineConfig`'s.
+
+        `model` is a directory, OWNER/NAME of the Hugging Face hub, or "demo"; `tokenizer` a directory or OWNER/NAME.
 
         With `skip_tokenizer_init` prompts are token ids and outputs have no text.
         Raises `ValueError` for what the user gave and `EngineStartError` when the cluster or a rank fails.
@@ -70,6 +72,10 @@ class LLM:
         """The engine's state after its last step."""
         return self._front_end.stats
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where `generate` and `chat` get none: the model's generation_config.json, as far as it says."""
+        return self._front_end.default_params
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -80,13 +86,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for every prompt, with one set of parameters for all or one for each; outputs in the prompts' order.
 
+        Without parameters the model's own count, `get_default_sampling_params`.
         All prompts are checked before the first is sent. A request that fails once it runs does not take the others'
         outputs with it: its finish_reason is "error", its `error` the cause, and the log says so. `use_tqdm` shows a
         progress bar. Raises `ValueError` for what the user gave and `EngineDeadError` if the engine is gone.
         """
         self._check_open()
         all_prompts = prompt_list(prompts)
-        all_params = _params_list(sampling_params, len(all_prompts))
+        all_params = _params_list(sampling_params or self._front_end.default_params, len(all_prompts))
         generations = [
             self._front_end.prepare(prompt, params, priority=priority)
             for prompt, params in zip(all_prompts, all_params, strict=True)
@@ -192,9 +199,9 @@ def _log_failures(outputs: list[RequestOutput]) -> None:
         )
 
 
-def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+def _params_list(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
     if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
         raise ValueError(f"sampling_params is {params!r}; give SamplingParams, or a list of them")
     if len(params) != num_prompts:

@@ -1,24 +1,45 @@
 """From what the user set to what the ranks are told: every `auto` decided, every limit checked against the model."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from eagleray.cluster.cluster_address import cluster_address
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.weight_formats import find_format
 from eagleray.workers.config import WorkerConfig
+from eagleray.workers.model_dir import DEMO, is_of_hub, model_dir
 
 CPU_BLOCK_SIZE = 16
 CUDA_BLOCK_SIZE = 128  # FlashAttention-3 reads pages of this size fastest
 
 
+def found(config: EngineConfig) -> EngineConfig:
+    """The same with a model that is on this node: a directory's full path, or the commit of a model of the hub.
+
+    So all processes of an engine take the same files, each from its own node. Weights are fetched here only if the
+    ranks will be here, too, where no cluster is to be joined; otherwise their nodes fetch them. Raises as `model_dir`.
+    """
+    weights = config.load_format != "dummy" and cluster_address() is None
+    folder = model_dir(config.model, config.revision, weights)
+    if is_of_hub(config.model):
+        return replace(config, revision=folder.name)
+    return config if config.model == DEMO else replace(config, model=str(folder.resolve()))
+
+
+def folder_of(config: EngineConfig) -> Path:
+    """The directory of the model on this node, without its weights if they have not been needed yet."""
+    return model_dir(config.model, config.revision)
+
+
 def check_model(config: EngineConfig) -> ModelConfig:
     """Read the model's configuration and refuse, with `ValueError` and before anything starts, what cannot run."""
-    model = ModelConfig.from_dir(config.model)
+    model = ModelConfig.from_dir(folder_of(config))
     check_tp(model, config.tensor_parallel_size)
     if config.load_format == "safetensors":
-        find_format(Path(config.model))  # that there are none at all, the ranks' machines say, which may have them
+        find_format(folder_of(config))  # that there are none at all, the ranks' machines say, which may have them
     limit = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(
@@ -36,6 +57,7 @@ def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> Work
     cores_each = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
     return WorkerConfig(
         model=config.model,
+        revision=config.revision,
         device=device,
         dtype=_dtype(config, model, cpu),
         load_format=config.load_format,

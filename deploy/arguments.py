@@ -2,15 +2,14 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
-from eagleray.cluster.resolve import check_model
+from eagleray.cluster.generation_config import DEFAULTED, chosen_defaults
+from eagleray.cluster.resolve import check_model, found
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.options import add_options, given
 
 SAMPLING_HELP = {
@@ -38,9 +37,12 @@ SAMPLING_HELP = {
 }
 NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "detokenize"}
 GENERATE_DEFAULTS = {"max_tokens": 256}
-CHAT_DEFAULTS = {"max_tokens": None, "temperature": 0.7}
+CHAT_DEFAULTS = {"max_tokens": None}
+MODEL_FIRST = {name: getattr(SamplingParams(), name) for name in DEFAULTED}  # and this where it does not say
+CHAT_SAMPLING = MODEL_FIRST | {"temperature": 0.7}
 
 ENGINE_HELP = {
+    "revision": "branch, tag or commit of a model of the hub; what the hub has now if not given",
     "tensor_parallel_size": "ranks, each a Ray actor, that share every layer of the model",
     "dtype": "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
     "device": "where the ranks run; auto is cuda if the cluster has GPUs",
@@ -116,7 +118,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
     )
     add_engine(parser)
-    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP, defaults=GENERATE_DEFAULTS)
+    _add_sampling(parser, SAMPLING_HELP, GENERATE_DEFAULTS, MODEL_FIRST)
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +127,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
     add_engine(parser)
     helps = {name: text for name, text in SAMPLING_HELP.items() if name not in NOT_IN_CHAT}
-    add_options(parser.add_argument_group("sampling"), SamplingParams, helps, defaults=CHAT_DEFAULTS)
+    _add_sampling(parser, helps, CHAT_DEFAULTS, CHAT_SAMPLING)
 
 
 def add_demo_model(parser: argparse.ArgumentParser) -> None:
@@ -138,10 +140,10 @@ def add_engine(
     """The model, as an option or as a word of its own, and every option of the engine; `defaults` as `add_options`'."""
     engine = parser.add_argument_group("engine")
     name: tuple[str, ...] = ("--model", "-m")
-    required: dict[str, Any] = {"required": True, "metavar": "DIR"}
+    required: dict[str, Any] = {"required": True, "metavar": "MODEL"}
     if positional:
         name, required = ("model",), {"metavar": "MODEL"}
-    engine.add_argument(*name, help="a checkpoint's directory, or demo", **required)
+    engine.add_argument(*name, help="a checkpoint's directory, OWNER/NAME of the Hugging Face hub, or demo", **required)
     add_options(
         engine,
         EngineConfig,
@@ -153,17 +155,42 @@ def add_engine(
     )
 
 
-def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    """The sampling options; raises `ValueError` for values out of range."""
-    return SamplingParams(**given(SamplingParams, arguments))
+def _add_sampling(
+    parser: argparse.ArgumentParser, helps: Mapping[str, str], defaults: Mapping[str, Any], fallback: Mapping[str, Any]
+) -> None:
+    """`fallback` is what holds for options that the model might have set, and did not."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="whose sampling counts where no option says: auto is the model's generation_config.json, none the "
+        "defaults shown here (default: auto)",
+    )
+    add_options(sampling, SamplingParams, helps, defaults=defaults, model_first=fallback)
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` for sampling options out of range, before the model is looked for."""
+    SamplingParams(**given(SamplingParams, arguments))
+
+
+def sampling_params(
+    arguments: argparse.Namespace, folder: Path, fallback: Mapping[str, Any] = MODEL_FIRST
+) -> SamplingParams:
+    """The options that were given, else what the model in `folder` says, unless it is not asked, else `fallback`.
+
+    Raises `ValueError` for values out of range, and for a generation_config.json that is wrong.
+    """
+    of_model = chosen_defaults(folder, arguments.generation_config)
+    return SamplingParams(**{**fallback, **of_model, **given(SamplingParams, arguments)})
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The engine's options; makes the demo model if asked for it.
+    """The engine's options; makes the demo model if asked for it, and fetches one of the hub.
 
     Raises `ValueError` for values out of range and for a model that could not be run.
     """
-    config = EngineConfig(**given(EngineConfig, arguments, ENGINE_RENAMED))
-    config = replace(config, model=str(resolve_model(config.model)))
+    config = found(EngineConfig(**given(EngineConfig, arguments, ENGINE_RENAMED)))
     check_model(config)
     return config

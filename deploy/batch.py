@@ -12,6 +12,7 @@ from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.generation_config import chosen_defaults
+from eagleray.cluster.resolve import folder_of
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.batch_input import Survey, read_lines, survey
 from eagleray.deploy.batch_journal import Done, Identity, Journal, read_identity, sidecar
@@ -19,6 +20,7 @@ from eagleray.deploy.batch_progress import BatchProgress
 from eagleray.deploy.batch_run import BatchRun, Replica
 from eagleray.deploy.batch_storage import Places
 from eagleray.deploy.engine import starting
+from eagleray.workers.model_dir import public_name
 
 WINDOWS = 2  # rows in flight for each that an engine runs, so that it always has some to choose from
 
@@ -42,13 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     places = Places.of(arguments.input, arguments.output, arguments.work_dir)
     config = engine_config(arguments)
-    defaults = chosen_defaults(config.model, arguments.generation_config)
-    engine = EngineOptions(config, arguments.served_model_name or Path(config.model).resolve().name, defaults)
+    defaults = chosen_defaults(folder_of(config), arguments.generation_config)
+    engine = EngineOptions(config, arguments.served_model_name or public_name(config.model), defaults)
     err = Console(stderr=True)
     with err.status(f"reading {places.input}"):
         file = places.fetch()
         known = survey(file)
-    identity = Identity(known.size, known.sha256, str(Path(config.model).resolve()))
+    identity = Identity(known.size, known.sha256, _exact(config))
     if _is_finished(places, identity):
         logger.info("%s is there already, whole", places.output)
         return 0
@@ -69,6 +71,11 @@ def run(arguments: argparse.Namespace) -> int:
     places.clean()
     err.print(f"{progress.line()} · {places.output}", style="dim", highlight=False, soft_wrap=True)
     return 0
+
+
+def _exact(config: EngineConfig) -> str:
+    """The model, such that another is never called the same."""
+    return config.model if config.revision is None else f"{config.model}@{config.revision}"
 
 
 def _is_finished(places: Places, identity: Identity) -> bool:

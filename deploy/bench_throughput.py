@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.prompts import Prompt
-from eagleray.cluster.resolve import check_model
+from eagleray.cluster.resolve import check_model, folder_of
 from eagleray.cluster.words import counted
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.bench_arguments import bench_params, goodput_limits
@@ -70,12 +70,12 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
     tasks = dataset_tasks(arguments)
     if all(isinstance(task.prompt, list) for task in tasks):
         return [task.prompt for task in tasks]
-    if not chat_templates(config.model, wanted=True if any(task.messages for task in tasks) else None):
+    if not chat_templates(config, wanted=True if any(task.messages for task in tasks) else None):
         return [task.prompt for task in tasks]
     from eagleray.cluster.chat import chat_prompt  # these take a second, which only such a file needs
     from eagleray.cluster.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_dir(config.model)
+    tokenizer = Tokenizer.from_dir(folder_of(config))
     chats = (in_chat(task, None) for task in tasks)
     return [chat_prompt(tokenizer, chat.messages, {}) if chat.messages else chat.prompt for chat in chats]
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from eagleray.cluster.prompts import Message
+from eagleray.cluster.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.answers import printable
-from eagleray.deploy.arguments import engine_config, sampling_params
+from eagleray.deploy.arguments import CHAT_SAMPLING, check_sampling, engine_config, sampling_params
 from eagleray.deploy.engine import chat_templates, running_engine
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ GREETING = "Talk to the model; /help shows what else can be typed."
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves. Raises `ValueError`, `EngineStartError`, `DemoModelError` before the first turn."""
-    params = sampling_params(arguments)
+    check_sampling(arguments)
     config = engine_config(arguments)
-    chat_templates(config.model, wanted=True)
+    params = sampling_params(arguments, folder_of(config), CHAT_SAMPLING)
+    chat_templates(config, wanted=True)
     with running_engine(config, Console(stderr=True)) as engine, asyncio.Runner() as runner:
         _talk(Conversation(engine, params, arguments.system), runner)
     return 0

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.arguments import Parser
-from eagleray.deploy.demo_model import DemoModelError, demo_model
+from eagleray.workers.demo_model import DemoModelError, demo_model
+from eagleray.workers.hub import FetchError
 
 FAILED = 1  # the engine, or one of the requests
 MISUSED = 2  # what was asked for cannot be
@@ -142,7 +143,7 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         return FAILED
     except (ValueError, OSError) as error:
         return _fail(str(error), MISUSED, arguments.debug)
-    except (EngineStartError, EngineDeadError, DemoModelError) as error:
+    except (EngineStartError, EngineDeadError, DemoModelError, FetchError) as error:
         return _fail(str(error), FAILED, arguments.debug)
     except Exception as error:
         hint = "this is a mistake in Eagleray; --debug shows where"

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.resolve import folder_of
 from eagleray.cluster.start_display import shown_start
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
 
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    no_tokenizer = not (Path(model) / "tokenizer.json").is_file()
+    no_tokenizer = not (folder_of(config) / "tokenizer.json").is_file()
     return launch(model, size, None, no_tokenizer, options)
 
 
@@ -63,7 +63,7 @@ def starting(config: EngineConfig, err: Console) -> Iterator[None]:
         yield
 
 
-def chat_templates(model: str, wanted: bool | None) -> bool:
+def chat_templates(config: EngineConfig, wanted: bool | None) -> bool:
     """Whether prompts go through the model's chat template: as `wanted`, or whenever it has one if that is None.
 
     Raises `ValueError` if one is wanted and there is none.
@@ -72,9 +72,11 @@ def chat_templates(model: str, wanted: bool | None) -> bool:
         return False
     from eagleray.cluster.tokenizer import Tokenizer  # late, since only some commands need it
 
-    has_template = Tokenizer.from_dir(model).has_chat_template
+    has_template = Tokenizer.from_dir(folder_of(config)).has_chat_template
     if wanted and not has_template:
-        raise ValueError(f"the model {model} has no chat template, which --chat, --system and messages need; use --raw")
+        raise ValueError(
+            f"the model {config.model} has no chat template, which --chat, --system and messages need; use --raw"
+        )
     return has_template
 
 

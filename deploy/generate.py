@@ -11,9 +11,10 @@ from rich.console import Console
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.answers import Answer, as_json
-from eagleray.deploy.arguments import engine_config, sampling_params
+from eagleray.deploy.arguments import check_sampling, engine_config, sampling_params
 from eagleray.deploy.engine import chat_templates, running_engine
 from eagleray.deploy.figures import Figures
 from eagleray.deploy.layout import write_plain
@@ -28,12 +29,13 @@ MAX_OPEN = 1024  # requests handed to the engine at once: enough for it to choos
 
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError`, `EngineStartError` or `DemoModelError` before the first one."""
-    params = sampling_params(arguments)
+    check_sampling(arguments)
     if arguments.chat is False and arguments.system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out; drop one of the two")
     tasks = read_tasks(arguments.prompts, arguments.file)
     config = engine_config(arguments)
-    if chat_templates(config.model, wanted=arguments.chat or (True if arguments.system else None)):
+    params = sampling_params(arguments, folder_of(config))
+    if chat_templates(config, wanted=arguments.chat or (True if arguments.system else None)):
         tasks = [in_chat(task, arguments.system) for task in tasks]
     answers = [Answer(index, task) for index, task in enumerate(tasks)]
     err = Console(stderr=True)

@@ -16,11 +16,13 @@ def add_options(
     aliases: Mapping[str, str] = types.MappingProxyType({}),
     choices: Mapping[str, Collection[str]] = types.MappingProxyType({}),
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    model_first: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
     """Give `parser` an option for every field of the dataclass `owner` that `helps` has a text for.
 
     An option that is not given leaves no trace in the parsed arguments, so that the dataclass's own default holds;
-    `defaults` names those for which the command line has another, `renamed` those that it calls by another name.
+    `defaults` names those for which the command line has another, `renamed` those that it calls by another name, and
+    `model_first` what holds for some if the model does not say either.
     """
     hints = get_type_hints(owner)
     for field in (field for field in fields(owner) if field.name in helps):
@@ -28,7 +30,7 @@ def add_options(
         dest = renamed.get(name, name)
         flags = [f"--{dest.replace('_', '-')}"] + ([aliases[name]] if name in aliases else [])
         reader = {"choices": tuple(choices[name])} if name in choices else _reader(hints[name])
-        text = _help(helps[name], defaults.get(name, _default(field)))
+        text = _help(helps[name], defaults.get(name, model_first.get(name, _default(field))), name in model_first)
         parser.add_argument(*flags, dest=dest, default=defaults.get(name, argparse.SUPPRESS), help=text, **reader)
 
 
@@ -75,6 +77,7 @@ _READERS: dict[Any, dict[str, Any]] = {
     int | None: {"type": optional(int), "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     list[int] | None: {"type": token_ids, "metavar": "ID,ID,…"},
+    str | None: {"metavar": "TEXT"},
     str | list[str] | None: {"action": "append", "metavar": "TEXT"},
     dict[int, float] | None: {"type": token_biases, "metavar": "ID=X,ID=X,…"},
 }
@@ -91,6 +94,7 @@ def _default(field: "Field[Any]") -> Any:
     return None if field.default is MISSING else field.default
 
 
-def _help(text: str, default: Any) -> str:
-    shown = text if default is None else f"{text} (default: {default})"
+def _help(text: str, default: Any, model_first: bool) -> str:
+    first = "the model's, or else " if model_first else ""
+    shown = text if default is None else f"{text} (default: {first}{default})"
     return shown.replace("%", "%%")

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from math import inf
 from typing import Any
@@ -25,7 +25,7 @@ from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation_config import chosen_defaults
 from eagleray.cluster.launch import launch
 from eagleray.cluster.placement import Room, choose_device, rank_resources, room_here
-from eagleray.deploy.demo_model import resolve_model
+from eagleray.cluster.resolve import folder_of, found
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.http_time import HttpTime
@@ -99,11 +99,11 @@ class Replica:
         begin = time.monotonic()
         _log_to_stderr()
         _listen_here_only()
-        engine_config = replace(args.engine, model=str(resolve_model(args.engine.model)))
+        engine_config = await asyncio.to_thread(found, args.engine)
         self._args = args = args.model_copy(update={"engine": engine_config})
         self._metrics = Metrics()
         self._keys, self._key_digests = args.read_api_keys(), key_digests
-        self._defaults = chosen_defaults(args.engine.model, args.generation_config)
+        self._defaults = chosen_defaults(folder_of(args.engine), args.generation_config)
         teller = Teller(serve.get_replica_context().app_name)
         engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics, teller)
         self._info = engine.info

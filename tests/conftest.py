@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from eagleray.deploy.demo_model import demo_model
 from eagleray.deploy.serve_environment import set_environment
+from eagleray.workers.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
 
 

@@ -10,9 +10,10 @@ import ray
 from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.heartbeat import Heartbeat
+from eagleray.workers.model_dir import is_of_hub, model_dir
 from eagleray.workers.reporter import Reporter
 from eagleray.workers.start_teller import StartTeller
-from eagleray.workers.started import GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
+from eagleray.workers.started import FETCHING, GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
 from eagleray.workers.wire import Goodbye, Profile, RankMessage
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class RankActor:
         import eagleray.workers.step_guard  # noqa: F401
         from eagleray.parallel.network import open_store
 
+        if is_of_hub(self._config.model):  # which others on this node may be fetching, too
+            self._teller.begin(FETCHING)
+        model_dir(self._config.model, self._config.revision, weights=self._config.load_format != "dummy")
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         self._device = torch.device("cpu")
@@ -102,7 +106,7 @@ class RankActor:
         remedy = "raise tensor_parallel_size, or end what else runs there"
         with explained("the weights", remedy, self._device):
             self._model = load_model(
-                self._config.model,
+                model_dir(self._config.model, self._config.revision),
                 tp=self._tp,
                 dtype=getattr(torch, self._config.dtype),
                 device=self._device,

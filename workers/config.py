@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class WorkerConfig:
     """The same for every rank; checked by `EngineConfig`, from which it is made."""
 
-    model: str  # directory
+    model: str  # as `model_dir` has it
+    revision: str | None = None
     device: str  # cpu or cuda
     dtype: str  # float32, bfloat16 or float16
     load_format: str

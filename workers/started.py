@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import msgspec
 
-# The phases of a start, in order; the first two and the last are known without the ranks.
-RAY, PROCESSES, JOINING, WEIGHTS = "Ray", "processes and imports", "joining", "weights"
+# The phases of a start, in order; the first two and the last are known without the ranks. Only a model of the hub is
+# fetched.
+RAY, PROCESSES, FETCHING, JOINING, WEIGHTS = "Ray", "processes and imports", "fetching", "joining", "weights"
 MEMORY_PROFILE, GRAPHS, READY = "memory profile", "graphs", "ready"
-PHASES = (RAY, PROCESSES, JOINING, WEIGHTS, MEMORY_PROFILE, GRAPHS, READY)
+PHASES = (RAY, PROCESSES, FETCHING, JOINING, WEIGHTS, MEMORY_PROFILE, GRAPHS, READY)
 
 
 class Progress(msgspec.Struct, frozen=True):

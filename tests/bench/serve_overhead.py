@@ -26,10 +26,10 @@ import numpy as np
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.demo_model import resolve_model
 from eagleray.deploy.machine import hardware, versions
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_environment import set_environment
+from eagleray.workers.model_dir import model_dir
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     from eagleray.deploy.serve import build
 
     options: dict[str, Any] = {
-        "model": str(resolve_model(settings.model)),
+        "model": str(model_dir(settings.model)),
         "tensor_parallel_size": settings.tp,
         "threads_per_rank": settings.threads_per_rank,
         "cpus_per_rank": 0.1,

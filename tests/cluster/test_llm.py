@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def async_llm(engine: LocalEngine, front_end: FrontEnd) -> Iterator[AsyncLLM]:
 
 def params(max_tokens: int = 20, **others: object) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **others)  # type: ignore[arg-type]
+
+
+def test_without_parameters_the_models_own_count(engine: LocalEngine, tokenizer: Tokenizer) -> None:
+    limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
+    llm = LLM.attach(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
+    assert [len(token_ids(output)) for output in llm.generate(["a", "b"])] == [7, 7]
+    assert [len(token_ids(output)) for output in llm.chat([{"role": "user", "content": "a"}])] == [7]
+    mine = replace(llm.get_default_sampling_params(), max_tokens=3)
+    assert [len(token_ids(output)) for output in llm.generate("a", mine)] == [3]
+    assert llm.get_default_sampling_params() == params(7)
+
+
+async def test_without_parameters_the_models_own_count_in_streams(engine: LocalEngine, tokenizer: Tokenizer) -> None:
+    limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
+    llm = AsyncLLM.attach(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
+    assert [len(token_ids(output)) async for output in llm.generate("a")][-1] == 7
+    assert llm.get_default_sampling_params() == params(7)
+    llm.close()
 
 
 def token_ids(output: RequestOutput) -> list[int]:

@@ -13,10 +13,11 @@ import pytest
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy import cli
 from eagleray.deploy.arguments import (
-    CHAT_DEFAULTS,
+    CHAT_SAMPLING,
     ENGINE_HELP,
     ENGINE_RENAMED,
     GENERATE_DEFAULTS,
@@ -69,20 +70,20 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"(default: {GENERATE_DEFAULTS['max_tokens']})" in shown
 
 
-def test_chat_takes_what_makes_sense_in_a_conversation() -> None:
+def test_chat_takes_what_makes_sense_in_a_conversation(tmp_path: Path) -> None:
     parser = Parser()
     add_chat(parser)
-    params = sampling_params(parser.parse_args(["--model", "x"]))
-    assert params == SamplingParams(**CHAT_DEFAULTS)  # type: ignore[arg-type]
+    params = sampling_params(parser.parse_args(["--model", "x"]), tmp_path, CHAT_SAMPLING)
+    assert params == SamplingParams(max_tokens=None, temperature=0.7)
     for name in NOT_IN_CHAT:
         with pytest.raises(SystemExit):
             parser.parse_args(["--model", "x", flag(name), "1"])
 
 
-def test_options_not_given_leave_the_dataclass_its_defaults() -> None:
+def test_options_not_given_leave_the_dataclass_its_defaults(tmp_path: Path) -> None:
     arguments = parsed("hello")
     assert given(EngineConfig, arguments, ENGINE_RENAMED) == {"model": "somewhere"}
-    assert sampling_params(arguments) == SamplingParams(max_tokens=GENERATE_DEFAULTS["max_tokens"])
+    assert sampling_params(arguments, tmp_path) == SamplingParams(max_tokens=GENERATE_DEFAULTS["max_tokens"])
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,18 @@ def test_options_not_given_leave_the_dataclass_its_defaults() -> None:
         ("--logit-bias 5=-100,6=1.5", "logit_bias", {5: -100.0, 6: 1.5}),
     ],
 )
-def test_a_sampling_option_is_read(words: str, name: str, value: object) -> None:
-    assert getattr(sampling_params(parsed(*words.split())), name) == value
+def test_a_sampling_option_is_read(words: str, name: str, value: object, tmp_path: Path) -> None:
+    assert getattr(sampling_params(parsed(*words.split()), tmp_path), name) == value
+
+
+def test_the_model_has_its_say_where_no_option_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.2, "top_p": 0.9, "max_new_tokens": 5}')
+    with caplog.at_level(logging.INFO, "eagleray"):
+        params = sampling_params(parsed("--top-p", "1"), tmp_path, CHAT_SAMPLING)
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.2, 1.0, GENERATE_DEFAULTS["max_tokens"])
+    assert caplog.messages == ["sampling defaults of the model's generation_config.json: temperature 0.2, top_p 0.9"]
+    params = sampling_params(parsed("--generation-config", "none"), tmp_path)
+    assert (params.temperature, params.top_p) == (1.0, 1.0)
 
 
 def test_engine_options_are_read() -> None:
@@ -243,7 +254,7 @@ def test_demo_model_prints_the_directory(demo_model_dir: Path, capsys: pytest.Ca
 def test_engine_config_finds_the_demo_model(demo_model_dir: Path) -> None:
     arguments = parsed()
     arguments.model = "demo"
-    assert engine_config(arguments).model == str(demo_model_dir)
+    assert folder_of(engine_config(arguments)) == demo_model_dir
 
 
 def imported_by(words: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""`python -m eagleray.deploy.convert_gguf model.gguf folder`: a GGUF file becomes safetensors, tokenizer and configs.
+"""`python -m eagleray.workers.convert_gguf model.gguf folder`: a GGUF file becomes safetensors, tokenizer and configs.
 
 A process of its own, since it needs torch and the command line does not.
 """

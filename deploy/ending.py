@@ -1,0 +1,60 @@
+"""SIGTERM for a command: it ends as after Ctrl-C, and soon, even if its main thread cannot be interrupted.
+
+A handler of Python's runs between two of its instructions, so not while Ray's own code waits for a cluster that says
+nothing. What the system hands over when a signal comes is a byte in a pipe, and a thread waits for that.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+TERMINATED = 128 + signal.SIGTERM  # as shells have it
+GRACE_S = 10.0  # to close engines and let go of files
+
+
+class Terminated(SystemExit):
+    """SIGTERM came. asyncio hands on a `SystemExit` from wherever it is raised, and of other kinds only `Ctrl-C`'s."""
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """Raise `Terminated` here when SIGTERM comes; the process ends `GRACE_S` later at the latest.
+
+    For the main thread; what was set before is set again afterwards.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = signal.signal(signal.SIGTERM, _Once())
+    pipe_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_late, args=[reader], name="sigterm", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(pipe_before)
+        signal.signal(signal.SIGTERM, before)
+        writer.close()
+
+
+class _Once:
+    """Raises once: what closes an engine is not to be interrupted."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._told:
+            self._told = True
+            raise Terminated(TERMINATED)
+
+
+def _end_late(reader: socket.socket) -> None:
+    while numbers := reader.recv(64):
+        if signal.SIGTERM in numbers:
+            time.sleep(GRACE_S)
+            os._exit(TERMINATED)
+    reader.close()
