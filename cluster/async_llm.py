@@ -75,6 +75,11 @@ class AsyncLLM:
         """Requests that have not ended."""
         return self._front_end.num_running
 
+    @property
+    def num_unfinished_tokens(self) -> int:
+        """How many tokens requests have that have not ended."""
+        return self._front_end.num_unfinished_tokens
+
     def check_health(self, max_silence_s: float) -> None:
         """Raise `EngineDeadError` if the engine is gone, or if requests run and it has said nothing for this long.
 

@@ -187,6 +187,11 @@ class FrontEnd:
         return len(self._generations)
 
     @property
+    def num_unfinished_tokens(self) -> int:
+        """How many tokens requests have that have not ended."""
+        return sum(len(completion.token_ids) for _, completion in self._live.values())
+
+    @property
     def silence_s(self) -> float:
         """For how long requests have been running without any news; 0 if none runs."""
         return time.monotonic() - self._heard if self._generations else 0.0

@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -65,13 +66,25 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     if not answers(address):  # which Ray would find out after two minutes
         raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster; {TO_JOIN}")
     try:
-        _init(address, config, num_engines, options)
+        with _sigterm_kept():
+            _init(address, config, num_engines, options)
     except Exception as error:  # Ray has many kinds, none of them its own
         cause = f"{type(error).__name__}: {error}"
         if address == LOCAL:
             raise EngineStartError(f"Ray did not start on this machine ({cause}); {TO_START}") from error
         raise EngineStartError(f"the Ray cluster at {address} cannot be joined ({cause}); {TO_JOIN}") from error
     return address == LOCAL
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of whoever has one."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _init(address: str, config: EngineConfig, num_engines: int, options: dict[str, Any]) -> None:

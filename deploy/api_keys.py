@@ -18,7 +18,7 @@ def check_keys(keys: Sequence[str]) -> None:
 def keys_of_file(file: Path) -> list[str]:
     """One a line; empty lines do not count. Raises `ValueError` that names the file, for one without keys, too."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise ValueError(

@@ -30,6 +30,10 @@ class ReplicaActor:
         """As `Replica.answer`."""
         return await self._replica.answer(url, body)
 
+    async def num_unfinished_tokens(self) -> int:
+        """As `Replica.num_unfinished_tokens`."""
+        return await self._replica.num_unfinished_tokens()
+
     async def close(self) -> None:
         """End the engine."""
         self._replica.close()
@@ -59,6 +63,13 @@ class RemoteReplica:
             raise
         return answer
 
+    async def num_unfinished_tokens(self) -> int:
+        """As `Replica.num_unfinished_tokens`; none while the actor is gone, which others find out."""
+        with suppress(ray.exceptions.RayError):
+            count: int = await self._actor.num_unfinished_tokens.remote()
+            return count
+        return 0
+
     async def restart(self) -> None:
         """As `Replica.restart`; the actor, which may be gone, too, is replaced."""
         await self.close()
@@ -79,7 +90,7 @@ class RemoteReplica:
         ray.kill(self._actor)
 
     def _make(self) -> Any:
-        return ray.remote(max_restarts=0)(ReplicaActor).options(num_cpus=0, max_concurrency=self._window + 2).remote()
+        return ray.remote(max_restarts=0)(ReplicaActor).options(num_cpus=0, max_concurrency=self._window + 3).remote()
 
 
 def choose_num_replicas(wanted: int | None, config: EngineConfig, num_rows: int) -> int:

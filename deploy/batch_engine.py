@@ -36,6 +36,10 @@ class EngineReplica:
             await asyncio.shield(self._look())
         return answer
 
+    async def num_unfinished_tokens(self) -> int:
+        """As `Replica.num_unfinished_tokens`."""
+        return self._llm.num_unfinished_tokens
+
     def _look(self) -> "asyncio.Task[None]":
         """One look serves all that fail together."""
         if self._looking is None or self._looking.done():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eagleray.deploy.batch_rows import Line, custom_id
+from eagleray.deploy.utf8 import BOM, check_utf8
 
 BLANK, UNNAMED = 0, 1  # in place of a custom_id's digest
 BUFFER_BYTES = 1 << 20
@@ -43,9 +44,12 @@ def survey(file: Path) -> Survey:
     try:
         with file.open("rb", BUFFER_BYTES) as lines:
             for text in lines:
+                if not size:
+                    check_utf8(text, f"the input {file}")
                 whole.update(text)
                 size += len(text)
-                ids.append(digest(custom_id(text)) if text.strip() else BLANK)
+                row = text if ids else text.removeprefix(BOM)
+                ids.append(digest(custom_id(row)) if row.strip() else BLANK)
     except OSError as error:
         raise ValueError(f"the input {file} cannot be read: {error.strerror}; name a file of rows") from error
     values, counts = np.unique(np.frombuffer(ids, np.uint64), return_counts=True)
@@ -61,6 +65,8 @@ def read_lines(file: Path, known: Survey) -> Iterator[Line]:
     number = 0
     with file.open("rb", BUFFER_BYTES) as lines:
         for number, text in enumerate(lines, 1):
+            if number == 1:
+                text = text.removeprefix(BOM)
             blank = not text.strip()
             name = None if blank else custom_id(text)
             if known.id_at(number) != (BLANK if blank else digest(name)) or number > len(known.ids):

@@ -97,13 +97,24 @@ class Journal:
         try:
             while text:  # once, unless the disk is full
                 text = text[os.write(self._file, text) :]
+        except OSError as error:
+            self.close()
+            raise self._fault(error) from error
         except BaseException:
             self.close()
             raise
 
     def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
-        os.fsync(self._file)
+        """Wait until all that was written is on the disk. Raises `OSError` if it does not get there."""
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: OSError) -> OSError:
+        """The same, saying what was done to which file."""
+        what = f"{error.strerror}; results cannot be written, so the job stops: make room or mend the disk that holds"
+        return OSError(error.errno, what, str(self.partial))
 
     def finish(self, publish: Callable[[Path], None]) -> None:
         """`publish` makes the output of the partial file, whole; then nothing is left of it."""

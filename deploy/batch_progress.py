@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from eagleray.cluster.words import counted
 
-LOG_EVERY_S = 30.0
+LOG_EVERY_S = 30.0  # counted from the first row on
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ class BatchProgress:
         self.num_rows, self.num_done, self.num_failed = num_rows, num_done, num_failed
         self.num_before = num_done
         self.num_tokens = 0
+        self._tokens_logged = 0
         self._started = self._logged = time.monotonic()
         self._bar = Progress(
             SpinnerColumn(),
@@ -29,7 +30,7 @@ class BatchProgress:
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("· {task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -53,9 +54,17 @@ class BatchProgress:
         self.num_failed += failed
         self.num_tokens += num_tokens
         self._bar.update(self._task, completed=self.num_done, description=self._figures(), left=self._left())
-        if self._bar.disable and time.monotonic() - self._logged > LOG_EVERY_S:
-            self._logged = time.monotonic()
-            logger.info("%d of %d rows · %s%s", self.num_done, self.num_rows, self._figures(), f" · {self._left()}")
+
+    def look(self, num_running: int, num_tokens: int) -> None:
+        """So many rows run and have so many tokens. Where there is no bar, the log says so now and then."""
+        self._bar.update(self._task, description=self._figures())
+        now, tokens = time.monotonic(), self.num_tokens + num_tokens
+        if self._bar.disable and (seconds := now - self._logged) >= LOG_EVERY_S:
+            parts = [f"{self.num_done} of {self.num_rows} rows", f"{num_running} running"]
+            parts += [f"{self.num_failed} failed"] if self.num_failed else []
+            parts += [f"{max(tokens - self._tokens_logged, 0) / seconds:.1f} tokens/s", self._left()]
+            logger.info("%s", " · ".join(filter(None, parts)))
+            self._logged, self._tokens_logged = now, tokens
 
     def line(self) -> str:
         """All figures, at the end."""
@@ -84,5 +93,7 @@ class BatchProgress:
 
     def _left(self) -> str:
         done = self.num_done - self.num_before
-        seconds = round((self.num_rows - self.num_done) * self.elapsed / max(done, 1))
-        return f"· {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        if not done:
+            return ""
+        seconds = round((self.num_rows - self.num_done) * self.elapsed / done)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

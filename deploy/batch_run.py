@@ -16,6 +16,7 @@ from eagleray.deploy.batch_rows import Answer, Line, RowError
 SHRINK = 8  # how much smaller a group is for each death that its rows saw
 MAX_ALONE = 2  # deaths that a row may cause alone: one may have been chance
 MAX_IN_VAIN = 10  # deaths without an answer: more than one row needs to be found, if engines can answer others
+LOOK_S = 2.0  # between two looks at how far the rows are
 SYNC_S = 1.0  # what a machine that loses power may lose; a job that is killed loses nothing that was written
 
 T = TypeVar("T")
@@ -28,6 +29,9 @@ class Replica(Protocol):
 
     async def answer(self, url: str, body: bytes) -> Answer:
         """Raises `EngineDeadError` if the engine is gone; the row can be tried again."""
+
+    async def num_unfinished_tokens(self) -> int:
+        """How many tokens its rows have that have not ended."""
 
     async def restart(self) -> None:
         """Start another engine for one that is gone. Raises `EngineStartError`."""
@@ -56,6 +60,7 @@ class BatchRun:
         self._suspects: deque[Suspect] = deque()
         self._journal = journal
         self._progress = progress
+        self._num_running = 0
         self._num_in_vain = 0  # deaths since the last answer
         self._blamed: list[tuple[Suspect, str]] = []  # and the rows that they are blamed on, each with the last cause
 
@@ -65,18 +70,25 @@ class BatchRun:
         Raises `EngineDeadError` with the last cause when rows are left and no replica, or when engines only die;
         `ValueError` if the input changes, `OSError` if the disk takes no more.
         """
-        syncing = asyncio.create_task(self._sync())
+        work, syncing = asyncio.create_task(self._answer(replicas, window)), asyncio.create_task(self._sync())
+        looking = asyncio.create_task(self._look(replicas))
         try:
-            while replicas:
-                ends = await _together([self._drive(replica, window) for replica in replicas])
-                replicas = [replica for replica, end in zip(replicas, ends, strict=True) if end is None]
-                if syncing.done():
-                    syncing.result()  # a disk that fails
-                if not self._suspects:
-                    self._give_up()
-                    return
+            await asyncio.wait((work, syncing), return_when=asyncio.FIRST_COMPLETED)
+            if syncing.done():
+                syncing.result()  # a disk that fails: what is answered from now on might be lost
+            await work
         finally:
-            syncing.cancel()
+            for task in (work, syncing, looking):
+                task.cancel()
+            await asyncio.wait((work, syncing, looking))
+
+    async def _answer(self, replicas: Sequence[Replica], window: int) -> None:
+        while replicas:
+            ends = await _together([self._drive(replica, window) for replica in replicas])
+            replicas = [replica for replica, end in zip(replicas, ends, strict=True) if end is None]
+            if not self._suspects:
+                self._give_up()
+                return
         raise EngineDeadError(next(filter(None, ends)))
 
     async def _drive(self, replica: Replica, window: int) -> str | None:
@@ -127,6 +139,7 @@ class BatchRun:
 
     async def _try(self, replica: Replica, row: Suspect, alone: bool) -> str | None:
         """Record a row's result, or make it a suspect and say why the engine died."""
+        self._num_running += 1
         try:
             request = batch_rows.parse(row.line)
             answer = await replica.answer(request.url, bytes(request.body))
@@ -141,6 +154,8 @@ class BatchRun:
             self._give_up()
             num_tokens = batch_rows.num_completion_tokens(answer)
             self._record(batch_rows.result(row.line, answer), answer.status != 200, num_tokens)
+        finally:
+            self._num_running -= 1
         return None
 
     def _suspect(self, row: Suspect, death: str) -> None:
@@ -161,6 +176,12 @@ class BatchRun:
     def _record(self, text: bytes, failed: bool, num_tokens: int = 0) -> None:
         self._journal.append(text)
         self._progress.count(failed, num_tokens)
+
+    async def _look(self, replicas: Sequence[Replica]) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            num_tokens = await asyncio.gather(*(replica.num_unfinished_tokens() for replica in replicas))
+            self._progress.look(self._num_running, sum(num_tokens))
 
     async def _sync(self) -> None:
         while True:

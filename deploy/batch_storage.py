@@ -5,6 +5,7 @@ work directory, uploads the output whole at the end, and fetches the input there
 gone, the work directory must be on a volume that outlasts it.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -82,16 +83,32 @@ class Places:
             partial.unlink()
             return
         folder = Path(self.output).absolute().parent
-        if folder.stat().st_dev == partial.stat().st_dev:
+        try:
             partial.rename(self.output)
-        else:  # a work directory on another disk
-            draft = folder / f"{partial.name}.new"
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._copy_out(partial, folder)  # a work directory on another disk
+        sync_directory(folder)
+        if partial.parent != folder:
+            sync_directory(partial.parent)
+
+    def _copy_out(self, partial: Path, folder: Path) -> None:
+        """The partial file goes once the output is on its disk, under its name: one of them is always there."""
+        draft = folder / f"{partial.name}.new"
+        try:
             shutil.copyfile(partial, draft)
             with draft.open("rb") as copied:
                 os.fsync(copied.fileno())
             draft.rename(self.output)
-            partial.unlink()
-        sync_directory(folder)
+            sync_directory(folder)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise ValueError(
+                f"the output {self.output} cannot be written: {error}; all results are in {partial}: mend it and run "
+                "the same command again"
+            ) from error
+        partial.unlink()
 
     def clean(self) -> None:
         """Remove the copy of the input, if there is one."""

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import readline  # noqa: F401  (gives `input` its editing and its history)
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from eagleray.cluster.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.answers import printable
 from eagleray.deploy.arguments import CHAT_SAMPLING, check_sampling, engine_config, sampling_params
+from eagleray.deploy.chat_input import ChatInput
 from eagleray.deploy.engine import chat_templates, running_engine
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ HELP = """\
 /help   show this
 /reset  forget the conversation, all but the system message
 /exit   leave, as Ctrl-D does
-Ctrl-C stops an answer; at the prompt it clears the line"""
+Ctrl-C stops an answer; at the prompt it clears what is written
+Several lines are one message if they are pasted, if Alt-Enter stands between them, if all but the last end in \\,
+or if they stand between \"\"\" and \"\"\""""
 GREETING = "Talk to the model; /help shows what else can be typed."
 
 
@@ -66,10 +68,10 @@ class Conversation:
 
 
 def _talk(conversation: Conversation, runner: asyncio.Runner) -> None:
-    at_terminal = sys.stdin is not None and sys.stdin.isatty()
-    if at_terminal:
+    messages = ChatInput()
+    if messages.at_terminal:
         print(GREETING)
-    while (text := _read("> " if at_terminal else "")) not in (None, "/exit"):
+    while (text := messages.read()) not in (None, "/exit"):
         match text:
             case "":
                 continue
@@ -77,7 +79,7 @@ def _talk(conversation: Conversation, runner: asyncio.Runner) -> None:
                 print(HELP)
             case "/reset":
                 conversation.reset()
-            case str() if text.startswith("/"):
+            case str() if text.startswith("/") and "\n" not in text:
                 print(f"there is no command {text}; /help shows those there are")
             case str():
                 _answer(conversation, text, runner)
@@ -90,15 +92,3 @@ def _answer(conversation: Conversation, text: str, runner: asyncio.Runner) -> No
         print("(stopped)")
     except ValueError as error:
         print(f"eagleray: {error}; /reset forgets what was said", file=sys.stderr)
-
-
-def _read(prompt: str) -> str | None:
-    """The next line, or None at the end of input."""
-    while True:
-        try:
-            return input(prompt).strip()
-        except KeyboardInterrupt:
-            print()
-        except EOFError:
-            print()
-            return None

@@ -3,9 +3,11 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -13,6 +15,7 @@ from typing import Any, TextIO
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.arguments import Parser
+from eagleray.deploy.ending import TERMINATED, ending_on_sigterm
 from eagleray.workers.demo_model import DemoModelError, demo_model
 from eagleray.workers.hub import FetchError
 
@@ -28,6 +31,7 @@ class Command:
     summary: str
     add_arguments: str
     run: str
+    drains: bool = False  # sees to SIGTERM itself
 
 
 COMMANDS = {
@@ -45,6 +49,7 @@ COMMANDS = {
         "offer a model over HTTP as OpenAI does, on Ray Serve",
         "eagleray.deploy.serve_arguments:add_serve",
         "eagleray.deploy.serve_command:run",
+        drains=True,
     ),
     "batch": Command(
         "answer a file of OpenAI requests; a job that was killed goes on where it stopped",
@@ -83,7 +88,7 @@ SUMMARIES = {"bench": "Benchmarks."}  # of groups of commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, `FAILED`, `MISUSED` or `INTERRUPTED`, and raises `SystemExit` after --help."""
+    """Run one command: 0, `FAILED`, `MISUSED`, `INTERRUPTED` or `TERMINATED`; `SystemExit` after --help."""
     words = list(sys.argv[1:] if argv is None else argv)
     name, words = _pick(words)
     command = COMMANDS[name]
@@ -92,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="log more, and show where an error comes from")
     arguments = parser.parse_intermixed_args(words)
     _log_to_stderr(arguments.debug)
-    return guarded(_named(command.run), arguments)
+    with nullcontext() if command.drains else ending_on_sigterm():
+        return guarded(_named(command.run), arguments)
 
 
 def print_demo_model(_arguments: argparse.Namespace) -> int:
@@ -138,6 +144,10 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
         return run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, arguments.debug)
+    except SystemExit as ending:
+        if ending.code not in (TERMINATED, signal.SIGTERM):  # the second is Ray's, from the midst of its start
+            raise
+        return _fail("ended by SIGTERM", TERMINATED, arguments.debug)
     except BrokenPipeError:  # whoever read standard output has enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.prompts import Message, check_text
+from eagleray.deploy.utf8 import utf8_text
 
 FORMS = 'give {"prompt": "text"}, {"prompt": [token ids]} or {"messages": [{"role": "user", "content": "text"}]}'
 
@@ -59,19 +60,15 @@ def read_file(file: Path, option: str) -> list[Task]:
 def _standard_input() -> list[Task]:
     if sys.stdin is None or sys.stdin.isatty():
         return []
-    try:
-        return parse_lines(sys.stdin, "standard input")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8 text: {error}; convert it to UTF-8") from error
+    text = utf8_text(sys.stdin.buffer.read(), "standard input")
+    return parse_lines(text.split("\n"), "standard input")
 
 
 def _text(file: Path, option: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return utf8_text(file.read_bytes(), f"{option} {file}")
     except OSError as error:
         raise ValueError(f"{option} {file} cannot be read: {error.strerror}; name a file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {file} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
 def parse_lines(lines: Iterable[str], origin: str) -> list[Task]:

@@ -54,6 +54,7 @@ def demo_model() -> Path:
             if not target.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f"{NAME}.", dir=target.parent) as scratch:
                     finish(built := _build(Path(scratch)))
+                    os.sync()  # what exists is whole after a power failure, too
                     built.rename(target)
             elif not _is_current(target):
                 finish(target)  # what an earlier version made; its weights are these

@@ -182,6 +182,23 @@ def test_lines_are_those_of_the_file_and_ids_that_come_again_are_seen(tmp_path: 
     assert [custom_id(line.text) for line in lines] == ["row 0", None, "row 1", "row 0", None, "row 0", "row 1"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(input: Path, known: Survey) -> None:
+    marked = input.with_name("marked.jsonl")
+    marked.write_text(input.read_text(), encoding="utf-8-sig")
+    of_marked = survey(marked)
+    assert (of_marked.ids, of_marked.num_rows) == (known.ids, known.num_rows)
+    assert list(read_lines(marked, of_marked)) == list(read_lines(input, known))
+    marked.write_text("\n" + input.read_text(), encoding="utf-8-sig")
+    assert survey(marked).num_rows == known.num_rows
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_an_input_of_utf_16_is_refused_whole(input: Path, encoding: str) -> None:
+    input.write_bytes(input.read_text().encode(encoding))
+    with pytest.raises(ValueError, match=r"the input .*in\.jsonl is not UTF-8 text, but UTF-16"):
+        survey(input)
+
+
 def test_an_input_that_changes_while_it_is_read_is_noticed(input: Path, known: Survey) -> None:
     before = input.read_text()
     for changed in (before + "{}\n", before.replace("row 3", "row 9"), before[: before.rindex("\n", 0, -1) + 1]):

@@ -1,7 +1,12 @@
 """A batch around its engines: rows in flight, those of an engine that dies, and where files are."""
 
 import asyncio
+import errno
 import io
+import logging
+import os
+import re
+import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
+from eagleray.deploy import batch_progress, batch_run
 from eagleray.deploy.batch_input import read_lines, survey
 from eagleray.deploy.batch_journal import Identity, Journal
 from eagleray.deploy.batch_progress import BatchProgress
@@ -31,7 +37,7 @@ class Server:
     """A tiny app instead of a model: it repeats what it is asked, and dies after so many answers or of a poison."""
 
     def __init__(self, dies_after: int | None = None, max_restarts: int = 0) -> None:
-        self.num_running = self.most_running = self.num_answers = self.num_restarts = 0
+        self.num_running = self.most_running = self.num_answers = self.num_restarts = self.num_steps = 0
         self._dies_after = dies_after
         self._max_restarts = max_restarts
         self._dead = False
@@ -40,6 +46,9 @@ class Server:
 
     async def answer(self, url: str, body: bytes) -> Answer:
         return await self._replica.answer(url, body)
+
+    async def num_unfinished_tokens(self) -> int:
+        return self.num_steps
 
     async def restart(self) -> None:
         if self.num_restarts == self._max_restarts:
@@ -55,6 +64,7 @@ class Server:
         self.most_running = max(self.most_running, self.num_running)
         for _ in range(asked["max_tokens"]):
             await asyncio.sleep(0)
+            self.num_steps += 1
         self.num_running -= 1
         self.num_answers += 1
         if asked.get("user") == POISON or (self._dies_after is not None and self.num_answers > self._dies_after):
@@ -163,6 +173,54 @@ async def test_engines_that_only_die_end_the_job_and_no_row_is_blamed(input: Pat
     assert not input.with_name("out.jsonl.partial").exists()
 
 
+async def test_a_disk_that_fails_ends_the_job_while_rows_run(input: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is kept; the row that never ends would be waited for otherwise."""
+    write_rows(input, [row(0, max_tokens=10**12), *(row(index) for index in range(1, NUM_ROWS))])
+    partial = input.with_name("out.jsonl.partial")
+    sync = os.fsync
+
+    def fails_once_the_others_are_done(file: int) -> None:
+        if partial.exists() and os.path.samestat(os.fstat(file), partial.stat()):
+            if len(read_results(partial)) == NUM_ROWS - 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fails_once_the_others_are_done)
+    monkeypatch.setattr(batch_run, "SYNC_S", 0.001)
+    with pytest.raises(OSError, match=r"Input/output error; results cannot be written, .*out\.jsonl\.partial"):
+        await asyncio.wait_for(answered(input, [Server()], window=5), 60)
+    assert len(read_results(partial)) == NUM_ROWS - 1
+
+
+async def test_the_log_says_how_far_it_is_even_when_no_row_ends(
+    input: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_rows(input, [row(0, max_tokens=10**12), row(1), row(2), {"custom_id": "bad"}])
+    monkeypatch.setattr(batch_run, "LOOK_S", 0.001)
+    monkeypatch.setattr(batch_progress, "LOG_EVERY_S", 0.01)
+    form = r"3 of 4 rows · 1 running · 1 failed · [1-9][0-9.]* tokens/s · \d:\d\d:\d\d left"
+    with caplog.at_level(logging.INFO, "eagleray"):
+        job = asyncio.create_task(answered(input, [Server()], window=5))
+        while not job.done() and sum(bool(re.fullmatch(form, message)) for message in caplog.messages) < 3:
+            await asyncio.sleep(0)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+
+
+async def test_a_full_disk_ends_the_job_while_rows_run(input: Path) -> None:
+    write_rows(input, [row(0, max_tokens=10**12), *(row(index) for index in range(1, NUM_ROWS))])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large; results cannot be written, .*out\.jsonl\.partial"):
+            await asyncio.wait_for(answered(input, [Server()], window=5), 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert input.with_name("out.jsonl.partial").stat().st_size == 4000
+
+
 def test_an_output_in_an_object_store_needs_a_work_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name a directory on a disk that outlasts the job with --work-dir"):
         Places.of("in.jsonl", "s3://bucket/out.jsonl", None)
@@ -208,6 +266,50 @@ def test_a_work_directory_may_be_on_another_disk(tmp_path: Path) -> None:
         places.publish(places.partial)
         assert list(Path(folder).iterdir()) == []
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("out.jsonl", b"results\n")]
+
+
+def test_on_another_disk_the_output_is_durable_before_the_only_other_copy_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure at any moment leaves one of them: bytes are synced, then the name, then the copy goes."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one disk only")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        output = tmp_path / "out.jsonl"
+        places = Places.of("in.jsonl", str(output), Path(folder))
+        places.partial.write_bytes(b"results\n")
+        synced: list[tuple[str, bool, bool]] = []
+        sync = os.fsync
+
+        def watched(file: int) -> None:
+            name = Path(os.readlink(f"/proc/self/fd/{file}"))
+            what = "folder" if name == tmp_path else "bytes" if name.parent == tmp_path else "work directory"
+            synced.append((what, output.exists(), places.partial.exists()))
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", watched)
+        places.publish(places.partial)
+    assert synced[:2] == [("bytes", False, True), ("folder", True, True)]
+    assert synced[-1] == ("work directory", True, False)
+
+
+def test_an_output_that_cannot_be_written_to_another_disk_is_kept_where_it_is(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one disk only")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        places = Places.of("in.jsonl", str(tmp_path / "out.jsonl"), Path(folder))
+        places.partial.write_bytes(b"results\n" * 1000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        try:
+            with pytest.raises(ValueError, match=r"out\.jsonl cannot be written: .*; all results are in .*partial"):
+                places.publish(places.partial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert places.partial.stat().st_size == 8000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_that_an_object_store_refuses_are_kept(tmp_path: Path) -> None:

@@ -39,8 +39,28 @@ def test_only_a_line_feed_ends_a_line_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", [None, Path("-")])
 def test_standard_input_is_read_without_a_file(file: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo\n")))
     assert [task.prompt for task in read_tasks([], file)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("text", ["one\n{}\n", '{{"prompt": "one"}}\n{}\n', "\n\none\n{}"])
+def test_a_byte_order_mark_is_no_part_of_standard_input(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one that stands first; elsewhere it is a character."""
+    data = text.format("\ufefftwo").encode("utf-8-sig")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+    assert [task.prompt for task in read_tasks([], None)] == ["one", "\ufefftwo"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_utf_16_is_refused_by_name(
+    encoding: str, from_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("hello\n".encode(encoding))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(file.open("rb")))
+    with pytest.raises(ValueError, match=r"is not UTF-8 text, but UTF-16 or no text at all; save it as UTF-8, or conv"):
+        read_tasks([], file if from_file else None)
 
 
 def test_a_closed_standard_input_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +115,7 @@ def test_a_whole_surrogate_pair_is_a_character() -> None:
 
 def test_standard_input_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"fine\n\xff\n"), encoding="utf-8"))
-    with pytest.raises(ValueError, match=r"standard input is not UTF-8 text: .* convert it"):
+    with pytest.raises(ValueError, match=r"standard input is not UTF-8 text: .* save it as UTF-8"):
         read_tasks([], None)
 
 

@@ -1,0 +1,69 @@
+"""SIGTERM: commands end by an exception, and soon even where Ray's own code waits."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.tiny_model import write_tiny_model
+
+EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
+WAITS = """
+import asyncio, sys
+from eagleray.deploy import cli
+from eagleray.deploy.ending import ending_on_sigterm
+
+async def main():
+    waits = asyncio.create_task(asyncio.sleep(600))
+    print("ready", flush=True)
+    try:
+        await waits
+    finally:
+        print("closed", flush=True)
+
+with ending_on_sigterm():
+    sys.exit(cli.guarded(lambda _: asyncio.run(main()), cli.argparse.Namespace(debug=False)))
+"""
+
+
+def test_what_runs_is_closed_and_the_exit_code_says_why() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (143, "closed\n", "eagleray: ended by SIGTERM\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_a_command_ends_though_the_ray_that_it_joins_says_nothing(tmp_path: Path, command: str) -> None:
+    """Ray waits for it in code that no handler of Python's interrupts."""
+    model = write_tiny_model(tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n')
+    words = {"generate": ["hello"], "batch": [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]}[command]
+    with socket.create_server(("", 0)) as silent:  # Ray asks at another of this machine's addresses
+        silent.settimeout(120)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen(
+            [*EAGLERAY, command, *words, "--model", str(model)],
+            env=os.environ | {"RAY_ADDRESS": address},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            accepted = [silent.accept()[0] for _ in range(2)]  # a first look whether something listens, then Ray
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+            code = process.returncode
+            for connection in accepted:
+                connection.close()
+        finally:
+            process.kill()
+            process.communicate()
+    assert code == 143
