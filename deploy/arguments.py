@@ -1,7 +1,9 @@
 """What the commands accept. Light to import, so that `--help` and a mistyped option answer at once."""
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,6 +71,16 @@ ENGINE_RENAMED = {"seed": "engine_seed"}  # --seed is the requests' own
 ENGINE_CHOICES = {"dtype": DTYPES, "device": DEVICES, "load_format": LOAD_FORMATS}
 
 
+MISSING = "the following arguments are required:"
+UNKNOWN_OPTION = re.compile(r"unrecognized arguments: .*?(--[^\s=]+)")
+
+
+def nearest(word: str, names: Sequence[str]) -> str:
+    """`; did you mean …?`, if one of the names is like it."""
+    near = get_close_matches(word, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line."""
 
@@ -76,6 +88,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> Any:
+        if message in (f"{MISSING} --model/-m", f"{MISSING} MODEL"):
+            message += "; demo is a small model to begin with"
+        if found := UNKNOWN_OPTION.match(message):
+            if found[1] == "--model" and any(action.dest == "model" for action in self._actions):
+                message += f"; name the model without it: {self.prog} MODEL"
+            else:
+                message += nearest(found[1], [name for name in self._option_string_actions if name.startswith("--")])
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 

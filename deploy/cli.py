@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any, TextIO
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
-from eagleray.deploy.arguments import Parser
+from eagleray.deploy.arguments import Parser, nearest
 from eagleray.deploy.ending import TERMINATED, ending_on_sigterm
 from eagleray.workers.demo_model import DemoModelError, demo_model
 from eagleray.workers.hub import FetchError
@@ -109,14 +109,28 @@ def print_demo_model(_arguments: argparse.Namespace) -> int:
 
 def _pick(words: list[str]) -> tuple[str, list[str]]:
     """The command that the first word names, or the first two, and the words after it."""
+    if words[:1] == ["help"]:  # `eagleray help serve` is `eagleray serve --help`
+        words = [*words[1:], "--help"]
     top = _chooser("eagleray", "A tensor-parallel LLM inference engine on Ray.", COMMANDS)
     top.add_argument("--version", action="version", version=f"eagleray {version('eagleray')}")
-    name: str = top.parse_args(words[:1]).command
+    name = _chosen(top, COMMANDS, words[:1])
     if name in COMMANDS:
         return name, words[1:]
     group = {full.split()[1]: command for full, command in COMMANDS.items() if full.split()[0] == name}
-    chooser = _chooser(f"eagleray {name}", SUMMARIES[name], group)
-    return f"{name} {chooser.parse_args(words[1:2]).command}", words[2:]
+    return f"{name} {_chosen(_chooser(f'eagleray {name}', SUMMARIES[name], group), group, words[1:2])}", words[2:]
+
+
+def _chosen(parser: Parser, commands: Mapping[str, Command], words: list[str]) -> str:
+    """The command that the one word names; for another, the parser ends the program with the name that is nearest."""
+    names = list(dict.fromkeys(name.split()[0] for name in commands))
+    if not words:
+        parser.error(f"which command? {', '.join(names)}")
+    if words[0].startswith("-"):
+        words = [*words, names[0]]  # as if there was one: what is wrong is the option
+    elif words[0] not in names:
+        parser.error(f"there is no command {words[0]!r}{nearest(words[0], names)}")
+    name: str = parser.parse_args(words).command
+    return name
 
 
 def _chooser(prog: str, description: str, commands: Mapping[str, Command]) -> Parser:
@@ -128,8 +142,7 @@ def _chooser(prog: str, description: str, commands: Mapping[str, Command]) -> Pa
         epilog=f"commands:\n{lines}\n\n`{prog} COMMAND --help` shows what a command takes.",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    words = list(dict.fromkeys(name.split()[0] for name in commands))
-    parser.add_argument("command", metavar="COMMAND", choices=words, help="one of those below")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
     return parser
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 TERMINATED = 128 + signal.SIGTERM  # as shells have it
-GRACE_S = 10.0  # to close engines and let go of files
+GRACE_S = 5.0  # to close engines and let go of files
 
 
 class Terminated(SystemExit):

@@ -147,7 +147,7 @@ def test_a_field_of_a_type_without_a_reader_is_refused() -> None:
 
 
 USAGE_ERRORS = [
-    ("", "COMMAND"),
+    ("", "which command?"),
     ("generat", "'generat'"),
     ("generate hello", "--model"),
     ("generate --model demo hello --tempo 3", "--tempo"),
@@ -255,6 +255,44 @@ def test_engine_config_finds_the_demo_model(demo_model_dir: Path) -> None:
     arguments = parsed()
     arguments.model = "demo"
     assert folder_of(engine_config(arguments)) == demo_model_dir
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [("help", "--help"), ("help serve", "serve --help"), ("help bench serve", "bench serve --help")],
+)
+def test_help_is_a_word_too(words: str, same: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for given_words in (words, same):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(given_words.split())
+        shown.append(capsys.readouterr())
+    assert shown[0] == shown[1]
+    assert shown[0].out.startswith("usage: eagleray")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "eagleray: error: which command? generate, chat, serve, batch, bench, profile, demo-model"),
+        ("serv x", "eagleray: error: there is no command 'serv'; did you mean serve?"),
+        ("generat --help", "eagleray: error: there is no command 'generat'; did you mean generate?"),
+        ("help chatt", "eagleray: error: there is no command 'chatt'; did you mean chat?"),
+        ("xyz", "eagleray: error: there is no command 'xyz' (see"),
+        ("bench", "eagleray bench: error: which command? latency, throughput, serve"),
+        ("bench latncy", "eagleray bench: error: there is no command 'latncy'; did you mean latency?"),
+        ("generate -m x --temprature 1", "unrecognized arguments: --temprature; did you mean --temperature?"),
+        ("generate hi", "required: --model/-m; demo is a small model to begin with"),
+        ("serve", "required: MODEL; demo is a small model to begin with"),
+        ("serve x --model demo", "--model demo; name the model without it: eagleray serve MODEL"),
+    ],
+)
+def test_what_is_mistyped_is_told_with_what_is_near(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert message in complaint(capsys)
 
 
 def imported_by(words: str) -> set[str]:
