@@ -54,7 +54,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="what OpenAI's clients call so (default: http://127.0.0.1:8000/v1)",
     )
-    server.add_argument("--model", "-m", required=True, metavar="NAME", help="as the server's /models lists it")
+    server.add_argument(
+        "--model", "-m", metavar="NAME", help="as the server's /models lists it, or demo (default: the only one there)"
+    )
     server.add_argument(
         "--endpoint", choices=ENDPOINTS, default="completions", help="which one is asked (default: completions)"
     )

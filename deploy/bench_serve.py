@@ -6,10 +6,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import httpx
 import numpy as np
 from rich.console import Console
 
@@ -18,11 +19,13 @@ from eagleray.cluster.words import counted
 from eagleray.deploy.bench_arguments import SAMPLED_BY, bench_params, goodput_limits
 from eagleray.deploy.bench_lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench_views import rates_table, requests_bar, times_table
-from eagleray.deploy.http_load import Ask, Exchange, HttpLoad
+from eagleray.deploy.http_load import Ask, Exchange, HttpLoad, is_here
 from eagleray.deploy.metrics import serving_figures, spread
 from eagleray.deploy.prompts import Task, in_chat
 from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import due_times, random_prompts
+from eagleray.workers.demo_model import NAME
+from eagleray.workers.model_dir import DEMO
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
@@ -41,9 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     """0, or 1 if a request failed. Raises `ValueError` for what cannot be asked before anything is sent."""
     check_writable(arguments.output_json, "--output-json")
     limits = goodput_limits(arguments.goodput)
+    headers = _key_header(arguments.api_key_env)
+    arguments.model = _served_name(arguments, headers)
     load = HttpLoad(
         arguments.base_url + PATHS[arguments.endpoint],
-        _key_header(arguments.api_key_env),
+        headers,
         arguments.timeout,
         arguments.max_concurrency,
     )
@@ -133,6 +138,23 @@ def _body(arguments: argparse.Namespace, prompt: Prompt, max_tokens: int) -> dic
         **({"ignore_eos": True} if arguments.ignore_eos else {}),
         **{name: getattr(arguments, name) for name in SAMPLED_BY if hasattr(arguments, name)},
     }
+
+
+def _served_name(arguments: argparse.Namespace, headers: Mapping[str, str]) -> str:
+    """The model's name as the server has it: "demo" is the demo model's, no name is that of its only model."""
+    if arguments.model not in (None, DEMO):
+        return str(arguments.model)
+    url = f"{arguments.base_url}/models"
+    try:
+        reply = httpx.get(url, headers=headers, timeout=arguments.timeout, trust_env=not is_here(url))
+        names = [str(entry["id"]) for entry in reply.raise_for_status().json()["data"]]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{url} does not say which models there are ({error}); name one with --model") from error
+    wanted = names if arguments.model is None else [name for name in names if name in (DEMO, NAME)]
+    if len(wanted) != 1:
+        listed = ", ".join(names) or "none"
+        raise ValueError(f"the server at {arguments.base_url} has these models: {listed}; name one with --model")
+    return wanted[0]
 
 
 def _key_header(variable: str | None) -> dict[str, str]:

@@ -74,6 +74,31 @@ def test_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chat.body == streamed
 
 
+@pytest.mark.parametrize(
+    ("models", "option", "asked"),
+    [
+        (["SmolLM2-135M-Instruct"], ["--model", "demo"], "SmolLM2-135M-Instruct"),
+        (["x", "demo"], ["--model", "demo"], "demo"),
+        (["some-body/tiny"], [], "some-body/tiny"),
+    ],
+)
+def test_a_model_is_called_as_the_server_calls_it(models: list[str], option: list[str], asked: str) -> None:
+    server = SlowServer(first_s=0, next_s=0, models=models)
+    with asgi_server(server) as url:
+        words = ["--num-prompts", "1", "--input-len", "4", "--output-len", "2"]
+        assert cli.main(["bench", "serve", "--base-url", f"{url}/v1", *option, *words]) == 0
+    assert {seen.body["model"] for seen in server.seen} == {asked}
+
+
+@pytest.mark.parametrize(("models", "option"), [(["a", "b"], []), ([], []), (["a"], ["--model", "demo"])])
+def test_which_model_is_meant_must_be_clear(
+    models: list[str], option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with asgi_server(SlowServer(first_s=0, next_s=0, models=models)) as url:
+        assert cli.main(["bench", "serve", "--base-url", f"{url}/v1", *option]) == 2
+    assert f"has these models: {', '.join(models) or 'none'}; name one with --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_proxy_of_the_environment_is_for_other_machines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str

@@ -27,6 +27,7 @@ class SlowServer:
     next_s: float
     refused: dict[int, int] = field(default_factory=dict)
     cut: int | None = None  # the number of the request whose stream ends after its first token
+    models: list[str] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
@@ -37,6 +38,11 @@ class SlowServer:
             body += message["body"]
             if not message["more_body"]:
                 break
+        if scope["path"] == "/v1/models":
+            listed = {"object": "list", "data": [{"id": name} for name in self.models]}
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": json.dumps(listed).encode()})
+            return
         number = len(self.seen)
         headers = {key.decode(): value.decode() for key, value in scope["headers"]}
         seen = Seen(scope["path"], headers, json.loads(body))
