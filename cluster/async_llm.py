@@ -107,17 +107,23 @@ class AsyncLLM:
         *,
         priority: int = 0,
         output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+        group: str | None = None,
+        tenant: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cumulative outputs, or as `output_kind` says, the last one with `finished`.
 
         Cancelling or leaving the iteration aborts the request.
         Raises `ValueError` before anything is sent if the request cannot run, and `EngineDeadError` once the engine is
         gone. Without `request_id` requests are numbered.
+
+        Running requests share the engine fairly: first the tenants, as a server has them, and then the groups of each.
+        Requests of one `group` count as one; without it each is its own.
         """
         self._check_open()
         self._check_alive()
+        params = sampling_params or self._front_end.default_params
         generation = self._front_end.prepare(
-            prompt, sampling_params or self._front_end.default_params, request_id, priority, output_kind
+            prompt, params, request_id, priority, output_kind, group=group, tenant=tenant
         )
         news = self._submit(generation)
         try:
@@ -189,9 +195,9 @@ class AsyncLLM:
         self.close()
 
     def _submit(self, generation: Generation) -> asyncio.Event:
-        requests = self._front_end.add(generation)
+        request = self._front_end.add(generation)
         try:
-            self._engine.send(Submit(requests))
+            self._engine.send(Submit([request]))
         except EngineDeadError as error:
             self._fail(str(error))
             raise

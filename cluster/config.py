@@ -19,7 +19,7 @@ class EngineConfig:
     dtype: str = "auto"  # the checkpoint's, but float32 on CPU
     device: str = "auto"  # cuda where the cluster has GPUs
     load_format: str = "safetensors"
-    seed: int = 0  # of requests that bring none, and of dummy weights
+    seed: int | None = None  # of requests that bring none, a fresh one at every start if None; of dummy weights, too
     max_model_len: int | None = None  # the model's own limit
     block_size: int | None = None  # tokens in a KV block: 16 on CPU, 128 on CUDA
     max_num_seqs: int = 256  # rows
@@ -52,8 +52,8 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False")
-        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed!r}; give a whole number from 0 to 2**64 - 1")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**64):
+            raise ValueError(f"seed is {self.seed!r}; give a whole number from 0 to 2**64 - 1, or None for a fresh one")
         _check_amount("gpu_memory_utilization", self.gpu_memory_utilization)
         if not 0 < self.gpu_memory_utilization <= 1:
             share = self.gpu_memory_utilization

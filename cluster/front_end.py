@@ -1,5 +1,6 @@
 """The front ends' bookkeeping, without input and output: what to send for a prompt, and what the engine's news mean."""
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -20,7 +21,7 @@ from eagleray.cluster.outputs import RequestOutputKind
 from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.stop_strings import StopStrings
-from eagleray.cluster.submission import ModelLimits, derive_seed, engine_requests
+from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request
 from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
 
@@ -39,11 +40,14 @@ class FrontEnd:
         self,
         tokenizer: Tokenizer | None,
         limits: ModelLimits,
-        seed: int = 0,
+        seed: int | None = None,
         on_end: OnEnd = unwatched,
         defaults: SamplingParams | None = None,
     ) -> None:
         """Without a tokenizer prompts are token ids and outputs have no text. `defaults` are the model's own sampling.
+
+        Requests without a seed draw by one that is made of `seed` and their number. Without that it is a fresh one, so
+        that no other front end, before or beside this one, draws the same; two with the same seed do.
 
         `on_end` hears of every request that was taken in, once it has ended, or once the engine is gone.
         """
@@ -51,7 +55,7 @@ class FrontEnd:
         self.default_params = defaults or SamplingParams()  # of requests that bring none
         self.stats = EngineStats()  # of the engine, after the last step
         self._limits = limits
-        self._seed = seed
+        self._seed = secrets.randbits(64) if seed is None else seed
         self._on_end = on_end
         self._heard = 0.0  # when the engine last said something, or began to have something to say
         self._numbers = count()  # of requests
@@ -68,40 +72,51 @@ class FrontEnd:
         request_id: str | None = None,
         priority: int = 0,
         output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+        *,
+        group: str | None = None,
+        tenant: str = "",
     ) -> Generation:
-        """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice."""
+        """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice.
+
+        What runs is shared fairly among tenants, and of each among its groups: a request is one unless `group` says
+        with which others it was asked for.
+        """
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             within = f"from -{MAX_PRIORITY} to {MAX_PRIORITY}"
             raise ValueError(f"priority is {priority!r}; give a whole number {within}, of which lower ones run first")
+        if not isinstance(tenant, str) or not isinstance(group, str | None):
+            raise ValueError(f"tenant is {tenant!r} and group {group!r}; give text, or no group")
         number = next(self._numbers)
         text, token_ids = self._tokens(prompt)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}, but there is no tokenizer to make text; use stop_token_ids")
-        requests = engine_requests(
+        request_id = str(number) if request_id is None else request_id
+        request = engine_request(
             token_ids,
             params,
             self._limits,
             first_id=self._next_id,
             derived_seed=derive_seed(self._seed, number),
             priority=priority,
+            group=request_id if group is None else group,
+            tenant=tenant,
         )
-        self._next_id += len(requests)
+        self._next_id += params.num_distinct
         return Generation(
-            request_id=str(number) if request_id is None else request_id,
+            request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
             tokenizer=self.tokenizer,
             output_kind=output_kind,
+            request=request,
             completions=[
-                Completion(index=index, request=request, detokenizer=detokenizer)
-                for index, (request, detokenizer) in enumerate(
-                    zip(requests, self._detokenizers(token_ids, params), strict=True)
-                )
+                Completion(index=index, id=request.id + index, detokenizer=detokenizer)
+                for index, detokenizer in enumerate(self._detokenizers(token_ids, params))
             ],
         )
 
-    def add(self, generation: Generation) -> list[EngineRequest]:
+    def add(self, generation: Generation) -> EngineRequest:
         """Take a request in; what to submit to the engine. Raises `ValueError` if a running request has its id."""
         if generation.request_id in self._generations:
             raise ValueError(f"request_id {generation.request_id!r} is that of a running request; choose another")
@@ -109,8 +124,8 @@ class FrontEnd:
             self._heard = time.monotonic()
         self._generations[generation.request_id] = generation
         for completion in generation.completions:
-            self._live[completion.request.id] = (generation, completion)
-        return [completion.request for completion in generation.completions]
+            self._live[completion.id] = (generation, completion)
+        return generation.request
 
     def process(self, news: EngineOutputs) -> tuple[list[Generation], list[int]]:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
@@ -166,7 +181,7 @@ class FrontEnd:
         if self._generations.get(generation.request_id) is not generation:
             return []
         del self._generations[generation.request_id]
-        ids = [completion.request.id for completion in generation.completions if completion.finish_reason is None]
+        ids = [completion.id for completion in generation.completions if completion.finish_reason is None]
         for engine_id in ids:
             del self._live[engine_id]
         generation.end("abort")
@@ -216,7 +231,7 @@ class FrontEnd:
     def _detokenizers(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Detokenizer | None]:
         """One for each sequence; what they share is made once."""
         if self.tokenizer is None or not params.detokenize:
-            return [None] * params.n
+            return [None] * params.num_distinct
         stream = TextStream(self.tokenizer, prompt_token_ids, params.skip_special_tokens)
         stop, keep_stop = StopStrings(params.stop_strings), params.include_stop_str_in_output
-        return [Detokenizer(stream.copy(), stop, keep_stop=keep_stop) for _ in range(params.n)]
+        return [Detokenizer(stream.copy(), stop, keep_stop=keep_stop) for _ in range(params.num_distinct)]

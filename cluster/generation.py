@@ -26,7 +26,7 @@ class Completion:
     """One sequence of a request."""
 
     index: int
-    request: EngineRequest
+    id: int  # by which the engine knows it
     detokenizer: Detokenizer | None  # None where no text is wanted
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Completion:
     begun: Begun | None = None
     num_told: int = 0  # tokens that an output of kind DELTA has had
     num_characters_told: int = 0
-    shown: CompletionOutput | None = None  # while nothing is new
+    shown: list[CompletionOutput] | None = None  # while nothing is new
 
     def take(self, news: Tokens, generation: "Generation", eos_token_ids: frozenset[int]) -> None:
         """Add tokens up to the one that completes a stop string; see to the end if this is it."""
@@ -71,13 +71,14 @@ class Completion:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Generation:
-    """One request and its `n` sequences."""
+    """One request and its `n` sequences, of which one is run if all are equal."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     tokenizer: Tokenizer | None
+    request: EngineRequest  # what the engine is to be sent
     completions: list[Completion]
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's second token and later ones
@@ -165,22 +166,32 @@ class Generation:
     def _all(self) -> list[CompletionOutput]:
         for completion in self.completions:
             if completion.shown is None:
-                completion.shown = self._completion_output(completion, 0, 0)
-        return [completion.shown for completion in self.completions if completion.shown is not None]
+                completion.shown = self._completion_outputs(completion, 0, 0)
+        return [output for completion in self.completions for output in completion.shown or ()]
 
     def _deltas(self) -> list[CompletionOutput]:
         changed, self.changed = self.changed, {}
-        return [self._delta(completion) for completion in changed.values()]
+        return [output for completion in changed.values() for output in self._delta(completion)]
 
-    def _delta(self, completion: Completion) -> CompletionOutput:
-        output = self._completion_output(completion, completion.num_told, completion.num_characters_told)
+    def _delta(self, completion: Completion) -> list[CompletionOutput]:
+        outputs = self._completion_outputs(completion, completion.num_told, completion.num_characters_told)
         completion.num_told = len(completion.token_ids)
         if completion.detokenizer is not None:
             completion.num_characters_told = completion.detokenizer.num_characters
         completion.logprobs = []
-        return output
+        return outputs
 
-    def _completion_output(self, completion: Completion, begin: int, first_character: int) -> CompletionOutput:
+    def _completion_outputs(self, completion: Completion, begin: int, first_character: int) -> list[CompletionOutput]:
+        """One for each sequence that it stands for: all if they are equal."""
+        num_equal = self.params.n // self.params.num_distinct
+        return [
+            self._completion_output(completion, completion.index + copy, begin, first_character)
+            for copy in range(num_equal)
+        ]
+
+    def _completion_output(
+        self, completion: Completion, index: int, begin: int, first_character: int
+    ) -> CompletionOutput:
         """From a token and a character on. The lists only grow, so that their beginnings can be copied later."""
         token_ids, end, logprobs = completion.token_ids, len(completion.token_ids), completion.logprobs
         num_logprobs, wanted = len(logprobs), self.params.logprobs is not None
@@ -191,7 +202,7 @@ class Generation:
                 "token_ids": lambda: token_ids[begin:end],
                 "logprobs": lambda: logprobs[:num_logprobs] if wanted else None,
             },
-            index=completion.index,
+            index=index,
             cumulative_logprob=completion.cumulative_logprob if wanted else None,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,

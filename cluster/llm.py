@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -60,6 +61,7 @@ class LLM:
     def _set_up(self, engine: EngineLink, front_end: FrontEnd) -> None:
         self._engine = engine
         self._front_end = front_end
+        self._calls = count()  # of `generate`
         self._closed = False
 
     @property
@@ -94,8 +96,9 @@ class LLM:
         self._check_open()
         all_prompts = prompt_list(prompts)
         all_params = _params_list(sampling_params or self._front_end.default_params, len(all_prompts))
+        group = f"call {next(self._calls)}"
         generations = [
-            self._front_end.prepare(prompt, params, priority=priority)
+            self._front_end.prepare(prompt, params, priority=priority, group=group)
             for prompt, params in zip(all_prompts, all_params, strict=True)
         ]
         with BatchProgress(generations, enabled=use_tqdm and bool(generations)) as progress:
@@ -163,7 +166,7 @@ class LLM:
 
     def _run(self, generations: list[Generation], progress: BatchProgress) -> None:
         """Run requests to their end; whatever interrupts this ends them in the engine, too."""
-        requests = [request for generation in generations for request in self._front_end.add(generation)]
+        requests = [self._front_end.add(generation) for generation in generations]
         num_running = len(generations)
         try:
             if requests:

@@ -9,13 +9,16 @@ from eagleray.workers.wire import Sampling, TokenLogprobs
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="request"):
-    """One sequence to generate. `id` is unique within the front end that sends it."""
+    """One prompt's sequences. Their ids are unique within the front end that sends them."""
 
-    id: int
+    id: int  # of the first sequence; those of `seeds` count up from it
     prompt_token_ids: bytes  # int32
-    sampling: Sampling
+    sampling: Sampling  # of the first sequence
     max_tokens: int  # at least 1; prompt and output together fit the model
     priority: int = 0  # lower runs first
+    seeds: list[int] = []  # of further sequences, for which no prompt log-probabilities are wanted
+    group: str = ""  # names what a client asked for at once, of which this is all if it is empty
+    tenant: str = ""  # on whose account it runs
 
 
 class Submit(msgspec.Struct, tag="submit"):

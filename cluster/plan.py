@@ -22,6 +22,7 @@ class Plan:
     started: list[Request] = field(default_factory=list)
     blocks: dict[int, list[int]] = field(default_factory=dict)
     preempted: bool = False
+    num_told: int = 0  # tokens that the ranks are told of requests that start
 
     def rest(self, running: Iterable[Request]) -> None:
         """Live rows that are not in the plan run nothing."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from eagleray.cluster.block_pool import ROOT, hash_block
+from eagleray.cluster.fairness import Group
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.step_clock import NOTHING, Begun, Spent, StepClock
 from eagleray.workers.wire import RowStart, Sampling, TokenLogprobs
@@ -21,7 +22,7 @@ class Request:
     front_end: FrontEndId
     id: int
     arrival: int  # counts up
-    priority: int
+    group: Group
     sampling: Sampling
     max_tokens: int
     num_prompt_tokens: int
@@ -44,28 +45,40 @@ class Request:
     ran: Spent = NOTHING  # before it was preempted
     begun: Begun | None = None
     finished: bool = False
+    shares_prompt: bool = False  # `token_ids` and `block_hashes` are other sequences', too
 
     @classmethod
-    def from_wire(cls, front_end: FrontEndId, request: EngineRequest, arrival: int) -> "Request":
-        token_ids = array("i", request.prompt_token_ids)
-        return cls(
-            front_end=front_end,
-            id=request.id,
-            arrival=arrival,
-            priority=request.priority,
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            num_prompt_tokens=len(token_ids),
-            token_ids=token_ids,
-            num_known_tokens=len(token_ids),
-            max_computed_tokens=len(token_ids) + request.max_tokens - 1,
-            stop_token_ids=frozenset(request.sampling.stop_token_ids),
-        )
+    def sequences(cls, front_end: FrontEndId, wire: EngineRequest, arrival: int, group: Group) -> "list[Request]":
+        """All that were asked for together, the first of which has this `arrival`. They share what they begin with."""
+        token_ids, hashes = array("i", wire.prompt_token_ids), list[bytes]()
+        stop_token_ids = frozenset(wire.sampling.stop_token_ids)
+        further = msgspec.structs.replace(wire.sampling, prompt_logprobs=None)
+        samplings = [wire.sampling, *(msgspec.structs.replace(further, seed=seed) for seed in wire.seeds)]
+        return [
+            cls(
+                front_end=front_end,
+                id=wire.id + index,
+                arrival=arrival + index,
+                group=group,
+                sampling=sampling,
+                max_tokens=wire.max_tokens,
+                num_prompt_tokens=len(token_ids),
+                token_ids=token_ids,
+                num_known_tokens=len(token_ids),
+                max_computed_tokens=len(token_ids) + wire.max_tokens - 1,
+                stop_token_ids=stop_token_ids,
+                block_hashes=hashes,
+                shares_prompt=bool(wire.seeds),
+            )
+            for index, sampling in enumerate(samplings)
+        ]
 
-    @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: priority, then arrival."""
-        return self.priority, self.arrival
+    def leave_prompt(self) -> None:
+        """It is to run: from now on its tokens and their hashes are its own."""
+        if self.shares_prompt:
+            self.shares_prompt = False
+            self.token_ids = self.token_ids[:]
+            self.block_hashes = self.block_hashes.copy()
 
     @property
     def num_runnable_tokens(self) -> int:

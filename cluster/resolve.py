@@ -61,7 +61,7 @@ def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> Work
         device=device,
         dtype=_dtype(config, model, cpu),
         load_format=config.load_format,
-        seed=config.seed,
+        seed=config.seed or 0,
         max_model_len=config.max_model_len or model.max_position_embeddings,
         block_size=block_size,
         max_num_seqs=config.max_num_seqs,

@@ -18,12 +18,12 @@ class SamplingParams:
     What depends on the model (its vocabulary, its length) is checked when the request is submitted.
     """
 
-    n: int = 1  # sequences per prompt; sequence i draws with seed + i
+    n: int = 1  # sequences per prompt, each with draws of its own; greedy ones are all equal
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 or -1 keeps every token
     min_p: float = 0.0
-    seed: int | None = None  # None derives one from the engine's seed and the number of the request
+    seed: int | None = None  # of the first sequence, and the others' are made from it; None makes one from the engine's
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -56,6 +56,11 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def num_distinct(self) -> int:
+        """Sequences that can differ: one if greedy."""
+        return 1 if self.greedy else self.n
+
+    @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -86,11 +91,6 @@ class SamplingParams:
                 raise ValueError(f"logit_bias of token {token_id} is {bias!r}; give a number from -100 to 100")
 
     def _check_together(self) -> None:
-        if self.greedy and self.n > 1:
-            raise ValueError(
-                f"n must be 1 when greedy, but is {self.n} at temperature {self.temperature}, "
-                "where all would be equal; raise the temperature"
-            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}; "

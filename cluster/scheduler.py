@@ -4,12 +4,12 @@ import heapq
 import logging
 import time
 from array import array
-from bisect import insort
 from collections import deque
 from operator import attrgetter, itemgetter
 
 from eagleray.cluster.block_pool import BlockPool
 from eagleray.cluster.caution import Caution
+from eagleray.cluster.fairness import Fairness, Group, standing
 from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.plan import InFlight, Plan
 from eagleray.cluster.request import FrontEndId, Request
@@ -23,6 +23,7 @@ NOT_FINITE = (
     "the model's logits for this request are NaN or infinite, so no token can be drawn; its weights or its precision "
     "do not stand this prompt: try a dtype with a wider range (bfloat16 or float32), or check the checkpoint"
 )
+MAX_TOLD = 2**20  # tokens of requests that ranks are told in one step, beside those of the last: 4 MiB
 
 
 def headroom(num_blocks: int) -> int:
@@ -56,8 +57,8 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
         self._stopped_rows: list[int] = []  # not told to the ranks yet
         self._requests: dict[tuple[FrontEndId, int], Request] = {}
-        self._waiting: list[tuple[int, int, Request]] = []  # a heap; finished requests in it are skipped
-        self._running: list[Request] = []  # in order; the last is preempted first
+        self._fairness = Fairness()  # who waits, and who holds how much
+        self._running: list[Request] = []
         self._in_flight: deque[InFlight] = deque()
         self._untold: dict[tuple[FrontEndId, int], Request] = {}  # that began and had no news since
         self._restart = False  # the next step is the first after one that ran out of memory
@@ -86,7 +87,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._running),
-            num_waiting=len(self._requests) - len(self._running),
+            num_waiting=self._fairness.num_waiting,
             num_used_blocks=self.pool.num_used,
             num_blocks=self.pool.num_blocks,
             num_preemptions=self._num_preemptions,
@@ -97,20 +98,21 @@ class Scheduler:
     # ---- requests come and go
 
     def add(self, front_end: FrontEndId, wire: EngineRequest) -> None:
-        """Accept a request. Raises `ValueError` if its id is in use or it could never fit the KV cache."""
-        request = Request.from_wire(front_end, wire, self._num_arrived)
-        key = (front_end, wire.id)
-        if key in self._requests:
-            raise ValueError(f"request id {wire.id} is already in use; give every request of a front end its own")
+        """Accept a request. Raises `ValueError` if an id of it is in use or it could never fit the KV cache."""
+        group = self._fairness.group((front_end, wire.tenant), wire.group or wire.id, wire.priority, self._num_arrived)
+        requests = Request.sequences(front_end, wire, self._num_arrived, group)
+        if taken := [request.id for request in requests if (front_end, request.id) in self._requests]:
+            raise ValueError(f"request id {taken[0]} is already in use; give every request of a front end its own")
         capacity = self.pool.num_blocks * self._block_size
-        if request.num_prompt_tokens + request.max_tokens - 1 > capacity:
+        if requests[0].num_prompt_tokens + wire.max_tokens - 1 > capacity:
             raise ValueError(
-                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.max_tokens}, but the KV "
-                f"cache holds {capacity} tokens; shorten one of them or give the KV cache more memory"
+                f"the prompt has {requests[0].num_prompt_tokens} tokens and max_tokens is {wire.max_tokens}, but the "
+                f"KV cache holds {capacity} tokens; shorten one of them or give the KV cache more memory"
             )
-        self._num_arrived += 1
-        self._requests[key] = request
-        heapq.heappush(self._waiting, (*request.order, request))
+        self._num_arrived += len(requests)
+        for request in requests:
+            self._requests[front_end, request.id] = request
+            self._fairness.wait(request)
 
     def abort(self, front_end: FrontEndId, request_id: int) -> Tokens | None:
         """End a request at once, whatever it is doing; None if it has ended already."""
@@ -137,14 +139,17 @@ class Scheduler:
         request.finished = True
         self._caution.note_end()
         del self._requests[request.front_end, request.id]
-        if request.row is not None:
-            self._running.remove(request)
+        if request.row is None:
+            self._fairness.leave(request)
+        else:
             self._vacate(request)
+            self._fairness.give_row_back(request, waits_again=False)
         return news
 
     def _vacate(self, request: Request) -> None:
         """Take a running request's row and blocks away; what is in flight for it still runs, and harms nothing."""
         assert request.row is not None
+        self._running.remove(request)
         self._publish(request)
         self.pool.release(request.block_ids)
         heapq.heappush(self._free_rows, request.row)
@@ -156,13 +161,15 @@ class Scheduler:
     # ---- a step is made
 
     def schedule(self) -> Step | None:
-        """Fill the token budget: running requests first, then waiting ones. None if nothing can run now."""
+        """Fill the token budget: a token for every row first, then what else there is. None if nothing can run now."""
         begin = time.monotonic()
         max_tokens = self._caution.max_tokens
         plan = Plan(max_tokens)
-        self._continue_running(plan)
-        if not plan.preempted:
-            self._admit_waiting(plan)
+        if self.pool.num_free < len(self._running):
+            self._make_room(plan)
+        if self._fairness.num_waiting and not plan.preempted:
+            self._make_way()
+        self._share(self._continue_running(plan), plan)
         if not plan.slices:
             if not self._in_flight:
                 self.clock.stop()
@@ -177,11 +184,36 @@ class Scheduler:
         restart, self._restart = self._restart, False
         return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
 
-    def _continue_running(self, plan: Plan) -> None:
-        """Most requests decode one token, with nothing to look after until `quiet_until`: those are done at once."""
+    def _make_room(self, plan: Plan) -> None:
+        """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
+        missing = sum(
+            self._num_missing(each, 1) for each in self._running if each.num_computed_tokens >= each.quiet_until
+        )
+        while self.pool.num_free < missing:
+            plan.preempted = True
+            victim = max(self._running, key=standing)
+            missing -= self._num_missing(victim, 1)
+            self._preempt(victim)
+
+    def _make_way(self) -> None:
+        """Let who holds far more than one that waits give up a row, where nothing is free."""
+        rich = self._fairness.too_rich()
+        if rich is None:
+            return
+        request = self._fairness.first()
+        assert request is not None
+        if not (request.awaits_tokens or (self._has_rows() and self._start(request, self._caution.max_tokens))):
+            self._preempt(max((each for each in self._running if each.group is rich), key=attrgetter("arrival")))
+
+    def _continue_running(self, plan: Plan) -> list[Request]:
+        """Run a token of every row that has no more; those that have more are returned.
+
+        Most decode, with nothing to look after until `quiet_until`: those are done at once.
+        """
         add = plan.slices.append
         num_quiet = 0
-        for request in self._running:  # preemption shortens the list behind this request, or ends with it
+        with_more = []
+        for request in self._running:
             if plan.budget <= num_quiet:
                 break
             row, start = request.row, request.num_computed_tokens
@@ -192,34 +224,71 @@ class Scheduler:
                 num_quiet += 1
                 add((request, row, start, True))
                 continue
-            num_tokens = min(request.num_runnable_tokens, plan.budget - num_quiet, self._max_slice_tokens)
-            if num_tokens > 0 and self._grow(request, num_tokens, plan):
-                self._run(request, num_tokens, plan)
+            num_tokens = request.num_runnable_tokens
+            if num_tokens == 1:
+                self._grow_and_run(request, 1, plan)
+            elif num_tokens > 1:
+                with_more.append(request)
         plan.budget -= num_quiet
+        return with_more
 
-    def _grow(self, request: Request, num_tokens: int, plan: Plan) -> bool:
-        """Give a running request the blocks of its next tokens; False if it had to be preempted itself."""
-        missing = -(-(request.num_computed_tokens + num_tokens) // self._block_size) - len(request.block_ids)
-        if missing <= 0:
-            return True
-        while self.pool.num_free < missing:
-            plan.preempted = True
-            victim = self._running.pop()
-            self._preempt(victim)
-            if victim is request:
-                return False
-        blocks = self.pool.take(missing)
-        request.block_ids += blocks
-        assert request.row is not None
-        plan.blocks[request.row] = blocks
-        return True
+    def _share(self, with_more: list[Request], plan: Plan) -> None:
+        """Share what single tokens left of the budget among long slices and newcomers.
+
+        Half is for who stands first, so that every prompt comes to its end. Newcomers have the other half, and what
+        they leave goes to the slices that need least: so nobody waits for the end of a prompt that is much longer than
+        his own. A group's next request begins when the last has run all of its tokens, to find them in the cache.
+        """
+        newcomers = self._fairness.num_waiting > 0 and self._has_rows() and not plan.preempted
+        for_others = plan.budget // 2 if newcomers or len(with_more) > 1 else 0
+        cut: list[Request] = []
+        for request in sorted(with_more, key=standing):
+            num_tokens = self._longest_slice(request)
+            if not cut and num_tokens <= plan.budget - for_others:
+                self._grow_and_run(request, num_tokens, plan)
+            else:
+                cut.append(request)
+        kept = plan.budget - for_others if cut else 0
+        if newcomers:
+            self._admit_waiting(plan, kept, {request.group for request in cut})
+        for request in sorted(cut[1:], key=lambda each: (each.group.priority, each.num_runnable_tokens)):
+            self._grow_and_run(request, min(self._longest_slice(request), plan.budget - kept), plan)
+        for request in cut[:1]:
+            self._grow_and_run(request, min(self._longest_slice(request), plan.budget), plan)
+        if newcomers and cut:
+            self._admit_waiting(plan, 0, set())
+
+    def _longest_slice(self, request: Request) -> int:
+        return min(request.num_runnable_tokens, self._max_slice_tokens)
+
+    def _num_missing(self, request: Request, num_tokens: int) -> int:
+        """Blocks that a running request lacks for so many of its next tokens; 0 if it has none to run."""
+        if not request.num_runnable_tokens:
+            return 0
+        num_blocks = -(-(request.num_computed_tokens + num_tokens) // self._block_size)
+        return max(0, num_blocks - len(request.block_ids))
+
+    def _grow_and_run(self, request: Request, num_tokens: int, plan: Plan) -> None:
+        """Run so many tokens of a running request, or as many as find blocks."""
+        missing = self._num_missing(request, num_tokens)
+        if missing > self.pool.num_free:
+            missing = self.pool.num_free
+            num_tokens = (len(request.block_ids) + missing) * self._block_size - request.num_computed_tokens
+        if num_tokens <= 0:
+            return
+        if missing:
+            blocks = self.pool.take(missing)
+            request.block_ids += blocks
+            assert request.row is not None
+            plan.blocks[request.row] = blocks
+        self._run(request, num_tokens, plan)
 
     def _preempt(self, request: Request) -> None:
         """Let a request wait again; its prompt and committed tokens are computed anew later."""
         self._vacate(request)
+        self._fairness.give_row_back(request, waits_again=True)
         self._num_preemptions += 1
         request.wait_again(self.clock)
-        heapq.heappush(self._waiting, (*request.order, request))
 
     def _run(self, request: Request, num_tokens: int, plan: Plan) -> None:
         row, start = request.row, request.num_computed_tokens
@@ -246,27 +315,32 @@ class Scheduler:
             self.pool.publish(request.block_ids[index], request.block_hashes[index])
         request.num_published = num_full
 
-    def _admit_waiting(self, plan: Plan) -> None:
-        while self._waiting and self._free_rows and plan.budget > 0 and len(self._running) < self._caution.max_requests:
-            request = self._waiting[0][-1]
-            if not request.finished:
-                if request.awaits_tokens or not self._admit(request, plan):
-                    break  # a preempted request waits for its tokens in flight; nobody overtakes
-                insort(self._running, request, key=attrgetter("order"))
-            heapq.heappop(self._waiting)
+    def _has_rows(self, count: int = 1) -> bool:
+        return len(self._free_rows) >= count and len(self._running) + count <= self._caution.max_requests
 
-    def _admit(self, request: Request, plan: Plan) -> bool:
+    def _admit_waiting(self, plan: Plan, kept: int, apart_from: set[Group]) -> None:
+        """Start requests while there are rows, blocks, and more of the budget than is `kept`."""
+        while plan.budget > kept and self._has_rows() and plan.num_told < MAX_TOLD:
+            request = self._fairness.first(apart_from)
+            if request is None or request.awaits_tokens or not self._admit(request, plan, plan.budget - kept):
+                break  # a preempted request waits for its tokens in flight; nobody overtakes
+            plan.num_told += len(request.token_ids)
+            assert request.row is not None
+            if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_slice_tokens:
+                apart_from.add(request.group)  # the budget ended its slice
+
+    def _admit(self, request: Request, plan: Plan, budget: int) -> bool:
         """Start a waiting request in a row if its first slice finds blocks."""
-        cached = self._find_prefix(request)
-        num_cached = len(cached) * self._block_size
-        num_tokens = min(request.num_runnable_tokens - num_cached, plan.budget, self._max_slice_tokens)
-        missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
-        spare = headroom(self.pool.num_blocks) if self._running else 0
-        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
+        start = self._start(request, budget)
+        if start is None:
             return False
+        cached, num_tokens, missing = start
+        self._fairness.take_row(request)
+        self._running.append(request)
+        request.leave_prompt()
         self.pool.share(cached)
         request.block_ids = cached + self.pool.take(missing)
-        request.num_computed_tokens = num_cached
+        request.num_computed_tokens = num_cached = len(cached) * self._block_size
         request.num_published = len(cached)
         request.row = heapq.heappop(self._free_rows)
         plan.starts.append(request.row_start())
@@ -276,6 +350,23 @@ class Scheduler:
             request.num_cached_tokens = num_cached
         self._run(request, num_tokens, plan)
         return True
+
+    def _start(self, request: Request, budget: int) -> tuple[list[int], int, int] | None:
+        """A waiting request's cached blocks, its first slice and the blocks to be taken for it; None if there are few.
+
+        If others wait, too, one that no step could run whole has half of the budget.
+        """
+        cached = self._find_prefix(request)
+        num_cached = len(cached) * self._block_size
+        num_left = request.num_runnable_tokens - num_cached
+        if num_left > self._caution.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
+            budget = (budget + 1) // 2
+        num_tokens = min(num_left, self._max_slice_tokens, budget)
+        missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
+        spare = headroom(self.pool.num_blocks) if self._running else 0
+        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
+            return None
+        return cached, num_tokens, missing
 
     def _find_prefix(self, request: Request) -> list[int]:
         """The cached blocks that begin a request. Its last token always runs, since its logits are wanted."""
@@ -357,8 +448,8 @@ class Scheduler:
         """
         for due in self._in_flight:
             due.slices = []
-        while self._running:
-            self._preempt(self._running.pop())
+        for request in sorted(self._running, key=attrgetter("arrival"), reverse=True):
+            self._preempt(request)
         for request in self._requests.values():
             request.num_known_tokens = len(request.token_ids)
         self.pool.forget_prefixes()  # some were to be written by the steps that did not run

@@ -23,7 +23,7 @@ class ModelLimits:
     eos_token_ids: frozenset[int]
 
 
-def engine_requests(
+def engine_request(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     limits: ModelLimits,
@@ -31,26 +31,29 @@ def engine_requests(
     first_id: int,
     derived_seed: int,
     priority: int = 0,
-) -> list[EngineRequest]:
-    """One request for each of the `n` sequences, ids and seeds counting up. Raises `ValueError` for what cannot run."""
-    prompt = _packed(prompt_token_ids, limits)
-    max_tokens = _max_tokens(len(prompt_token_ids), params, limits)
-    seed = derived_seed if params.seed is None else params.seed
-    return [
-        EngineRequest(
-            id=first_id + index,
-            prompt_token_ids=prompt,
-            sampling=_sampling(params, limits, seed + index & MAX_SEED, with_prompt_logprobs=index == 0),
-            max_tokens=max_tokens,
-            priority=priority,
-        )
-        for index in range(params.n)
-    ]
+    group: str = "",
+    tenant: str = "",
+) -> EngineRequest:
+    """What is to run for the `n` sequences: one where all would be equal. Raises `ValueError` for what cannot run."""
+    seed = (derived_seed if params.seed is None else params.seed) & MAX_SEED
+    return EngineRequest(
+        id=first_id,
+        prompt_token_ids=_packed(prompt_token_ids, limits),
+        sampling=_sampling(params, limits, seed),
+        max_tokens=_max_tokens(len(prompt_token_ids), params, limits),
+        priority=priority,
+        seeds=[derive_seed(seed, index) for index in range(1, params.num_distinct)],
+        group=group,
+        tenant=tenant,
+    )
 
 
-def derive_seed(engine_seed: int, number: int) -> int:
-    """A seed for the request of this number: splitmix64 (Steele, Lea, Flood 2014), so that seeds lie far apart."""
-    mixed = engine_seed + 0x9E3779B97F4A7C15 * (number + 1) & MAX_SEED
+def derive_seed(seed: int, number: int) -> int:
+    """The seed of this number that is made of another: splitmix64 (Steele, Lea, Flood 2014), so that all lie far apart.
+
+    For the requests of an engine, and for the sequences of a request after its first.
+    """
+    mixed = seed + 0x9E3779B97F4A7C15 * (number + 1) & MAX_SEED
     mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MAX_SEED
     mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MAX_SEED
     return mixed ^ mixed >> 31
@@ -97,7 +100,7 @@ def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLim
     return params.max_tokens or room
 
 
-def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, *, with_prompt_logprobs: bool) -> Sampling:
+def _sampling(params: SamplingParams, limits: ModelLimits, seed: int) -> Sampling:
     stop_token_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else limits.eos_token_ids)}
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token_id in getattr(params, name) or ():
@@ -118,7 +121,7 @@ def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, *, with_pr
         min_tokens=params.min_tokens,
         stop_token_ids=sorted(stop_token_ids),
         logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs if with_prompt_logprobs else None,
+        prompt_logprobs=params.prompt_logprobs,
         **shaping,
     )
 

@@ -56,7 +56,7 @@ class Load:
             for generation, when in zip(generations, due, strict=True)
         ]
         self._running |= zip(generations, times, strict=True)
-        self._engine.send(Submit([request for each in generations for request in self._front_end.add(each)]))
+        self._engine.send(Submit([self._front_end.add(each) for each in generations]))
         return times
 
     def receive(self, timeout_s: float) -> "list[Generation]":

@@ -89,8 +89,8 @@ class GenerationRequest(Asked):
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: NumChoices | None = Field(
         None,
-        description="Choices for each prompt; choice i draws with seed + i. 1 by default, and the only one that "
-        "`temperature` 0 may have, as all would be equal.",
+        description="Choices for each prompt, 1 by default; each draws by a seed of its own, the first by `seed`. At "
+        "`temperature` 0 they are all equal.",
     )
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
     temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")

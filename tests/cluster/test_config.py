@@ -19,7 +19,7 @@ from eagleray.models.config import ModelConfig
         "dtype": ["float64", None],
         "device": ["tpu"],
         "load_format": ["pickle"],
-        "seed": [-1, 1.5, "a", None, 2**64],
+        "seed": [-1, 1.5, "a", 2**64],
         "max_model_len": [0, 2.5, "8k"],
         "kv_cache_bytes": [0, -5, 1e9],
         "enable_prefix_caching": ["false", 1, None],

@@ -281,10 +281,10 @@ async def test_requests_go_on_over_a_profile_and_get_their_tokens(model_dir: Pat
 
 
 def inline_engine(model_dir: Path) -> InlineEngine:
-    config = EngineConfig(model=str(model_dir), load_format="dummy")
+    config = EngineConfig(model=str(model_dir), load_format="dummy", seed=0)
     worker = worker_config(config, ModelConfig.from_dir(model_dir), "cpu")
     model = load_model(
-        model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=config.seed
+        model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=worker.seed
     )
     scheduler = Scheduler(num_blocks=256, block_size=worker.block_size, max_num_seqs=16, max_num_batched_tokens=256)
     return InlineEngine(scheduler, Worker(worker, model, TPGroup(), 256))

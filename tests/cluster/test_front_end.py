@@ -35,7 +35,7 @@ def front_end(tokenizer: Tokenizer) -> FrontEnd:
     return make_front_end(tokenizer)
 
 
-def make_front_end(tokenizer: Tokenizer | None, *, seed: int = 0) -> FrontEnd:
+def make_front_end(tokenizer: Tokenizer | None, *, seed: int | None = 0) -> FrontEnd:
     limits = ModelLimits(max_model_len=64, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({EOS, 0}))
     return FrontEnd(tokenizer, limits, seed)
 
@@ -47,7 +47,7 @@ def add(
     **params: Any,
 ) -> tuple[Generation, list[EngineRequest]]:
     generation = front_end.prepare(prompt, SamplingParams(**params), output_kind=kind)
-    return generation, front_end.add(generation)
+    return generation, [front_end.add(generation)]
 
 
 def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[Generation], list[int]]:
@@ -132,22 +132,51 @@ def test_what_chance_needs_is_sent_only_where_it_decides(front_end: FrontEnd) ->
 
 
 def test_seeds_differ_between_requests_and_repeat_between_runs(tokenizer: Tokenizer) -> None:
-    def seeds(engine_seed: int) -> list[int]:
+    def seeds(engine_seed: int | None) -> list[int]:
         front_end = make_front_end(tokenizer, seed=engine_seed)
-        return [request.sampling.seed for _ in range(50) for request in add(front_end, n=2)[1]]
+        return [seed for _ in range(50) for request in add(front_end, n=2)[1] for seed in seeds_of(request)]
 
     assert seeds(0) == seeds(0)
     assert len(set(seeds(0) + seeds(1))) == 200
     assert all(0 <= seed < 2**64 for seed in seeds(0))
 
 
-def test_sequences_of_one_request_count_their_seeds_up(front_end: FrontEnd) -> None:
-    _, requests = add(front_end, n=3, seed=2**64 - 2, prompt_logprobs=1)
-    assert [request.sampling.seed for request in add(front_end, n=3, seed=-2)[1]] == [2**64 - 2, 2**64 - 1, 0]
-    assert [request.sampling.seed for request in requests] == [2**64 - 2, 2**64 - 1, 0]
-    assert [request.sampling.prompt_logprobs for request in requests] == [1, None, None]
-    requests += add(front_end)[1]
-    assert len({request.id for request in requests}) == 4
+def test_front_ends_without_a_seed_never_draw_alike(tokenizer: Tokenizer) -> None:
+    """Two replicas, or an engine that was restarted: their k-th requests are independent."""
+    front_ends = [make_front_end(tokenizer, seed=None) for _ in range(4)]
+    drawn = [seeds_of(add(front_end, n=2)[1][0]) for front_end in front_ends for _ in range(20)]
+    assert len({seed for seeds in drawn for seed in seeds}) == 160
+
+
+def seeds_of(request: EngineRequest) -> list[int]:
+    return [request.sampling.seed, *request.seeds]
+
+
+def test_neighbouring_seeds_share_no_draw_and_a_sequence_is_the_same_for_every_n(front_end: FrontEnd) -> None:
+    by_seed = {seed: seeds_of(add(front_end, n=8, seed=seed)[1][0]) for seed in range(-50, 50)}
+    assert len({each for seeds in by_seed.values() for each in seeds}) == 800
+    assert by_seed[-2] == seeds_of(add(front_end, n=8, seed=2**64 - 2)[1][0])
+    assert by_seed[7][:3] == seeds_of(add(front_end, n=3, seed=7)[1][0])
+    assert by_seed[7][0] == 7
+
+
+def test_ids_of_sequences_never_meet(front_end: FrontEnd) -> None:
+    requests = [request for n in (3, 1, 2) for request in add(front_end, n=n)[1]]
+    ids = [request.id + index for request in requests for index in range(1 + len(request.seeds))]
+    assert len(set(ids)) == 6
+
+
+def test_equal_sequences_run_once_and_are_told_n_times(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
+    generation, (request,) = add(front_end, n=3, temperature=0, logprobs=0)
+    assert request.seeds == []
+    tell(front_end, Tokens(request.id, [A], logprobs=[TokenLogprobs([A], [-1.0], 1)]))
+    tell(front_end, Tokens(request.id, [B], "length", logprobs=[TokenLogprobs([B], [-2.0], 1)]))
+    output = generation.output()
+    assert output.finished
+    assert [sequence.index for sequence in output.outputs] == [0, 1, 2]
+    assert [(sequence.text, sequence.cumulative_logprob) for sequence in output.outputs] == [("ab", -3.0)] * 3
+    output.outputs[0].token_ids.append(9)  # each has lists of its own
+    assert output.outputs[1].token_ids == [A, B]
 
 
 def test_tokens_become_text_and_an_end(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
@@ -232,12 +261,13 @@ def test_half_a_character_is_shown_only_at_the_end(front_end: FrontEnd, tokenize
 
 
 def test_a_request_of_several_sequences_ends_with_the_last(front_end: FrontEnd) -> None:
-    generation, requests = add(front_end, n=3, stop=["b"])
-    changed, aborts = tell(front_end, *(Tokens(request.id, [A + i]) for i, request in enumerate(requests)))
-    assert (changed, aborts) == ([generation], [requests[1].id])
-    tell(front_end, Tokens(requests[0].id, [D], "length"))
+    generation, (request,) = add(front_end, n=3, stop=["b"])
+    first, second, third = range(request.id, request.id + 3)
+    changed, aborts = tell(front_end, Tokens(first, [A]), Tokens(second, [B]), Tokens(third, [C]))
+    assert (changed, aborts) == ([generation], [second])
+    tell(front_end, Tokens(first, [D], "length"))
     assert not generation.finished
-    tell(front_end, Tokens(requests[2].id, [], "error", error="rank 1 fell over"))
+    tell(front_end, Tokens(third, [], "error", error="rank 1 fell over"))
     output = generation.output()
     assert output.finished
     assert [(o.index, o.text, o.finish_reason, o.error) for o in output.outputs] == [
@@ -276,14 +306,15 @@ def test_logprobs_carry_ranks_and_text(front_end: FrontEnd) -> None:
 
 
 def test_an_aborted_request_keeps_what_it_had(front_end: FrontEnd) -> None:
-    generation, requests = add(front_end, n=2)
-    tell(front_end, Tokens(requests[0].id, [A], "length"), Tokens(requests[1].id, [B]))
+    generation, (request,) = add(front_end, n=2)
+    first, second = request.id, request.id + 1
+    tell(front_end, Tokens(first, [A], "length"), Tokens(second, [B]))
     assert front_end.running(generation.request_id) is generation
-    assert front_end.abort(generation) == [requests[1].id]
+    assert front_end.abort(generation) == [second]
     assert front_end.abort(generation) == []
     assert front_end.running(generation.request_id) is None
     assert [(o.text, o.finish_reason) for o in generation.output().outputs] == [("a", "length"), ("b", "abort")]
-    assert tell(front_end, Tokens(requests[1].id, [C])) == ([], [])
+    assert tell(front_end, Tokens(second, [C])) == ([], [])
 
 
 def test_an_output_is_a_snapshot(front_end: FrontEnd) -> None:
@@ -337,7 +368,7 @@ def test_deltas_add_up_to_what_cumulative_outputs_say(
     text, ids, logprobs = ["", ""], [list[int](), list[int]()], [list[Any](), list[Any]()]
     for index, token_ids in [*tokens, (0, [A]), (1, [B])]:
         news = Tokens(
-            requests[index].id, token_ids, logprobs=[TokenLogprobs([token], [-0.5], 1) for token in token_ids]
+            requests[0].id + index, token_ids, logprobs=[TokenLogprobs([token], [-0.5], 1) for token in token_ids]
         )
         for front_end in (cumulative, delta):
             tell(front_end, news)

@@ -108,7 +108,7 @@ class Engine:
         peer = Peer(hub.endpoint, b"front end")
         params = SamplingParams(max_tokens=STEPS, ignore_eos=True)
         generations = [front_end.prepare(prompt, params) for prompt in prompts]
-        requests = [request for generation in generations for request in front_end.add(generation)]
+        requests = [front_end.add(generation) for generation in generations]
         peer.send(msgspec.msgpack.encode(Submit(requests)))
         while front_end.num_running:
             payload = peer.receive(20)

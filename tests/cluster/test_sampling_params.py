@@ -65,9 +65,8 @@ def test_the_limits_themselves_are_allowed(params: dict[str, Any]) -> None:
     SamplingParams(**params)
 
 
-def test_greedy_sequences_would_all_be_equal() -> None:
-    with pytest.raises(ValueError, match="n must be 1 when greedy, but is 2"):
-        SamplingParams(n=2, temperature=0)
+def test_greedy_sequences_are_all_equal() -> None:
+    assert [SamplingParams(n=5, temperature=temperature).num_distinct for temperature in (0, 0.5)] == [1, 5]
 
 
 def test_stop_strings_need_text() -> None:

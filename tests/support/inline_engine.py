@@ -27,11 +27,22 @@ class InlineEngine:
         self._in_flight: deque[Callable[[], StepOutput]] = deque()
 
     def add(
-        self, request_id: int, prompt: Sequence[int], max_tokens: int = 8, priority: int = 0, **sampling: Any
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        max_tokens: int = 8,
+        priority: int = 0,
+        *,
+        n: int = 1,
+        group: str = "",
+        tenant: str = "",
+        **sampling: Any,
     ) -> None:
-        token_ids = array("i", prompt).tobytes()
-        self.scheduler.add(ME, EngineRequest(request_id, token_ids, Sampling(**sampling), max_tokens, priority))
-        self.news[request_id] = []
+        """Ask for `n` sequences, whose ids count up."""
+        token_ids, seeds = array("i", prompt).tobytes(), list(range(1, n))
+        request = EngineRequest(request_id, token_ids, Sampling(**sampling), max_tokens, priority, seeds, group, tenant)
+        self.scheduler.add(ME, request)
+        self.news |= {request_id + index: [] for index in range(n)}
 
     def abort(self, request_id: int) -> None:
         if tokens := self.scheduler.abort(ME, request_id):

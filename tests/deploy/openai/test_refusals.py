@@ -214,15 +214,6 @@ def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_remedy(tiny: Ser
     assert (answer.status_code, "content-type: application/json" in answer.text) == (400, True)
 
 
-@pytest.mark.parametrize("path", BODIES)
-def test_several_greedy_choices_are_refused_and_the_description_says_so(tiny: Server, path: str) -> None:
-    error = refused(tiny, path, BODIES[path] | {"n": 2, "temperature": 0})
-    assert error["message"] == (
-        "n must be 1 when greedy, but is 2 at temperature 0.0, where all would be equal; raise the temperature"
-    )
-    assert "`temperature` 0" in MODELS[path].model_json_schema()["properties"]["n"]["description"]
-
-
 def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
     for token_id in (-1, 258, 2**80):
         error = refused(tiny, "/detokenize", {"tokens": [65, token_id]})
