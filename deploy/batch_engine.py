@@ -65,6 +65,7 @@ class EngineReplica:
             max_model_len=engine.info.max_model_len,
             created=int(time.time()),
             defaults=self._defaults,
+            allow_priority=True,  # all rows are one user's
         )
         return llm, AppReplica(make_app(served))
 

@@ -70,7 +70,7 @@ def _build(args: ServeArgs) -> serve.Application:
     if engine.device == "auto" and not ray.is_initialized():
         raise ValueError("device is 'auto', but there is no Ray cluster to look for GPUs in; say 'cuda' or 'cpu'")
     bundle = rank_resources(engine, choose_device(engine))
-    max_requests = engine.max_num_seqs + args.max_queued_requests
+    max_requests = 2 * (engine.max_num_seqs + args.max_queued_requests)  # where keys have shares of their own, too
     scaling = args.autoscaling_config
     if scaling is not None:
         scaling = {"target_ongoing_requests": max(1, engine.max_num_seqs // 2)} | scaling
@@ -123,8 +123,11 @@ class Replica:
             max_model_len=self._info.max_model_len,
             created=self._created,
             defaults=self._defaults,
+            allow_priority=args.allow_priority,
         )
-        app: ASGIApp = BoundedQueue(make_app(served), args.engine.max_num_seqs + args.max_queued_requests)
+        max_sequences = args.engine.max_num_seqs + args.max_queued_requests
+        num_keys = len(self._keys) + len(self._key_digests)
+        app: ASGIApp = BoundedQueue(make_app(served), max_sequences, num_tenants=max(1, num_keys))
         app = BodyLimit(app, args.max_body_bytes)
         if args.guard_all:
             app = Figures(Playground(app), self._metrics_text)

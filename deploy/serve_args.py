@@ -44,7 +44,13 @@ class ServeArgs(BaseModel):
         "since no cookies count; without keys name yours, or give '' for none",
     )
     max_queued_requests: int = Field(
-        256, ge=0, description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429"
+        256,
+        ge=0,
+        description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429; choices "
+        "of a request beyond its first have as many places of their own",
+    )
+    allow_priority: bool = Field(
+        False, description="let clients say their priority: lower goes first, and others wait as long as such come"
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
     drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")

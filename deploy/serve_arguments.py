@@ -49,7 +49,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             how: dict[str, Any] = {"action": "append", "metavar": "X"} if name in REPEATED else {"metavar": "X"}
             if field.annotation is bool:
                 how = {"action": "store_true"}
-            shown = field.default not in (None, (), PydanticUndefined)
+            shown = field.default not in (None, (), False, PydanticUndefined)
             default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             text = f"{field.description}{f' (default: {default})' if shown else ''}"
             server.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)

@@ -1,7 +1,9 @@
 """Who gets in: API keys, a limit on bodies, a bounded queue. Pure ASGI, so that streams pass through untouched."""
 
 import hmac
+from collections import Counter
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +18,8 @@ RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 class ApiKeys:
     """401 without one of `keys` as bearer token, or one that has one of `digests`. None at all lets everybody in.
 
-    Only digests are kept and compared, each in constant time, and none is ever logged.
+    Only digests are kept and compared, each in constant time, and none is ever logged. Further in it is known which key
+    it was: each is a tenant, and all share the engine fairly.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], digests: Sequence[bytes] = ()) -> None:
@@ -24,8 +27,14 @@ class ApiKeys:
         self._digests = [*digests, *map(key_digest, keys)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self._digests or self._knows(scope):
+        if scope["type"] == "lifespan" or not self._digests:
             await self._app(scope, receive, send)
+        elif (number := self._number(scope)) is not None:
+            token = tenant_asking.set(f"key {number}")
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                tenant_asking.reset(token)
         elif scope["type"] == "http":
             message = "there is no valid API key; send one as `Authorization: Bearer KEY`"
             error = ApiError(401, message, code="invalid_api_key")
@@ -33,11 +42,12 @@ class ApiKeys:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _knows(self, scope: Scope) -> bool:
+    def _number(self, scope: Scope) -> int | None:
+        """Which of the keys the request came with."""
         scheme, _, token = _header(scope, b"authorization").partition(b" ")
         given = key_digest(token.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
-        return any(matches) and scheme.lower() == b"bearer"
+        return matches.index(True) if any(matches) and scheme.lower() == b"bearer" else None
 
 
 class BodyLimit:
@@ -76,30 +86,101 @@ class BodyLimit:
                 return [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
 
-class BoundedQueue:
-    """429 with Retry-After for the request that would be one more than `max_requests` at once.
+class Places:
+    """So many places for all; and even if none is left, each of the tenants may have its share of as many more.
 
-    Counted are those that may generate, from when their body is there to the last byte of the answer.
+    So the places that one tenant takes are never those of another, and `size` of them are free to whoever comes first.
     """
 
-    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+    def __init__(self, size: int, num_tenants: int) -> None:
+        self.size = size
+        self.num_taken = 0
+        self._share = min(size, max(1, size // num_tenants))
+        self._held: Counter[str] = Counter()
+
+    def take(self, tenant: str, count: int) -> bool:
+        """Whether there were `count` places, which are then taken."""
+        if self.num_taken + count > self.size and self._held[tenant] + count > self._share:
+            return False
+        self.num_taken += count
+        self._held[tenant] += count
+        return True
+
+    def give_back(self, tenant: str, count: int) -> None:
+        """What was taken."""
+        self.num_taken -= count
+        self._held[tenant] -= count
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+
+class BoundedQueue:
+    """429 with Retry-After for what would be more than `max_sequences` at once.
+
+    Counted are sequences of those that may generate, from when their body is there to the last byte of the answer: a
+    request's first among as many places as there are, its further choices among as many others. So one of thousands
+    keeps others like it out, but none of those that want one answer.
+    """
+
+    def __init__(self, app: ASGIApp, max_sequences: int, num_tenants: int = 1) -> None:
         self._app = app
-        self._max_requests = max_requests
-        self.num_requests = 0
+        self._first = Places(max_sequences, num_tenants)
+        self._further = Places(max_sequences, num_tenants)
+
+    @property
+    def num_requests(self) -> int:
+        """Those that are here."""
+        return self._first.num_taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tenant = tenant_asking.get()
         if not may_generate(scope):
             await self._app(scope, receive, send)
-        elif self.num_requests >= self._max_requests:
+        elif not self._first.take(tenant, 1):
             message = f"{counted(self.num_requests, 'request')} in progress or waiting here already; retry in a while"
-            error = ApiError(429, message, "rate_limit_error", code="queue_full")
-            await refuse(send, error, {"retry-after": str(RETRY_AFTER_S)})
+            await refuse(send, _queue_full(message), {"retry-after": str(RETRY_AFTER_S)})
         else:
-            self.num_requests += 1
+            place = Place(self._further, tenant)
+            token = place_taken.set(place)
             try:
                 await self._app(scope, receive, send)
             finally:
-                self.num_requests -= 1
+                place_taken.reset(token)
+                place.leave()
+                self._first.give_back(tenant, 1)
+
+
+class Place:
+    """Of one request, which takes further ones once it is known how many choices it wants."""
+
+    def __init__(self, further: Places, tenant: str) -> None:
+        self._further, self._tenant = further, tenant
+        self._num_taken = 0
+
+    def take_further(self, count: int, param: str) -> None:
+        """Raises `ApiError`: 400 for what is more than there ever is, 429 for what is too much at the moment."""
+        size = self._further.size
+        if count > size:
+            message = f"{count + 1} choices are more than this server takes, {size + 1} at most"
+            raise ApiError(400, f"{message}; ask for fewer, or raise max_queued_requests", param=param)
+        if not self._further.take(self._tenant, count):
+            message = f"{self._further.num_taken} further choices in progress or waiting here leave no room for {count}"
+            raise _queue_full(f"{message} more; retry in a while, or ask for fewer")
+        self._num_taken += count
+
+    def leave(self) -> None:
+        """It is answered."""
+        self._further.give_back(self._tenant, self._num_taken)
+        self._num_taken = 0
+
+
+# Of the request that is answered: whose API key it came with, "" where there are none, and its place in the queue.
+tenant_asking: ContextVar[str] = ContextVar("tenant_asking", default="")
+place_taken: ContextVar[Place | None] = ContextVar("place_taken", default=None)
+
+
+def _queue_full(message: str) -> ApiError:
+    return ApiError(429, message, "rate_limit_error", code="queue_full", retry_after_s=RETRY_AFTER_S)
 
 
 def route_path(scope: Scope) -> str:

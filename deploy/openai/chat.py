@@ -82,6 +82,7 @@ def _tier(request: ChatRequest) -> dict[str, Any]:
 
 async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
+    served.check_priority(request.priority)
     params = chat_params(request, served.defaults)
     prompt = await conversation_prompt(served, request, served.limits.check_text)
     return Job.of("chatcmpl", request, [prompt], [params])

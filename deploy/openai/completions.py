@@ -42,6 +42,7 @@ async def completion_chunks(served: Served, request: CompletionRequest) -> Async
 
 async def _job(served: Served, request: CompletionRequest) -> Job:
     served.check_model(request.model)
+    served.check_priority(request.priority)
     prompts = await completion_prompts(served, request)
     rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
     rooms = [max(1, min(room, DEFAULT_MAX_TOKENS)) for room in rooms]  # all that their parameters depend on

@@ -31,7 +31,8 @@ def install_handlers(app: FastAPI) -> None:
 def error_response(error: ApiError) -> Response:
     """ASCII throughout: a message may repeat what is no valid Unicode."""
     body = json.dumps(error.reply().model_dump(), ensure_ascii=True)
-    return Response(body, error.status, media_type="application/json")
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    return Response(body, error.status, headers, "application/json")
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

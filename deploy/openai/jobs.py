@@ -10,6 +10,7 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
+from eagleray.deploy.openai.admission import place_taken, tenant_asking
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.http_time import engine_time
 from eagleray.deploy.openai.merge import merged
@@ -36,11 +37,13 @@ class Job:
     def of(
         cls, kind: str, request: GenerationRequest, prompts: list[TokensPrompt], params: list[SamplingParams]
     ) -> "Job":
-        """Raises `ApiError` 400 if it has too many choices."""
-        num_choices = len(prompts) * params[0].n
+        """Raises `ApiError`: 400 if it has too many choices, 429 if the queue has no places for them."""
+        num_choices, param = len(prompts) * params[0].n, "n" if params[0].n > 1 else "prompt"
         if num_choices > MAX_N:
             message = f"{len(prompts)} prompts with n {params[0].n} are {num_choices} choices; ask for at most {MAX_N}"
-            raise ApiError(400, message, param="n" if params[0].n > 1 else "prompt")
+            raise ApiError(400, message, param=param)
+        if (place := place_taken.get()) is not None:
+            place.take_further(num_choices - 1, param)
         unique = uuid4().hex
         job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0)
         told = {name: shown(value) for name in LOGGED if (value := getattr(request, name))}
@@ -73,7 +76,15 @@ async def _outputs(
     engine: AsyncLLM, job: Job, number: int, kind: RequestOutputKind
 ) -> AsyncGenerator[RequestOutput, None]:
     prompt, params, request_id = job.prompts[number], job.params[number], f"{job.unique}-{number}"
-    stream = engine.generate(prompt, params, request_id, priority=job.priority, output_kind=kind)
+    stream = engine.generate(
+        prompt,
+        params,
+        request_id,
+        priority=job.priority,
+        output_kind=kind,
+        group=job.unique,
+        tenant=tenant_asking.get(),
+    )
     with bad_requests(FIELDS):
         async with aclosing(stream):
             async for output in stream:

@@ -125,7 +125,9 @@ class GenerationRequest(Asked):
     allowed_token_ids: SomeIds | None = Field(None, description="Extension: draw nothing else.")
     include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
     skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
-    priority: Priority | None = Field(None, description="Extension: lower runs first; 0 by default.")
+    priority: Priority | None = Field(
+        None, description="Extension: lower goes first, where the server allows it; 0 by default, and always allowed."
+    )
 
 
 class CompletionRequest(GenerationRequest):

@@ -20,6 +20,7 @@ class Served:
     max_model_len: int  # tokens of prompt and answer together
     created: int  # seconds since 1970
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request does not say
+    allow_priority: bool = False  # of clients that say theirs
 
     @cached_property
     def limits(self) -> Limits:
@@ -32,6 +33,13 @@ class Served:
         if self.engine.tokenizer is None:
             raise ApiError(400, "this server has no tokenizer; give prompts as token ids, without echo")
         return self.engine.tokenizer
+
+    def check_priority(self, priority: int | None) -> None:
+        """Raises `ApiError` 400 for one that asks for something where clients may not."""
+        if priority and not self.allow_priority:
+            message = f"priority is {shown(priority)}, but clients of this server do not choose theirs"
+            remedy = "leave it out, or have its operator set allow_priority (--allow-priority)"
+            raise ApiError(400, f"{message}; {remedy}", param="priority")
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for a model that is not this one."""

@@ -208,7 +208,7 @@ def test_sequences_of_one_prompt_compute_it_once(options: dict[str, Any]) -> Non
 
 def num_alive(kind: type) -> int:
     gc.collect()
-    return sum(isinstance(each, kind) for each in gc.get_objects())
+    return sum(type(each) is kind for each in gc.get_objects())
 
 
 def test_waiting_requests_that_are_aborted_leave_no_memory_behind_under_load_of_higher_priority() -> None:

@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.deploy.api_keys import key_digest
-from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue, place_taken, tenant_asking
+from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.origins import cross_origin
 from eagleray.deploy.openai.probes import Figures, Health
-from eagleray.deploy.openai.refusal import answer
+from eagleray.deploy.openai.refusal import answer, refuse
 from eagleray.deploy.openai.request_ids import RequestIds
 
 
@@ -152,6 +153,69 @@ async def test_the_queue_takes_as_many_as_it_may_and_one_more_once_one_is_done()
         go_on.set()
         assert [reply.status_code for reply in await asyncio.gather(*running)] == [200] * 3
         assert (await http.get("/v1/models")).status_code == 200
+
+
+class Held:
+    """An application whose requests want as many choices as their path's last part says, and go on until told to."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        place = place_taken.get()
+        assert place is not None
+        try:
+            place.take_further(int(scope["path"].rpartition("/")[2]) - 1, "n")
+        except ApiError as error:
+            await refuse(send, error)
+            return
+        await self.go_on.wait()
+        await answer(send, 200, tenant_asking.get().encode(), "text/plain")
+
+
+async def begun(http: httpx.AsyncClient, num_choices: int, key: str = "") -> "asyncio.Task[httpx.Response]":
+    """A request as far as it comes by itself."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    asked = asyncio.create_task(http.post(f"/v1/{num_choices}", headers=headers))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    return asked
+
+
+async def test_the_queue_counts_sequences_and_requests_of_one_always_find_their_places() -> None:
+    app = Held()
+    async with client(BoundedQueue(app, 10)) as http:
+        never = await (await begun(http, 12))
+        assert never.status_code == 400
+        assert never.json()["error"]["param"] == "n"
+        assert "11 at most" in never.json()["error"]["message"]
+        running = [await begun(http, 11)]
+        full = await (await begun(http, 2))
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        running += [await begun(http, 1) for _ in range(9)]
+        assert not any(task.done() for task in running)
+        assert (await (await begun(http, 1))).status_code == 429
+        running[0].cancel()
+        await asyncio.wait(running[:1])
+        running[0] = await begun(http, 5)
+        assert not running[0].done(), "places are given back"
+        app.go_on.set()
+        assert [reply.status_code for reply in await asyncio.gather(*running)] == [200] * 10
+        everything_again = await http.post("/v1/11")
+        assert everything_again.status_code == 200
+
+
+async def test_a_key_that_fills_the_queue_leaves_others_their_share() -> None:
+    app = Held()
+    async with client(ApiKeys(BoundedQueue(app, 10, num_tenants=2), ["one", "two"])) as http:
+        running = [await begun(http, 1, "one") for _ in range(9)] + [await begun(http, 11, "one")]
+        assert (await (await begun(http, 1, "one"))).status_code == 429
+        others = [await begun(http, 1, "two") for _ in range(4)] + [await begun(http, 6, "two")]
+        assert not any(task.done() for task in (*running, *others))
+        assert (await (await begun(http, 1, "two"))).status_code == 429
+        app.go_on.set()
+        assert {reply.text for reply in await asyncio.gather(*running)} == {"key 0"}
+        assert {reply.text for reply in await asyncio.gather(*others)} == {"key 1"}
 
 
 async def test_what_does_not_generate_never_queues() -> None:

@@ -43,7 +43,7 @@ class Server:
     def __init__(self, engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper, key: str) -> None:
         self.engine = engine
         self._around, self._key = around, key
-        self.served = Served(engine, model_name, max_model_len, created=1_700_000_000)
+        self.served = Served(engine, model_name, max_model_len, created=1_700_000_000, allow_priority=True)
         self._started = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), name="server")
         self._thread.start()

@@ -197,6 +197,38 @@ async def test_lower_priority_numbers_run_first(tiny: Server) -> None:
     assert ended == ["first"] * 8 + ["soon"] * 8 + ["late"] * 8
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_priority_is_refused_by_name_unless_the_operator_allows_it(tiny: Server, path: str) -> None:
+    app = AppReplica(make_app(replace(tiny.served, allow_priority=False)))
+    prompt = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": MESSAGES}
+    for priority, status in ((-(2**31) + 1, 400), (1, 400), (0, 200), (None, 200)):
+        for stream in (False, True):
+            body = prompt | {"priority": priority, "max_tokens": 2, "stream": stream}
+            answer = tiny.on_loop(app.answer(path, json.dumps(body).encode()))
+            assert answer.status == status
+            if status == 400:
+                error = json.loads(answer.body)["error"]
+                assert error["param"] == "priority"
+                assert "--allow-priority" in error["message"]
+
+
+def test_greedy_choices_are_as_many_as_asked_for_and_equal(tiny: Server) -> None:
+    body = BASE | {"temperature": 0, "n": 3, "logprobs": 1}
+    for path, prompt in (("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", {"messages": MESSAGES})):
+        asked = body | prompt | ({"logprobs": True} if "chat" in path else {})
+        one, three = post(tiny, path, **asked | {"n": 1}), post(tiny, path, **asked)
+        assert [each | {"index": 0} for each in three["choices"]] == one["choices"] * 3
+        assert [each["index"] for each in three["choices"]] == [0, 1, 2]
+        assert three["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+        assert three["usage"]["completion_tokens"] == 3 * one["usage"]["completion_tokens"] == 3 * 24
+        assert put_together(create_streamed(tiny, path, **asked)) == ends(
+            tiny.generate(PROMPT if "prompt" in prompt else CHAT_PROMPT, **BASE | {"temperature": 0, "n": 3})
+        )
+    prompts = post(tiny, "/v1/completions", **body | {"prompt": [PROMPT, "Other"], "n": 2})["choices"]
+    texts = [each["text"] for each in prompts]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+
+
 def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
     tokenizer = Tokenizer.from_dir(demo_model_dir)
     start = "<|im_start|>"

@@ -91,7 +91,6 @@ BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 0}, "n"),
     ({"n": 5000}, "n"),
     ({"n": "2"}, "n"),
-    ({"n": 2, "temperature": 0}, "n"),
     ({"seed": -(2**63) - 1}, "seed"),
     ({"seed": 2**64}, "seed"),
     ({"max_tokens": 0}, "max_tokens"),
