@@ -22,7 +22,7 @@ SAMPLING_HELP = {
     "top_p": "draw from the likeliest tokens that together have this probability",
     "top_k": "draw from so many of the likeliest tokens; 0 draws from all",
     "min_p": "leave out tokens less likely than this share of the likeliest one",
-    "seed": "the same seed gives the same answer, whatever else runs; without it, one is drawn or made of --engine-seed",
+    "seed": "the same seed gives the same answer, whatever else runs; without, one is drawn or made of --engine-seed",
     "presence_penalty": "lower the chance of tokens that the answer has used, once each",
     "frequency_penalty": "lower the chance of tokens that the answer has used, for each time",
     "repetition_penalty": "divide the score of tokens in prompt or answer by this; 1 changes nothing",
