@@ -65,7 +65,7 @@ def _class(name: str | None) -> Any:
 
 def _class_name(folder: Path, model: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
     """The rule of `AutoTokenizer.from_pretrained` in transformers 5.24. None where it is to be asked itself."""
-    if config.get("auto_map"):
+    if config.get("auto_map") is not None:
         raise _wrong(folder / "tokenizer_config.json", "auto_map", config["auto_map"], "a class of transformers' own")
     named, where = config.get("tokenizer_class"), "tokenizer_config.json"
     if named is None:

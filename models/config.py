@@ -192,7 +192,7 @@ def _check_supported(architecture: str, raw: Mapping[str, Any]) -> None:
             kind = f" of kind {method!r}" if isinstance(method, str) else ""
             raise ValueError(f"{key} is there: quantized weights{kind} are not supported; take the unquantized model")
     for key, families in _FAMILY_KEYS.items():
-        if raw.get(key) not in (None, False) and architecture not in families:
+        if not (raw.get(key) is None or raw[key] is False or architecture in families):
             raise ValueError(f"{key} is {shown(raw[key])}, which is not supported for {architecture}")
     if raw.get("is_causal", True) is not True:
         raise ValueError(f"is_causal is {shown(raw['is_causal'])}; models that see later tokens are not supported")

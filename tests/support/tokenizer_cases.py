@@ -75,6 +75,8 @@ TEMPLATES = [
     "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "{% for m in messages %}{{ m }}{% endfor %}{{ pad_token }}{{ unk_token }}{{ image_token }}",
     "{{ raise_exception('no') }}",
+    "{{ messages[0].content.missing.deeper }}{{ 1 // 0 }}",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     "{% broken",
 ]
 

@@ -37,7 +37,7 @@ def ours(folder: Path) -> dict[str, Any]:
         "start": found.bos_token_id,
         "ends": {found.eos_token_id} - {None} == set(eos_token_ids(folder, found)),
         "special": found.special_tokens,
-        "chats": [_chat(found.apply_chat_template, options) for options in OPTIONS],
+        "chats": [_chat(found.apply_chat_template, options, ValueError) for options in OPTIONS],
     }
 
 
@@ -54,7 +54,7 @@ def theirs(folder: Path) -> dict[str, Any]:
         "ends": True,
         "special": found.special_tokens_map,
         "chats": [
-            _chat(lambda chat, **given: found.apply_chat_template(chat, tokenize=False, **given), options)
+            _chat(lambda chat, **given: found.apply_chat_template(chat, tokenize=False, **given), options, Exception)
             for options in OPTIONS
         ],
     }
@@ -65,11 +65,11 @@ def _decode(tokenizer: Any, ids: list[int], skip: bool) -> Any:
     return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
-def _chat(render: Any, options: dict[str, Any]) -> Any:
-    """The text; "none" where there is no template, or it fails."""
+def _chat(render: Any, options: dict[str, Any], refusal: type[Exception]) -> Any:
+    """The text; "none" where there is no template, or it fails, which we may only say with a `ValueError`."""
     try:
         return render(CHAT, **options)
-    except Exception:
+    except refusal:
         return "none"
 
 
