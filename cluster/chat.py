@@ -12,7 +12,7 @@ def chat_prompt(
 ) -> TokensPrompt:
     """A conversation as the text and the ids that the model was trained on. Raises `ValueError` if it cannot be."""
     text = _known(tokenizer).apply_chat_template(with_texts(messages), **template_options)
-    return encoded(_known(tokenizer), text)
+    return _encoded(_known(tokenizer), text)
 
 
 async def achat_prompt(
@@ -20,10 +20,10 @@ async def achat_prompt(
 ) -> TokensPrompt:
     """As `chat_prompt`, while others go on but for the tokens."""
     text = await _known(tokenizer).aapply_chat_template(with_texts(messages), **template_options)
-    return encoded(_known(tokenizer), text)
+    return _encoded(_known(tokenizer), text)
 
 
-def encoded(tokenizer: Tokenizer, text: str) -> TokensPrompt:
+def _encoded(tokenizer: Tokenizer, text: str) -> TokensPrompt:
     """The text of a template, which has its special tokens."""
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

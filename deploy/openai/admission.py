@@ -12,6 +12,7 @@ from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.refusal import refuse
 
+TOKENS = ("/tokenize", "/detokenize")
 RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 
 
@@ -190,8 +191,9 @@ def route_path(scope: Scope) -> str:
 
 
 def may_generate(scope: Scope) -> bool:
-    """Whether a request is one of those that the engine is asked for."""
-    return scope["type"] == "http" and scope["method"] == "POST" and route_path(scope).startswith("/v1/")
+    """Whether a request is one of those that the engine or its tokenizer is asked for, which take their time."""
+    path = route_path(scope)
+    return scope["type"] == "http" and scope["method"] == "POST" and (path.startswith("/v1/") or path in TOKENS)
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

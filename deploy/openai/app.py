@@ -13,6 +13,7 @@ from eagleray.deploy.openai.description import describe, failures, streamed
 from eagleray.deploy.openai.events import EventStream
 from eagleray.deploy.openai.handlers import install_handlers
 from eagleray.deploy.openai.inputs import conversation_prompt, texts_tokens, tokens_text
+from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.replies import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -74,9 +75,9 @@ def token_routes(served: Served) -> APIRouter:
         """The token ids of a text, or of a conversation in the model's chat template."""
         served.check_model(body.model)
         if isinstance(body, TokenizeText):
-            (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens)
+            (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens, MAX_TOKENIZED)
         else:
-            ids = (await conversation_prompt(served, body, served.limits.check_text))["prompt_token_ids"]
+            ids = (await conversation_prompt(served, body, MAX_TOKENIZED))["prompt_token_ids"]
         return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids))
 
     @router.post("/detokenize", responses=failures())

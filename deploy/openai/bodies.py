@@ -31,7 +31,7 @@ Read = Callable[[bytes, str | None], Coroutine[Any, Any, Any]]
 
 def body_route(served: Served, *, generates: bool) -> type[APIRoute]:
     """A kind of route whose bodies are read here; those that generate have prompts that must fit the model."""
-    check = served.limits.check_prompts if generates else None
+    check = served.limits.check_prompts if generates else served.limits.check_tokens
 
     class BodyRoute(APIRoute):
         def get_route_handler(self) -> Handler:

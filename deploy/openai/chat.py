@@ -84,7 +84,8 @@ async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
     params = chat_params(request, served.defaults)
-    prompt = await conversation_prompt(served, request, served.limits.check_text)
+    prompt = await conversation_prompt(served, request)
+    served.limits.check_reply([prompt], [params])
     return Job.of("chatcmpl", request, [prompt], [params])
 
 

@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.inputs import completion_prompts, prompt_text
+from eagleray.deploy.openai.echo import Echo
+from eagleray.deploy.openai.inputs import completion_prompts
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
 from eagleray.deploy.openai.logprobs import Entry, Offsets, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
@@ -47,6 +48,7 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
     rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
     rooms = [max(1, min(room, DEFAULT_MAX_TOKENS)) for room in rooms]  # all that their parameters depend on
     params = {room: completion_params(request, room, served.defaults) for room in set(rooms)}
+    served.limits.check_reply(prompts, [params[room] for room in rooms], echo=bool(request.echo))
     return Job.of("cmpl", request, prompts, [params[room] for room in rooms])
 
 
@@ -61,6 +63,8 @@ class Reply:
         self._prompt_only = prompt_only(request)
         self._created = int(time.time())
         self._growth: defaultdict[int, Growth] = defaultdict(Growth)
+        self._prompts: dict[int, Echo] = {}
+        self._echoes: dict[int, Echo] = {}  # of choices
         self._offsets: dict[int, Offsets] = {}
 
     def usage(self) -> Usage:
@@ -96,9 +100,9 @@ class Reply:
     def _choice(self, index: int, number: int, output: RequestOutput, news: News) -> Choice:
         params = self.job.params[number]
         text = "" if self._prompt_only else news.text
-        if self._echo and news.first:
-            skip = params.skip_special_tokens
-            text = prompt_text(self._served.tokenizer, self.job.prompts[number], skip_special_tokens=skip) + text
+        if self._echo:
+            token_ids = [] if self._prompt_only else news.token_ids
+            text = self._echo_of(index, number).before(token_ids, ended=news.finish_reason is not None) + text
         return Choice(
             index=index,
             text=text,
@@ -106,6 +110,15 @@ class Reply:
             finish_reason=news.finish_reason,
             stop_reason=news.stop_reason,
         )
+
+    def _echo_of(self, index: int, number: int) -> Echo:
+        """A choice's, made from its prompt's."""
+        if index not in self._echoes:
+            if number not in self._prompts:
+                prompt, skip = self.job.prompts[number], self.job.params[number].skip_special_tokens
+                self._prompts[number] = Echo(self._served.tokenizer, prompt, skip_special_tokens=skip)
+            self._echoes[index] = self._prompts[number].copy()
+        return self._echoes[index]
 
     def _logprobs(self, index: int, params: SamplingParams, output: RequestOutput, news: News) -> TextLogprobs | None:
         if news.logprobs is None:

@@ -1,17 +1,18 @@
 """What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
 
 import asyncio
-from collections.abc import Callable
 
-from eagleray.cluster.chat import encoded
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.deploy.openai.errors import ApiError, bad_requests
+from eagleray.deploy.openai.errors import ApiError, bad_requests, too_long
+from eagleray.deploy.openai.limits import check_length
 from eagleray.deploy.openai.messages import template_messages, template_variables
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
 
+LONG = 100_000  # characters: as many tokens, at most, take some 20 MB to make
+CUT_TOKENS = 64  # that the end of a text may have more where it is cut within a word
 SHORT = 1000  # characters: they take less time than a thread takes to begin where others want the processor, too
 RESERVED = frozenset(  # what the template's renderer takes for itself
     {
@@ -33,21 +34,36 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
     return [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
 
 
-async def texts_tokens(served: Served, texts: list[str], add_special_tokens: bool | None) -> list[list[int]]:
-    """The token ids of each text. Raises `ApiError` 400.
+async def texts_tokens(
+    served: Served, texts: list[str], add_special_tokens: bool | None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """The token ids of each text. Raises `ApiError` 400 for many more than the model holds, or for over `max_tokens`.
 
-    Prompts of completions were held to the model's length when the body was read. Texts of `/tokenize` may be longer,
-    up to `max_body_bytes`; a thread encodes them, and lets others go on.
+    A thread encodes what is long, and lets others go on.
     """
     tokenizer, special = served.tokenizer, add_special_tokens is not False
+    most = served.max_model_len if max_tokens is None else max_tokens
     with bad_requests():
         if sum(map(len, texts)) <= SHORT:
-            return _encode(tokenizer, texts, special)
-        return await asyncio.to_thread(_encode, tokenizer, texts, special)
+            return [_encode(tokenizer, text, special, most) for text in texts]
+        ids = await asyncio.to_thread(lambda: [_encode(tokenizer, text, special, most) for text in texts])
+    if max_tokens is not None:
+        _check_num_tokens(max(map(len, ids)), max_tokens)
+    return ids
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-    return [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
+    """Beginnings of a long text first: more tokens than there may be take much memory, hundreds of bytes each."""
+    length = max(max_tokens, LONG)
+    while length < len(text):
+        _check_num_tokens(len(tokenizer.encode(text[:length], add_special_tokens=False)) - CUT_TOKENS, max_tokens)
+        length *= 2
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def _check_num_tokens(num_tokens: int, max_tokens: int) -> None:
+    if num_tokens > max_tokens:
+        raise too_long(f"a text has {num_tokens} tokens or more, and at most {max_tokens} are possible; shorten it")
 
 
 async def tokens_text(served: Served, token_ids: list[int]) -> str:
@@ -64,8 +80,10 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     return texts[0]
 
 
-async def conversation_prompt(served: Served, conversation: Conversation, check: Callable[[str], None]) -> TokensPrompt:
-    """A conversation in the model's chat template, as text for `check` before its tokens. Raises `ApiError` 400."""
+async def conversation_prompt(
+    served: Served, conversation: Conversation, max_tokens: int | None = None
+) -> TokensPrompt:
+    """A conversation in the model's chat template. Raises `ApiError` 400, also for more tokens, as `texts_tokens`."""
     options = dict(conversation.chat_template_kwargs or {})
     if taken := sorted(options.keys() & RESERVED):
         message = f"chat_template_kwargs holds {taken[0]}, which is no variable of a template; leave it out"
@@ -82,17 +100,12 @@ async def conversation_prompt(served: Served, conversation: Conversation, check:
     messages = template_messages(served.tokenizer, conversation)
     with bad_requests():
         text = await served.tokenizer.aapply_chat_template(messages, **options)
-        check(text)
-        if len(text) <= SHORT:
-            return encoded(served.tokenizer, text)
-        return await asyncio.to_thread(encoded, served.tokenizer, text)
-
-
-def prompt_text(tokenizer: Tokenizer, prompt: TokensPrompt, *, skip_special_tokens: bool) -> str:
-    """A prompt to echo: as it was given, or what its token ids say."""
-    text = prompt.get("prompt")
-    ids = prompt["prompt_token_ids"]
-    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) if text is None else text
+    if max_tokens is None:
+        served.limits.check_text(text)
+    else:
+        check_length(text)
+    (ids,) = await texts_tokens(served, [text], add_special_tokens=False, max_tokens=max_tokens)
+    return {"prompt": text, "prompt_token_ids": ids}
 
 
 def _as_list(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:

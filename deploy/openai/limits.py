@@ -2,14 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from eagleray.cluster.sampling_params import MAX_N
+from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.cluster.token_bytes import BYTE_OF
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, too_long
@@ -19,6 +20,11 @@ MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
 MAX_MESSAGES = 10_000  # and as many parts of their contents
 MAX_FIELDS = 100  # of one object, where more than all that there are must hold unknown ones
+MAX_CHARACTERS = 1_000_000  # of a text that is only to be counted: a second or so
+MAX_TOKENIZED = 500_000  # tokens of one
+MAX_ECHOED = 1_000_000  # tokens of prompts in an answer
+MAX_LOGPROBS = 3_000_000  # in an answer: 20 beside a token's own for each of 140,000 tokens
+CHARACTERS_A_TOKEN = 32  # that a longer text than that may have for each token of a prompt, on average
 NFC_FACTOR = 4  # characters that normalization makes one of, at most (Unicode's stability limits: U+1F82 is four)
 
 MARKS = re.compile(rb'\\.|["\[{:]', re.DOTALL)
@@ -38,7 +44,8 @@ class Limits:
         if tokenizer is None:
             return cls(max_model_len, None, None)
         longest = max_characters_of_a_token(tokenizer.backend)
-        max_characters = None if longest is None else max_model_len * longest
+        most = max(MAX_CHARACTERS, max_model_len * CHARACTERS_A_TOKEN)
+        max_characters = most if longest is None else min(most, max_model_len * longest)
         return cls(max_model_len, max_characters, tokenizer.backend.get_vocab_size())
 
     def check_prompts(self, body: dict[str, Any]) -> None:
@@ -61,6 +68,34 @@ class Limits:
                 message = f"{name} has {len(ids)} token ids, but there are {self.num_tokens}; give each once"
                 raise ApiError(400, message, param=name)
 
+    def check_tokens(self, body: dict[str, Any]) -> None:
+        """Raise `ApiError` 400 for more than is made into tokens, or of tokens into a text."""
+        tokens, prompt = body.get("tokens"), body.get("prompt")
+        if isinstance(tokens, list) and len(tokens) > MAX_TOKENIZED:
+            raise ApiError(400, f"tokens are {len(tokens)}; send at most {MAX_TOKENIZED}", param="tokens")
+        if isinstance(prompt, str):
+            check_length(prompt)
+
+    def check_reply(
+        self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams], *, echo: bool = False
+    ) -> None:
+        """Raise `ApiError` 400 for an answer that may have too many log-probabilities, or repeats too much."""
+        num_echoed = num_logprobs = 0
+        for prompt, each in zip(prompts, params, strict=True):
+            num_prompt = len(prompt["prompt_token_ids"])
+            num_repeated = each.n * num_prompt if echo else 0
+            num_new = each.n * (self.max_model_len - num_prompt if each.max_tokens is None else each.max_tokens)
+            num_echoed += num_repeated
+            num_logprobs += 0 if each.logprobs is None else (num_repeated + num_new) * (each.logprobs + 1)
+        if num_echoed > MAX_ECHOED:
+            message = f"echo would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
+            raise ApiError(400, message, param="echo")
+        if num_logprobs > MAX_LOGPROBS:
+            asked = f"{num_logprobs} log-probabilities may be in the answer, of all choices and tokens"
+            raise ApiError(
+                400, f"{asked}; ask for at most {MAX_LOGPROBS}: lower n, max_tokens or logprobs", param="logprobs"
+            )
+
     def _check_prompt(self, prompt: object) -> None:
         if isinstance(prompt, list) and len(prompt) > self.max_model_len:
             message = f"a prompt has {len(prompt)} tokens, but the model holds {self.max_model_len}; shorten it"
@@ -76,6 +111,12 @@ class Limits:
                 f"most {self.max_characters} characters; shorten it"
             )
             raise too_long(message)
+
+
+def check_length(text: str) -> None:
+    """Raise `ApiError` 400 for a text that is too long to be counted."""
+    if len(text) > MAX_CHARACTERS:
+        raise too_long(f"a text has {len(text)} characters; send at most {MAX_CHARACTERS} at once")
 
 
 def check_bytes(body: bytes) -> None:

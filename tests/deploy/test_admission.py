@@ -221,8 +221,9 @@ async def test_a_key_that_fills_the_queue_leaves_others_their_share() -> None:
 async def test_what_does_not_generate_never_queues() -> None:
     async with client(BoundedQueue(length_of_body, 0)) as http:
         assert (await http.get("/v1/models")).status_code == 200
-        assert (await http.post("/tokenize")).status_code == 200
-        assert (await http.post("/v1/completions")).status_code == 429
+        assert (await http.get("/version")).status_code == 200
+        for path in ("/v1/completions", "/tokenize", "/detokenize"):
+            assert (await http.post(path)).status_code == 429
 
 
 async def test_the_queue_knows_its_paths_below_a_mount() -> None:

@@ -10,21 +10,15 @@ from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
 from support.http_server import Server, serving
 from support.local_engine import LocalEngine
-from support.tiny_model import VOCAB_SIZE, write_tokenizer
-from support.toy_rank import generate
+from support.tiny_model import CHAT_TEMPLATE, VOCAB_SIZE, write_tokenizer
 
 MAX_MODEL_LEN = 1024
 
 
 @contextmanager
-def local_server(path: Path) -> Iterator[Server]:
+def local_server(path: Path, chat_template: str = CHAT_TEMPLATE) -> Iterator[Server]:
     """Its model is "toy"; `path` is a folder for its tokenizer."""
     limits = ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset())
-    front_end = FrontEnd(Tokenizer.from_dir(write_tokenizer(path)), limits)
+    front_end = FrontEnd(Tokenizer.from_dir(write_tokenizer(path, chat_template)), limits)
     with serving(AsyncLLM.attach(LocalEngine(), front_end), "toy", MAX_MODEL_LEN) as server:
         yield server
-
-
-def continuation(prompt: list[int], num_tokens: int) -> list[int]:
-    """What the engine generates."""
-    return generate(prompt, num_tokens)

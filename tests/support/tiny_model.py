@@ -37,7 +37,7 @@ def write_tiny_model(path: Path, max_model_len: int = 4096) -> Path:
     return write_tokenizer(path)
 
 
-def write_tokenizer(path: Path) -> Path:
+def write_tokenizer(path: Path, chat_template: str = CHAT_TEMPLATE) -> Path:
     """The model's tokenizer alone."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(letters))}, []))
@@ -45,6 +45,6 @@ def write_tokenizer(path: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"bos_token": START, "eos_token": END, "chat_template": CHAT_TEMPLATE}
+    config = {"bos_token": START, "eos_token": END, "chat_template": chat_template}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

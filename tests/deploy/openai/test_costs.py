@@ -1,0 +1,127 @@
+"""What one request may cost: refused beyond, and never another's trouble."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from eagleray.deploy.openai.limits import MAX_CHARACTERS, MAX_LOGPROBS, MAX_TOKENIZED
+from eagleray.deploy.openai.ranges import MAX_STOP_CHARACTERS
+from support.http_client import streamed
+from support.http_server import Server
+from support.local_server import MAX_MODEL_LEN, local_server
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{% for i in range(far) %}{% for j in range(far) %}{% endfor %}{% endfor %}{{ 1 / divisor }}{{ 10.0 ** power }}"
+    "{{ 'x' * times }}{% macro again() %}{{ again() }}{% endmacro %}{% if recurse %}{{ again() }}{% endif %}"
+    "{{ missing.at.all if miss }}"
+)
+MESSAGES = [{"role": "user", "content": "Hello"}]
+USUAL: dict[str, Any] = {"far": 1, "divisor": 1, "power": 1, "times": 1, "recurse": False, "miss": False}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with local_server(tmp_path_factory.mktemp("toy"), TEMPLATE) as server:
+        yield server
+
+
+def post(server: Server, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=120)
+
+
+def refusal(server: Server, path: str, **body: Any) -> dict[str, Any]:
+    reply = post(server, path, **body)
+    assert reply.status_code == 400, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("variables", "why"),
+    [
+        ({"divisor": 0}, "division by zero"),
+        ({"power": 1000}, "out of range"),
+        ({"recurse": True}, "recursion"),
+        ({"miss": True}, "'missing' is undefined"),
+        ({"divisor": "a"}, "unsupported operand"),
+        ({"times": 10**9}, "512 MiB"),
+        ({"far": 10**5}, "takes more than"),
+        ({"far": 10**9}, "Range too big"),
+    ],
+)
+def test_what_a_template_cannot_do_is_the_clients_to_mend(server: Server, variables: dict[str, Any], why: str) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        assert why in refusal(server, path, messages=MESSAGES, chat_template_kwargs=USUAL | variables)["message"]
+        assert post(server, path, messages=MESSAGES, chat_template_kwargs=USUAL).status_code == 200
+
+
+@pytest.mark.parametrize("stop", ["x" * (MAX_STOP_CHARACTERS + 1), ["x" * 3900] * 64])
+def test_stop_texts_have_a_length_together(server: Server, stop: Any) -> None:
+    error = refusal(server, "/v1/completions", prompt="a", stop=stop)
+    assert error["param"] == "stop"
+    assert f"give at most {MAX_STOP_CHARACTERS}" in error["message"]
+    assert post(server, "/v1/completions", prompt="a", stop=["x" * (MAX_STOP_CHARACTERS // 64)] * 64).status_code == 200
+
+
+def test_log_probabilities_are_counted_over_all_choices_and_tokens(server: Server) -> None:
+    asked: dict[str, Any] = {"n": 400, "max_tokens": 1000}
+    assert MAX_LOGPROBS < 400 * 1000 * 21
+    for path, others in (
+        ("/v1/completions", {"prompt": "a", "logprobs": 20}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20}),
+    ):
+        kwargs = {"chat_template_kwargs": USUAL} if "messages" in others else {}
+        assert "8400000 log-probabilities" in refusal(server, path, **asked, **others, **kwargs)["message"]
+
+
+def test_an_echo_is_counted_over_all_choices(server: Server) -> None:
+    error = refusal(server, "/v1/completions", prompt="a" * 1000, echo=True, n=4000, max_tokens=1)
+    assert error["param"] == "echo"
+    assert "4000000 tokens" in error["message"]
+
+
+def test_texts_to_be_counted_and_tokens_to_be_read_have_a_length(server: Server) -> None:
+    for path, name, value in (
+        ("/tokenize", "prompt", "a" * (MAX_CHARACTERS + 1)),
+        ("/tokenize", "prompt", "ab" * (MAX_TOKENIZED // 2 + 1)),
+        ("/tokenize", "messages", [{"role": "user", "content": "a" * (MAX_CHARACTERS + 1)}]),
+        ("/detokenize", "tokens", [5] * (MAX_TOKENIZED + 1)),
+    ):
+        kwargs = {"chat_template_kwargs": USUAL} if name == "messages" else {}
+        assert "at most" in refusal(server, path, **{name: value}, **kwargs)["message"]
+    assert post(server, "/tokenize", prompt="a" * MAX_TOKENIZED).json()["count"] == MAX_TOKENIZED
+    assert len(post(server, "/detokenize", tokens=[5] * 1000).json()["prompt"]) == 1000
+
+
+def test_a_text_far_longer_than_the_model_is_refused_by_its_beginning(server: Server) -> None:
+    error = refusal(server, "/v1/completions", prompt="a" * 9 * MAX_MODEL_LEN)
+    assert error["code"] == "context_length_exceeded"
+
+
+def ids_of(server: Server, data: bytes) -> list[int]:
+    tokenizer = server.served.tokenizer
+    ids = {tokenizer.token_bytes.of(token_id): token_id for token_id in range(256)}
+    return [ids[bytes([byte])] for byte in data]
+
+
+@pytest.mark.parametrize("data", [b"broken: \xef\xbf\xbd", b"half \xe6\x97", b"\xf0", b"\n", b"\xff", b"x \xed\xa0"])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_an_echo_and_its_answer_are_the_text_of_all_tokens(server: Server, data: bytes, as_text: bool) -> None:
+    ids = ids_of(server, data)
+    if as_text and b"\xef\xbf\xbd" not in data:
+        pytest.skip("it is no text")
+    prompt = data.decode() if as_text else ids
+    answer = server.generate({"prompt_token_ids": ids}, max_tokens=6, temperature=0).outputs[0]
+    whole = server.served.tokenizer.decode(ids + answer.token_ids)
+    before = server.served.tokenizer.decode(ids)
+    assert before + answer.text == whole  # no answer here completes a character
+    body = {"prompt": prompt, "max_tokens": 6, "temperature": 0}
+    assert post(server, "/v1/completions", **body).json()["choices"][0]["text"] == answer.text
+    assert post(server, "/v1/completions", **body, echo=True).json()["choices"][0]["text"] == whole
+    events = streamed(server, "/v1/completions", **body, echo=True)
+    assert "".join(event["choices"][0]["text"] for event in events if event["choices"]) == whole
+    alone = post(server, "/v1/completions", prompt=prompt, echo=True, max_tokens=0).json()
+    assert alone["choices"][0]["text"] == before
