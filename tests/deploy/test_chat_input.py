@@ -57,6 +57,7 @@ def typist() -> Iterator[Typist]:
     os.close(theirs)
     try:
         typist = Typist(ours)
+        typist.wait_for(r"\x1b\[\?2004h")  # or terminals put no brackets around a paste
         typist.wait_for("> ")
         yield typist
     finally:
