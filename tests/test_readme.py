@@ -1,6 +1,8 @@
 """The README's tree is the tree."""
 
 import re
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +25,17 @@ def test_every_file_has_its_line_and_every_line_its_file() -> None:
     paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.stem != "__init__"]
     files = {path.relative_to(ROOT).as_posix() for path in paths}
     assert files_in_tree((ROOT / "README.md").read_text()) == files
+
+
+def test_a_wheel_has_every_file_that_is_no_python() -> None:
+    """Those of the rooms, which a wheel leaves out if no pattern names them."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    paths = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file()]
+    files = [path for path in paths if path.suffix not in (".py", ".pyc")]
+    assert Path("deploy/openai/playground.html") in files
+    for file in files:
+        package = ".".join(["eagleray", *file.parent.parts])
+        assert any(fnmatch(file.name, pattern) for pattern in patterns[package]), f"{file} is in no wheel"
 
 
 def test_a_line_without_a_description_does_not_count() -> None:

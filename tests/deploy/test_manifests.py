@@ -66,6 +66,14 @@ def test_serves_configuration_is_one_that_serve_and_the_server_accept() -> None:
     assert [each.name for each in served_application().deployments] == [application._bound_deployment.name]
 
 
+def test_the_file_for_one_machine_is_one_that_serve_and_the_server_accept() -> None:
+    config = ServeDeploySchema.model_validate(load("one-machine.yaml"))
+    (application,) = config.applications
+    assert application.import_path == "eagleray.deploy.serve:build"
+    assert config.http_options.host == "127.0.0.1"
+    build(ServeArgs.model_validate(application.args))
+
+
 def test_a_worker_has_room_for_a_whole_replica_and_the_cluster_for_all() -> None:
     args = served()
     ((workers, gpus),) = num_gpus(cluster_of(load("ray-service.yaml")))
