@@ -1,6 +1,7 @@
 """What a checkpoint says about how generation goes and ends."""
 
 import logging
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def sampling_defaults(model: str | Path) -> dict[str, Any]:
     older models have them, if there is no generation_config.json. Raises `ValueError` for values out of range.
     """
     file = Path(model) / FILE
-    if not file.is_file():
+    if not isfile(file):
         file = Path(model) / "config.json"
     found = {name: value for name, value in read_object(file).items() if name in DEFAULTED and value is not None}
     try:

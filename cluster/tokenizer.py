@@ -8,6 +8,7 @@ process of its own.
 import re
 from collections.abc import Sequence
 from inspect import isfunction
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,8 +44,8 @@ class Tokenizer:
         """Read tokenizer.json and what stands beside it. Raises `ValueError` when there is none or it is broken."""
         folder = Path(path)
         file = folder / "tokenizer.json"
-        if not file.is_file():
-            missing = f"there is no {file}" if folder.is_dir() else f"there is no directory {folder}"
+        if not isfile(file):
+            missing = f"there is no {file}" if isdir(folder) else f"there is no directory {folder}"
             raise ValueError(
                 f"{missing}; name a directory with a tokenizer.json as `tokenizer`, or make one with transformers' "
                 "AutoTokenizer.from_pretrained(…).save_pretrained(…)"

@@ -7,6 +7,7 @@ a driver has no use for. So its choice is made here, for the model types of whic
 
 import importlib
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _check_templates(folder: Path, config: Mapping[str, Any]) -> None:
     if template is not None and not isinstance(template, str) and not named:
         raise _wrong(folder / "tokenizer_config.json", "chat_template", template, "a text, or a list of named ones")
     for file in (folder / "chat_template.jinja", *(folder / "additional_chat_templates").glob("*.jinja")):
-        if file.is_file():
+        if isfile(file):
             read_text(file)
 
 

@@ -6,6 +6,7 @@ Files are mapped, and a tensor's bytes are read only where a slice of it is take
 import json
 import logging
 from collections.abc import Iterable
+from os.path import isfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,7 +130,7 @@ class _Missing(ValueError):
 def open_file(file: Path) -> Any:
     """A mapped safetensors file. Raises `ValueError` when it is missing, cut short, or no safetensors file."""
     try:
-        if not file.is_file():
+        if not isfile(file):
             raise ValueError(f"there is no file {file}")
         return safe_open(file, framework="pt")
     except SafetensorError as error:
@@ -145,7 +146,7 @@ def _locate(path: Path) -> dict[str, Path]:
     if found is None:
         raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}; fetch the weights, too")
     if found == SINGLE:
-        if index.is_file():
+        if isfile(index):
             logger.warning("%s is taken, and %s beside it is not", single, INDEX)
         return dict.fromkeys(open_file(single).keys(), single)
     names = read_object(index, MAX_INDEX_BYTES).get("weight_map")

@@ -8,6 +8,7 @@ error here, never ignored, and so is a value of another type, or one that no mod
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json` in directory `path`. Raises `ValueError` that says what is wrong with which file."""
         file = Path(path) / "config.json"
-        if not Path(path).is_dir():
+        if not isdir(path):
             raise ValueError(f"there is no model directory {str(path)!r}; give a directory with config.json")
-        if not file.is_file():
+        if not isfile(file):
             raise ValueError(f"{str(path)!r} holds no config.json, so it is no model")
         raw = read_object(file)
         try:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: {error}; fetch the file again") from error
     except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """A JSON object; an empty one if there is no such file. Raises `ValueError` that names the file and the remedy."""
-    if not file.is_file():
+    if not isfile(file):
         return {}
     text = read_text(file, max_bytes)
     try:

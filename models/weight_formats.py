@@ -1,5 +1,6 @@
 """What to do about weights that are no safetensors. Imports no torch, so that it can be said before anything starts."""
 
+from os.path import isfile
 from pathlib import Path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -13,7 +14,7 @@ def find_format(path: Path) -> str | None:
     if weights of another format are there instead.
     """
     for name in (SINGLE, INDEX):
-        if (path / name).is_file():
+        if isfile(path / name):
             return name
     if remedy := _remedy(path):
         raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}, but {remedy}")
