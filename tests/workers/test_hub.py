@@ -1,6 +1,7 @@
 """Models of the Hugging Face hub: what is fetched, found again, pinned and refused, against a server of its API."""
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -248,6 +249,21 @@ def test_after_ctrl_c_within_a_download_nothing_half_is_taken_for_the_file(
     assert process.returncode == 130
     assert not list(node.home.rglob("*.incomplete"))
     hub.stalls_at = None
+    assert files_of(node.find()) == files_of(checkpoint)
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_half_stays(node: Node, checkpoint: Path) -> None:
+    node.find(weights=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((checkpoint / "model.safetensors").stat().st_size // 2, hard))
+    try:
+        with pytest.raises(
+            FetchError, match=f"into {node.home}/hub: .*File too large.*; make room there, or set HF_HOME"
+        ):
+            node.find()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(node.home.rglob("*.incomplete"))
     assert files_of(node.find()) == files_of(checkpoint)
 
 
