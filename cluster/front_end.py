@@ -75,11 +75,14 @@ class FrontEnd:
         *,
         group: str | None = None,
         tenant: str = "",
+        clip: bool = False,
     ) -> Generation:
         """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice.
 
         What runs is shared fairly among tenants, and of each among its groups: a request is one unless `group` says
         with which others it was asked for.
+
+        With `clip` one that asks for more tokens than the model has room for ends there, with finish_reason "length".
         """
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             within = f"from -{MAX_PRIORITY} to {MAX_PRIORITY}"
@@ -100,6 +103,7 @@ class FrontEnd:
             priority=priority,
             group=request_id if group is None else group,
             tenant=tenant,
+            clip=clip,
         )
         self._next_id += params.num_distinct
         return Generation(

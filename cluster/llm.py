@@ -1,20 +1,30 @@
 """The offline front end: a list of prompts in, a list of outputs back in the same order."""
 
 import logging
+import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from threading import Condition, get_ident
 from types import TracebackType
 from typing import Any, Self
 
 from eagleray.cluster.chat import chat_prompt
 from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
-from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.messages import (
+    Abort,
+    EngineOutputs,
+    EngineStats,
+    RequestMessage,
+    StartProfile,
+    StopProfile,
+    Submit,
+)
+from eagleray.cluster.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from eagleray.cluster.progress import BatchProgress
 from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
 from eagleray.cluster.sampling_params import SamplingParams
@@ -23,12 +33,15 @@ from eagleray.cluster.words import counted
 
 logger = logging.getLogger(__name__)
 
-WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
+WAKE_S = 1.0  # so that Ctrl-C, and an engine that is stopped, are noticed while it is silent
+CLOSE_S = 5.0  # how long another thread may take to leave the engine
 
 
 class LLM:
     """An engine and its front end in one; close it or use it as a context manager.
 
+    Any number of threads may call it at once: what they ask for runs together. One of those that wait takes the
+    engine's news for all.
     Once it is closed, whatever needs the engine raises `EngineClosedError`.
     """
 
@@ -63,6 +76,11 @@ class LLM:
         self._front_end = front_end
         self._calls = count()  # of `generate`
         self._closed = False
+        self._failure: str | None = None
+        self._turn = Condition()  # guards all of this, and is notified of news
+        self._receiver: int | None = None  # the thread that uses the engine now
+        self._unsent: list[RequestMessage] = []  # of other threads, meanwhile
+        self._ended: dict[Generation, list[Generation]] = {}  # where whoever runs a request looks for its end
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -89,21 +107,27 @@ class LLM:
         """Generate for every prompt, with one set of parameters for all or one for each; outputs in the prompts' order.
 
         Without parameters the model's own count, `get_default_sampling_params`.
-        All prompts are checked before the first is sent. A request that fails once it runs does not take the others'
-        outputs with it: its finish_reason is "error", its `error` the cause, and the log says so. `use_tqdm` shows a
-        progress bar. Raises `ValueError` for what the user gave and `EngineDeadError` if the engine is gone.
+        All prompts are checked before the first is sent. One that comes to the model's length before its `max_tokens`
+        ends there, with finish_reason "length". A prompt that does not fit, or a request that fails once it runs, does
+        not take the others' outputs with it: its finish_reason is "error", its `error` the cause, and the log says so.
+        `use_tqdm` shows a progress bar. Raises `ValueError` for what the user gave otherwise, and `EngineDeadError` if
+        the engine is gone.
         """
         self._check_open()
         all_prompts = prompt_list(prompts)
         all_params = _params_list(sampling_params or self._front_end.default_params, len(all_prompts))
         group = f"call {next(self._calls)}"
-        generations = [
-            self._front_end.prepare(prompt, params, priority=priority, group=group)
-            for prompt, params in zip(all_prompts, all_params, strict=True)
-        ]
-        with BatchProgress(generations, enabled=use_tqdm and bool(generations)) as progress:
+        prepared = []
+        for number, (prompt, params) in enumerate(zip(all_prompts, all_params, strict=True)):
+            try:
+                prepared.append(self._prepare(prompt, params, priority, group))
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}" if len(all_prompts) > 1 else str(error)) from None
+        generations = [each for each in prepared if isinstance(each, Generation)]
+        alone = not self._front_end.num_running  # bars of several threads would write over each other
+        with BatchProgress(generations, enabled=use_tqdm and bool(generations) and alone) as progress:
             self._run(generations, progress)
-        outputs = [generation.output() for generation in generations]
+        outputs = [each.output() if isinstance(each, Generation) else each for each in prepared]
         _log_failures(outputs)
         return outputs
 
@@ -142,7 +166,11 @@ class LLM:
 
     def close(self) -> None:
         """End the engine. Closing twice does nothing."""
-        self._closed = True
+        with self._turn:
+            self._closed = True
+            if self._receiver is not None:  # another thread's, or this one's, which a signal brought here
+                self._engine.wake()
+            self._turn.wait_for(lambda: self._receiver in (None, get_ident()), CLOSE_S)
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -158,40 +186,114 @@ class LLM:
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
 
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, priority: int, group: str
+    ) -> Generation | RequestOutput:
+        """A request that can run, or the output of one whose prompt does not fit."""
+        with self._turn:
+            try:
+                return self._front_end.prepare(prompt, params, priority=priority, group=group, clip=True)
+            except ContextLengthError as error:
+                return _failed(prompt, str(error))
+
     def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
-        self._engine.send(message)
-        while (files := self._front_end.profiled(message)) is None:
-            self._receive()
-        return files
+        with self._turn:
+            self._send(message)
+        while True:
+            with self._turn:
+                if (files := self._front_end.profiled(message)) is not None:
+                    return files
+            self._take_turn()
 
     def _run(self, generations: list[Generation], progress: BatchProgress) -> None:
         """Run requests to their end; whatever interrupts this ends them in the engine, too."""
-        requests = [self._front_end.add(generation) for generation in generations]
+        ended: list[Generation] = []
         num_running = len(generations)
         try:
-            if requests:
-                self._engine.send(Submit(requests))
+            with self._turn:
+                self._ended |= dict.fromkeys(generations, ended)
+                requests = [self._front_end.add(generation) for generation in generations]
+                if requests:
+                    self._send(Submit(requests))
             while num_running:
-                finished = self._receive()
+                self._take_turn()
+                finished, ended[:] = ended[:], []
                 num_running -= len(finished)
                 progress.update(finished)
-        except EngineDeadError:
-            self._front_end.forget()
+        finally:
+            with self._turn:
+                for generation in generations:
+                    self._ended.pop(generation, None)
+                ids = [id for generation in generations for id in self._front_end.abort(generation)]
+                if ids and self._failure is None and not self._closed:
+                    self._send(Abort(ids))
+
+    def _send(self, message: RequestMessage) -> None:
+        """Hand over a message; if another thread uses the engine, that does it. Call it with the turn."""
+        if self._receiver in (None, get_ident()):
+            self._engine.send(message)
+        else:
+            self._unsent.append(message)
+            self._engine.wake()
+
+    def _take_turn(self) -> None:
+        """Take the next news for all threads, or wait until another thread has; `WAKE_S` at most."""
+        news = None
+        try:
+            with self._turn:
+                self._check_usable()
+                if self._receiver is not None:
+                    self._turn.wait(WAKE_S)
+                    return
+                self._receiver = get_ident()
+            news = self._engine.receive(WAKE_S)
+        except EngineDeadError as error:
+            with self._turn:
+                if not self._closed:
+                    self._failure = self._failure or str(error)
+                    self._front_end.forget()
             raise
         finally:
-            running = [id for generation in generations for id in self._front_end.abort(generation)]
-            if running:
-                self._engine.send(Abort(running))
+            with self._turn:
+                if self._receiver == get_ident():
+                    self._end_turn(news)
 
-    def _receive(self) -> list[Generation]:
-        """Requests that the next news end."""
-        news = self._engine.receive(WAKE_S)
-        if news is None:
-            return []
-        changed, aborts = self._front_end.process(news)
-        if aborts:
-            self._engine.send(Abort(aborts))
-        return [generation for generation in changed if generation.finished]
+    def _end_turn(self, news: EngineOutputs | None) -> None:
+        try:
+            changed, aborts = self._front_end.process(news) if news is not None else ([], [])
+            for generation in changed:
+                if generation.finished:
+                    self._ended.pop(generation).append(generation)
+            unsent, self._unsent = self._unsent, []
+            if self._failure is None and not self._closed:
+                for message in (*unsent, *([Abort(aborts)] if aborts else [])):
+                    self._engine.send(message)
+        finally:
+            self._receiver = None
+            self._turn.notify_all()
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+
+
+def _failed(prompt: Prompt, error: str) -> RequestOutput:
+    """The output of a request that was never sent."""
+    now = time.monotonic()
+    given = dict[str, Any](prompt) if isinstance(prompt, dict) else {}
+    text = prompt if isinstance(prompt, str) else given.get("prompt")
+    token_ids: Any = given.get("prompt_token_ids", []) if isinstance(prompt, str | dict) else prompt
+    return RequestOutput(
+        request_id="",
+        prompt=text,
+        prompt_token_ids=list(token_ids),
+        prompt_logprobs=None,
+        outputs=[CompletionOutput(0, "", [], None, None, finish_reason="error", error=error)],
+        finished=True,
+        num_cached_tokens=None,
+        metrics=RequestMetrics(arrival_time=now, finished_time=now),
+    )
 
 
 def _log_failures(outputs: list[RequestOutput]) -> None:

@@ -25,6 +25,8 @@ from ray.util.placement_group import (
 from eagleray.cluster.cluster_address import LOCAL, answers, cluster_address
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.process_state import descendants
+from eagleray.cluster.signals import end_on_sigterm, kept_from_ray, kill
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,17 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     address = cluster_address() or LOCAL
     if not answers(address):  # which Ray would find out after two minutes
         raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster; {TO_JOIN}")
+    end_on_sigterm()
+    before = descendants(os.getpid())
     try:
-        with _sigterm_kept():
+        with _sigterm_kept(), kept_from_ray():
             _init(address, config, num_engines, options)
+    except (KeyboardInterrupt, SystemExit):
+        _end_ray(before)
+        raise
     except Exception as error:  # Ray has many kinds, none of them its own
         cause = f"{type(error).__name__}: {error}"
+        _end_ray(before)
         if address == LOCAL:
             raise EngineStartError(f"Ray did not start on this machine ({cause}); {TO_START}") from error
         raise EngineStartError(f"the Ray cluster at {address} cannot be joined ({cause}); {TO_JOIN}") from error
@@ -138,6 +146,12 @@ def _children() -> list[int]:
     """Of this process, as Linux tells; none elsewhere."""
     files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def _end_ray(before: set[int]) -> None:
+    """End what a start of Ray that did not come to its end has left; `before` are processes that were there before."""
+    ray.shutdown()
+    kill(descendants(os.getpid()) - before)
 
 
 def choose_device(config: EngineConfig) -> str:

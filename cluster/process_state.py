@@ -24,3 +24,21 @@ def state_of(pid: int) -> str:
 def in_words(pid: int) -> str:
     """`process 1234 is stopped`."""
     return f"process {pid} {_WORDS.get(state_of(pid), 'runs, but does not get to say so')}"
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that this one has started, and those have started, as far as they are there."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            except (OSError, IndexError):
+                continue
+            children.setdefault(parent, []).append(int(folder.name))
+    found: set[int] = set()
+    new = [pid]
+    while new:
+        new = [child for each in new for child in children.get(each, [])]
+        found.update(new)
+    return found

@@ -33,14 +33,18 @@ def engine_request(
     priority: int = 0,
     group: str = "",
     tenant: str = "",
+    clip: bool = False,
 ) -> EngineRequest:
-    """What is to run for the `n` sequences: one where all would be equal. Raises `ValueError` for what cannot run."""
+    """What is to run for the `n` sequences: one where all would be equal. Raises `ValueError` for what cannot run.
+
+    With `clip` more `max_tokens` than the model has room for are as many as it has.
+    """
     seed = (derived_seed if params.seed is None else params.seed) & MAX_SEED
     return EngineRequest(
         id=first_id,
         prompt_token_ids=_packed(prompt_token_ids, limits),
         sampling=_sampling(params, limits, seed),
-        max_tokens=_max_tokens(len(prompt_token_ids), params, limits),
+        max_tokens=_max_tokens(len(prompt_token_ids), params, limits, clip),
         priority=priority,
         seeds=[derive_seed(seed, index) for index in range(1, params.num_distinct)],
         group=group,
@@ -80,14 +84,14 @@ def _check_token(where: str, token_id: int, limits: ModelLimits) -> None:
         )
 
 
-def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLimits) -> int:
+def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLimits, clip: bool) -> int:
     room = limits.max_model_len - num_prompt_tokens
     if room < 1:
         raise ContextLengthError(
             f"the prompt has {counted(num_prompt_tokens, 'token')}, but the model holds {limits.max_model_len} "
             f"with at least one generated; shorten the prompt by {1 - room}"
         )
-    if params.max_tokens is not None and params.max_tokens > room:
+    if params.max_tokens is not None and params.max_tokens > room and not clip:
         raise ContextLengthError(
             f"the prompt has {counted(num_prompt_tokens, 'token')} and max_tokens asks for {params.max_tokens} more, "
             f"but the model holds {limits.max_model_len}; shorten the prompt or lower max_tokens to {room}"
@@ -97,7 +101,7 @@ def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLim
             f"the prompt has {counted(num_prompt_tokens, 'token')} and min_tokens asks for {params.min_tokens} more, "
             f"but the model holds {limits.max_model_len}; shorten the prompt or lower min_tokens to {room}"
         )
-    return params.max_tokens or room
+    return min(params.max_tokens or room, room)
 
 
 def _sampling(params: SamplingParams, limits: ModelLimits, seed: int) -> Sampling:

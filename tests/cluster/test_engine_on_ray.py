@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,6 @@ def llm(model_dir: Path) -> Iterator[LLM]:
     ("prompt", "params", "message"),
     [
         ([], {}, "empty"),
-        ([1] * 4090, {"max_tokens": 10}, "4096"),
         ([5, 120], {}, "120"),
         ([5], {"stop_token_ids": [120]}, "120"),
         ([5], {"logit_bias": {4000: 1.0}}, "4000"),
@@ -232,6 +232,20 @@ def test_tokens_are_those_of_one_process_without_ray(llm: LLM, model_dir: Path) 
     with start(model_dir, tensor_parallel_size=1, steps_in_flight=1) as single:
         outputs = single.generate(prompts, params, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_four_threads_use_one_engine(llm: LLM) -> None:
+    prompts = [[i, i * 7 % 120, 3] for i in range(12)]
+    params = [SamplingParams(max_tokens=20 + i, seed=i, ignore_eos=True) for i in range(12)]
+
+    def token_ids(begin: int) -> list[list[int]]:
+        outputs = llm.generate(prompts[begin::4], params[begin::4], use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    one_by_one = [token_ids(begin) for begin in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(token_ids, range(4), timeout=60)) == one_by_one
 
 
 def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path: Path) -> None:

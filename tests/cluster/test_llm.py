@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,79 @@ def test_no_prompts_no_outputs(llm: LLM) -> None:
 
 
 def test_nothing_is_sent_if_one_prompt_is_bad(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
-    with pytest.raises(ValueError, match="the prompt has 300 tokens"):
-        llm.generate([*PROMPTS, [5] * 300], params(), use_tqdm=False)
+    with pytest.raises(ValueError, match="prompt 12: the prompt is empty"):
+        llm.generate([*PROMPTS, []], params(), use_tqdm=False)
+    with pytest.raises(ValueError, match=r"^the prompt holds the token id -1"):
+        llm.generate([[5, -1]], params(), use_tqdm=False)
     with pytest.raises(ValueError, match="there are 12 prompts and 2 sampling_params"):
         llm.generate(PROMPTS, [params()] * 2, use_tqdm=False)
     assert engine.scheduler.num_unfinished == front_end.num_running == engine.num_calls == 0
+
+
+def test_a_prompt_that_is_too_long_takes_no_other_along(
+    llm: LLM, engine: LocalEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model holds 256 tokens."""
+    full, fits, over = [5] * 255, [6] * 250, [7] * 256
+    outputs = llm.generate([PROMPTS[0], full, fits, over, PROMPTS[1]], params(20), use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "length", "length", "error", "length"]
+    prompts, lengths = (PROMPTS[0], full, fits, over, PROMPTS[1]), (20, 1, 6, 0, 20)
+    for prompt, output, length in zip(prompts, outputs, lengths, strict=True):
+        assert output.prompt_token_ids == prompt
+        assert token_ids(output) == generate(prompt, length)
+        assert output.finished
+    error = outputs[3].outputs[0].error or ""
+    assert "the prompt has 256 tokens, but the model holds 256" in error
+    assert caplog.messages == [f"1 of 5 requests failed: {error}"]
+    text = " one more" * 200
+    assert len(tokenizer.encode(text)) > 256
+    (alone,) = llm.generate(text, params(20), use_tqdm=False)
+    assert (alone.prompt, alone.outputs[0].finish_reason) == (text, "error")
+    assert engine.scheduler.num_unfinished == 0
+
+
+def test_threads_share_the_engine_and_each_gets_its_own(llm: LLM, engine: LocalEngine) -> None:
+    num_threads, failures = 8, {3: ValueError, 6: ValueError}
+    engine.waits_for = 30
+
+    def work(number: int) -> list[list[int]]:
+        prompts = [[number, i, 3] for i in range(1, 6)]
+        if number in failures:
+            prompts[2] = []
+        each = [params(20 + 3 * i + number) for i in range(5)]
+        return [token_ids(output) for output in llm.generate(prompts, each, use_tqdm=False)]
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(work, number) for number in range(num_threads)]
+        for number, future in enumerate(futures):
+            if number in failures:
+                with pytest.raises(failures[number]):
+                    future.result(60)
+            else:
+                expected = [generate([number, i, 3], 20 + 3 * (i - 1) + number) for i in range(1, 6)]
+                assert future.result(60) == expected
+    assert engine.scheduler.num_unfinished == 0
+    assert engine.rank.largest_batch == 30 * 3, "what several threads ask for runs together"
+
+
+def test_every_thread_hears_of_the_engines_death(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+    engine.failures = {30: EngineDeadError("rank 1 is gone")}
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(llm.generate, PROMPTS, params(200), use_tqdm=False) for _ in range(4)]:
+            with pytest.raises(EngineDeadError, match="rank 1 is gone"):
+                future.result(60)
+    assert front_end.num_running == 0
+
+
+def test_closing_ends_what_other_threads_wait_for(llm: LLM, engine: LocalEngine) -> None:
+    engine.waits_for = 1000
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(llm.generate, PROMPTS, params(200), use_tqdm=False) for _ in range(2)]
+        assert engine.waited.wait(30)
+        llm.close()
+        for future in futures:
+            with pytest.raises(EngineClosedError):
+                future.result(60)
 
 
 def test_a_chat_is_put_into_the_models_template(llm: LLM, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,8 @@
 """An engine in this process, for front ends: a real scheduler over a rank whose tokens can be foretold."""
 
 import asyncio
+import threading
+import time
 from collections import deque
 
 from eagleray.cluster.errors import EngineDeadError
@@ -23,6 +25,8 @@ class LocalEngine:
         self.num_calls = 0
         self.closed = False
         self.pauses = True
+        self.waits_for = 0  # requests; before they are there no step runs
+        self.waited = threading.Event()  # set by a call that found too few
         self._dead: str | None = None
         self._in_flight: deque[StepOutput] = deque()
         self._news: list[Tokens] = []
@@ -42,6 +46,11 @@ class LocalEngine:
 
     def receive(self, timeout_s: float) -> EngineOutputs | None:
         self.num_calls += 1
+        if self.scheduler.num_unfinished < self.waits_for:
+            self.waited.set()
+            time.sleep(0.001)
+            return None
+        self.waits_for = 0
         failure = self.failures.get(self.num_calls)
         if isinstance(failure, EngineDeadError):
             self._dead = str(failure)
