@@ -20,10 +20,27 @@ def cluster_address() -> str | None:
     return own or named or _left_by_ray_start()
 
 
+def how_found() -> tuple[str, str]:
+    """How `cluster_address` came to an address, and what to do where that cannot be joined; in words."""
+    named = os.environ.get("RAY_ADDRESS") or None
+    if IN_A_JOB in os.environ and named != "local" and _of_job():
+        return "of the job that this process belongs to", "submit the job again"
+    if named:
+        return "named by RAY_ADDRESS", "start it, or unset RAY_ADDRESS"
+    file = _left_by_ray_start_at()
+    return f"made by `ray start`, which wrote {file}", "end it with `ray stop`, or set RAY_ADDRESS=local to leave it"
+
+
+def is_tcp(address: str) -> bool:
+    """Whether it is HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    return "/" not in host and port.isdigit()
+
+
 def answers(address: str, timeout_s: float = 5.0) -> bool:
     """Whether something listens at HOST:PORT. Other forms of addresses, such as "auto", are Ray's to judge."""
     host, _, port = address.rpartition(":")
-    if "/" in host or not port.isdigit():
+    if not is_tcp(address):
         return True
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
@@ -62,9 +79,14 @@ def _left_by_ray_start() -> str | None:
     `ray.init(address="auto")` would also join the private cluster of another process, and wait a minute for one that
     was killed.
     """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
     try:
-        address = file.read_text().strip()
+        address = _left_by_ray_start_at().read_text().strip()
     except (OSError, ValueError):
         return None
     return address if ":" in address and answers(address, 1) else None
+
+
+def _left_by_ray_start_at() -> Path:
+    """Where Ray's temporary files are, as Ray finds them."""
+    place = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return Path(place, "ray", "ray_current_cluster")

@@ -13,6 +13,7 @@ from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.wire_check import EngineLimits
 from eagleray.workers.channel import Endpoint, Hub
+from eagleray.workers.priority import run_at_normal_priority
 
 
 class CoreActor:
@@ -31,6 +32,7 @@ class CoreActor:
         listener: Endpoint,
     ) -> EngineInfo:
         """Start the ranks, which tell the `listener` how far they are. Raises `EngineStartError` with the cause."""
+        run_at_normal_priority()
         model = check_model(config)
         worker = worker_config(config, model, device)
         executor = RayExecutor(worker, group, timeout_s=config.start_timeout_s, listener=listener)
@@ -55,6 +57,7 @@ class CoreActor:
             node_id=ray.get_runtime_context().get_node_id(),
             core_pid=os.getpid(),
             rank_pids=[host.pid for host in executor.hosts],
+            niceness=max(host.niceness for host in executor.hosts),
             start=executor.start,
             seconds_prepared=executor.seconds_prepared,
         )

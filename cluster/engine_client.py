@@ -21,7 +21,7 @@ from eagleray.cluster.core_link import PING_S, CoreLink
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
 from eagleray.cluster.placement import Room, address_for, choose_device, connect, nodes_of, place
-from eagleray.cluster.process_state import STOPPED, in_words, state_of
+from eagleray.cluster.process_state import STOPPED, in_words, kill_if_stopped, state_of
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
@@ -57,7 +57,8 @@ class EngineClient:
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._num_unheard = 0
-        self._finalizer = weakref.finalize(self, _remove, core, room)  # for an owner that forgets to close
+        pid = info.core_pid if here else None
+        self._finalizer = weakref.finalize(self, _remove, core, room, pid)  # for an owner that forgets to close
 
     @classmethod
     def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
@@ -100,6 +101,12 @@ class EngineClient:
             capacity(info.num_blocks, info.block_size, info.start.attention),
         )
         logger.info("%s", info.start.line())
+        if info.niceness > 0:
+            logger.warning(
+                "ranks run at nice %d, as Ray was told where it was started, and wait for other programs; "
+                "set RAY_worker_niceness=0 before `ray start`",
+                info.niceness,
+            )
         return cls(info, core, room, max(config.step_timeout_s, 10.0))
 
     def send(self, message: RequestMessage) -> None:
@@ -243,9 +250,14 @@ class _Look:
         if away or self._pid is None or state_of(self._pid) not in STOPPED:
             self._ran = now
         elif now - self._ran > START_STOPPED_S:
-            raise EngineStartError(f"the engine core does not start: {in_words(self._pid)}")
+            said = f"the engine core does not start: {in_words(self._pid)}"
+            kill_if_stopped(self._pid)
+            raise EngineStartError(said)
 
 
-def _remove(core: Any, room: Room) -> None:
+def _remove(core: Any, room: Room, pid: int | None = None) -> None:
+    """`pid` is that of the core's process, if it is known and on this node."""
     ray.kill(core)
+    if pid is not None:
+        kill_if_stopped(pid)
     room.leave()

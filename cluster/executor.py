@@ -16,7 +16,7 @@ from eagleray.cluster.calls import DEATH_NOTICE_S, Calls
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.inbox import Inbox
 from eagleray.cluster.placement import nodes_of
-from eagleray.cluster.resolve import check_capacity
+from eagleray.cluster.resolve import check_capacity, check_memory
 from eagleray.cluster.start_report import StartReport
 from eagleray.cluster.vital_signs import LOOK_S, VitalSigns
 from eagleray.workers.actor import RankActor
@@ -72,7 +72,8 @@ class RayExecutor:
         try:
             self.hosts: list[RankHost] = self._call("prepare", len(set(nodes)) == 1)
             prepared = time.monotonic()
-            loaded: list[Loaded] = self._call("load", self.hosts[0].ip, self.hosts[0].store_port)
+            check_memory(self.hosts, config)
+            loaded: list[Loaded] = self._call("load", self.hosts[0].store_ip, self.hosts[0].store_port)
             self.num_blocks: int = min(rank.num_blocks for rank in loaded)
             check_capacity(self.num_blocks, config)
             self._serving = Calls([rank.serve.remote(self.num_blocks) for rank in self._ranks])
@@ -188,6 +189,7 @@ class RayExecutor:
     def _kill(self) -> None:
         for rank in self._ranks:
             ray.kill(rank)
+        self._signs.kill_stopped()
 
 
 def _create_actors(

@@ -106,6 +106,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     node_id: str  # where the core runs
     core_pid: int
     rank_pids: list[int]
+    niceness: int  # the greatest of all ranks
     start: StartReport
     seconds_prepared: float  # from when all processes had their imports until the ranks were ready
 

@@ -1,5 +1,6 @@
 """Room for an engine on a Ray cluster: one bundle per rank, found within a bounded time or refused with the figures."""
 
+import importlib
 import logging
 import os
 import signal
@@ -22,11 +23,13 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from eagleray.cluster.cluster_address import LOCAL, answers, cluster_address
+from eagleray.cluster.cluster_address import LOCAL, answers, cluster_address, how_found, is_tcp
+from eagleray.cluster.cluster_token import use_token
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.process_state import descendants
 from eagleray.cluster.signals import end_on_sigterm, kept_from_ray, kill
+from eagleray.workers.socket_directory import MAX_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,8 @@ Resources = dict[str, float]
 
 RAY_WAITED_S = 10.0  # a start that took as long to fail has waited for something in vain
 RAYS_LIMITS = ("RAY_gcs_server_port_wait_time_s", "RAY_worker_register_timeout_seconds")  # of parts of its start
-TO_JOIN = "start it, or unset RAY_ADDRESS"
+SHORT_PLACE = "/tmp"
+MAX_RAY_PLACE = MAX_PATH - len("/ray/session_2026-11-29_01-54-00_123456_1234567/sockets/plasma_store")
 TO_START = (
     "try again when the machine is less busy, or start Ray with `ray start --head` first; Ray's logs are in "
     "ray/session_latest/logs in RAY_TMPDIR, or else in /tmp"
@@ -65,22 +69,29 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = cluster_address() or LOCAL
+    found, to_join = how_found()
     if not answers(address):  # which Ray would find out after two minutes
-        raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster; {TO_JOIN}")
+        raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster {found}; {to_join}")
+    if is_tcp(address):
+        use_token(address, found)
+    if address == LOCAL:
+        options |= _ray_place()
     end_on_sigterm()
     before = descendants(os.getpid())
     try:
         with _sigterm_kept(), kept_from_ray():
             _init(address, config, num_engines, options)
+        _keep_remarks_off_standard_output()
     except (KeyboardInterrupt, SystemExit):
         _end_ray(before)
         raise
     except Exception as error:  # Ray has many kinds, none of them its own
         cause = f"{type(error).__name__}: {error}"
         _end_ray(before)
+        said = f"the Ray cluster at {address} ({found}) cannot be joined ({cause}); {to_join}"
         if address == LOCAL:
-            raise EngineStartError(f"Ray did not start on this machine ({cause}); {TO_START}") from error
-        raise EngineStartError(f"the Ray cluster at {address} cannot be joined ({cause}); {TO_JOIN}") from error
+            said = f"Ray did not start on this machine ({cause}); {TO_START}"
+        raise EngineStartError(said) from error
     return address == LOCAL
 
 
@@ -146,6 +157,31 @@ def _children() -> list[int]:
     """Of this process, as Linux tells; none elsewhere."""
     files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
     return [int(pid) for file in files for pid in file.read_text().split()]
+
+
+def _keep_remarks_off_standard_output() -> None:
+    """Ray prints there when a process dies, where answers go; the engine says so itself, with the cause."""
+
+    def note(data: dict[str, Any], **_: object) -> None:
+        logger.debug("Ray: %s", " ".join(data.get("lines", ())))
+
+    worker: Any = importlib.import_module("ray._private.worker")
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = note
+
+
+def _ray_place() -> dict[str, str]:
+    """Where Ray is to put its files, if not where it would: its sockets' paths must not be too long.
+
+    Raises `ValueError` if there is no such place.
+    """
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    usual = os.environ.get(variable, SHORT_PLACE)
+    if len(os.fsencode(usual)) <= MAX_RAY_PLACE:
+        return {}
+    if variable == "TMPDIR" and os.access(SHORT_PLACE, os.W_OK | os.X_OK):
+        return {"_temp_dir": f"{SHORT_PLACE}/ray"}
+    raise ValueError(f"{variable} is {usual}, too long for Ray's sockets; set one of at most {MAX_RAY_PLACE} bytes")
 
 
 def _end_ray(before: set[int]) -> None:

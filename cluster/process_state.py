@@ -1,5 +1,8 @@
 """What the kernel says of a process on this machine."""
 
+import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 DEAD = "ZX"
@@ -24,6 +27,13 @@ def state_of(pid: int) -> str:
 def in_words(pid: int) -> str:
     """`process 1234 is stopped`."""
     return f"process {pid} {_WORDS.get(state_of(pid), 'runs, but does not get to say so')}"
+
+
+def kill_if_stopped(pid: int) -> None:
+    """End a process that could not end by itself, however it is asked."""
+    if state_of(pid) in STOPPED:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> set[int]:

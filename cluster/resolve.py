@@ -1,6 +1,8 @@
 """From what the user set to what the ranks are told: every `auto` decided, every limit checked against the model."""
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.weight_formats import find_format
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.model_dir import DEMO, is_of_hub, model_dir
+from eagleray.workers.started import RankHost
 
 CPU_BLOCK_SIZE = 16
 CUDA_BLOCK_SIZE = 128  # FlashAttention-3 reads pages of this size fastest
@@ -77,6 +80,27 @@ def _dtype(config: EngineConfig, model: ModelConfig, cpu: bool) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "float32" if cpu else model.dtype
+
+
+def check_memory(hosts: Sequence[RankHost], worker: WorkerConfig) -> None:
+    """Raise `EngineStartError` unless the shares of the ranks fit their GPUs, or their nodes."""
+    if worker.device == "cpu":
+        needed: dict[str, int] = defaultdict(int)
+        for host in hosts:
+            needed[host.node_id] += host.needed_bytes
+        wholes = [(f"node {host.ip}", needed[host.node_id], host.memory_bytes) for host in hosts]
+    else:
+        share = worker.gpu_memory_utilization
+        wholes = [
+            (f"rank {rank}'s GPU", host.needed_bytes, int(host.memory_bytes * share)) for rank, host in enumerate(hosts)
+        ]
+    for where, need, have in wholes:
+        if need > have:
+            more = "lower kv_cache_bytes, use more nodes" if worker.device == "cpu" else "raise tensor_parallel_size"
+            raise EngineStartError(
+                f"the model's weights{' and KV cache' * (worker.device == 'cpu')} in {worker.dtype} need "
+                f"{need / 1e9:.1f} GB of {where}, which has {have / 1e9:.1f} GB; {more} or a smaller model"
+            )
 
 
 def check_capacity(num_blocks: int, worker: WorkerConfig) -> None:

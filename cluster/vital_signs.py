@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eagleray.cluster.process_state import DEAD, STOPPED, in_words, state_of
+from eagleray.cluster.process_state import DEAD, STOPPED, in_words, kill_if_stopped, state_of
 
 LOOK_S = 1.0  # how often whoever waits for ranks looks here
 STOPPED_S = 3.0  # silence after which a process that the kernel calls stopped or dead counts as such
@@ -45,6 +45,12 @@ class VitalSigns:
             if silence_s >= limit_s or (self._here[rank] and state_of(pid) in STOPPED + DEAD):
                 return f"rank {rank} has given no sign of life for {silence_s:.0f} s{self._why(rank)}"
         return None
+
+    def kill_stopped(self) -> None:
+        """End those on this node that are stopped, which Ray would wait for."""
+        for rank, pid in enumerate(self._pids):
+            if pid is not None and self._here[rank]:
+                kill_if_stopped(pid)
 
     def suspects(self) -> str:
         """Ranks on this node that are stopped right now, in words for the end of a sentence."""

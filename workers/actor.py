@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,6 +12,7 @@ from eagleray.workers.channel import Endpoint, Peer
 from eagleray.workers.config import WorkerConfig
 from eagleray.workers.heartbeat import Heartbeat
 from eagleray.workers.model_dir import is_of_hub, model_dir
+from eagleray.workers.priority import run_at_normal_priority
 from eagleray.workers.reporter import Reporter
 from eagleray.workers.start_teller import StartTeller
 from eagleray.workers.started import FETCHING, GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
@@ -57,6 +59,14 @@ class RankActor:
 
         Ranks on `one_node` talk over loopback alone.
         """
+        node_ip = ray.util.get_node_ip_address()
+        folder = Path(self._config.model)
+        if folder.is_absolute() and not folder.is_dir():
+            raise ValueError(
+                f"there is no model at {self._config.model} on node {node_ip}; copy it there, to the same path on "
+                "every node, or name a directory that all nodes share"
+            )
+        niceness = run_at_normal_priority()
         self._set_environment()
         import torch
 
@@ -64,21 +74,31 @@ class RankActor:
         import eagleray.workers.memory
         import eagleray.workers.step_guard  # noqa: F401
         from eagleray.parallel.network import open_store
+        from eagleray.workers.fit import memory_bytes, needed_bytes
 
         if is_of_hub(self._config.model):  # which others on this node may be fetching, too
             self._teller.begin(FETCHING)
-        model_dir(self._config.model, self._config.revision, weights=self._config.load_format != "dummy")
+        folder = model_dir(self._config.model, self._config.revision, weights=self._config.load_format != "dummy")
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         self._device = torch.device("cpu")
         if self._config.device == "cuda":
             self._device = torch.device("cuda", int(ray.get_gpu_ids()[0]))
             torch.cuda.set_device(self._device)
-        ip = LOOPBACK if one_node else ray.util.get_node_ip_address()
+        store_ip = LOOPBACK if one_node else node_ip
         if self._rank == 0 and self._size > 1:
-            self._store = open_store(ip, self._size)
+            self._store = open_store(store_ip, self._size)
         port = None if self._store is None else self._store.port
-        return RankHost(ray.get_runtime_context().get_node_id(), ip, os.getpid(), port)
+        return RankHost(
+            node_id=ray.get_runtime_context().get_node_id(),
+            ip=node_ip,
+            pid=os.getpid(),
+            store_ip=store_ip,
+            store_port=port,
+            niceness=niceness,
+            needed_bytes=needed_bytes(folder, self._config, self._rank, self._size),
+            memory_bytes=memory_bytes(self._device),
+        )
 
     def _set_environment(self) -> None:
         os.environ.update(CUDA_ENVIRONMENT)

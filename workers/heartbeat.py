@@ -30,4 +30,4 @@ class Heartbeat:
     def close(self) -> None:
         """No more beats."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(2 * BEAT_S)

@@ -32,7 +32,11 @@ class RankHost(msgspec.Struct, frozen=True):
     node_id: str
     ip: str
     pid: int
-    store_port: int | None  # of the store through which the ranks meet; rank 0 opens it
+    store_ip: str  # of the store through which the ranks meet; rank 0 opens it
+    store_port: int | None
+    niceness: int  # 0 unless Ray's workers are given a lower priority, and may not change that
+    needed_bytes: int  # of memory: of its GPU, or of its node
+    memory_bytes: int  # that there are; for all ranks of the node, if it is the node's
 
 
 class Loaded(msgspec.Struct, frozen=True):

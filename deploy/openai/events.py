@@ -49,8 +49,10 @@ class EventStream(Response):
                     await _send(send, _event(chunk))
             except Exception as error:
                 told = as_api_error(error)
-                if told.status == 500:
+                if told is not error and told.status == 500:  # not foreseen
                     logger.error("A stream failed", exc_info=error)
+                else:
+                    logger.error("a stream ends early: %s", told)
                 event = f"event: error\ndata: {json.dumps(told.reply().model_dump())}\n\n"
                 await _send(send, event.encode(), more=False)
                 return

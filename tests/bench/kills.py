@@ -66,8 +66,11 @@ def strike(model: Path, victim: str, name: str, pause: float) -> Struck:
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=err, text=True) as process,
         ):
             events = _events(process)
-            pids = next(events)["pids"]
-            next(events)  # all streams have begun
+            begun = [event for event in (next(events, None), next(events, None)) if event]  # pids, and all streams run
+            if len(begun) < 2:
+                print(log.read_text(), file=sys.stderr)  # Ray itself may give up its start on a busy machine
+                return strike(model, victim, name, pause)
+            pids = begun[0]["pids"]
             processes = family(process.pid)
             send(pids[victim], name)
             begin = time.time()
@@ -90,7 +93,10 @@ def strike(model: Path, victim: str, name: str, pause: float) -> Struck:
 def _events(process: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
-        yield json.loads(line)
+        try:
+            yield json.loads(line)
+        except ValueError:
+            print(f"not ours: {line!r}", file=sys.stderr)
 
 
 async def client(model: str) -> None:

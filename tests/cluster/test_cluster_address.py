@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eagleray.cluster.cluster_address import IN_A_JOB, answers, cluster_address
+from support.cluster_process import running_cluster
 from support.free_port import free_port
 
 CONNECT = """
@@ -17,7 +18,7 @@ from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.placement import connect
 try:
     connect(EngineConfig(model="x"))
-except EngineStartError as error:
+except (EngineStartError, ValueError) as error:
     print(error)
 """
 
@@ -34,17 +35,44 @@ def refusal(**environment: str) -> str:
 def test_a_cluster_that_is_gone_is_named_at_once() -> None:
     begin = time.monotonic()
     address = f"127.0.0.1:{free_port()}"
-    assert refusal(RAY_ADDRESS=address).startswith(f"nothing answers at {address}, the address of the Ray cluster; ")
+    message = refusal(RAY_ADDRESS=address)
+    assert message.startswith(f"nothing answers at {address}, the address of the Ray cluster named by RAY_ADDRESS; ")
     assert time.monotonic() - begin < 30
 
 
 def test_whatever_ray_raises_is_told_with_a_remedy() -> None:
     message = refusal(RAY_ADDRESS="nonsense")
-    assert message.startswith("the Ray cluster at nonsense cannot be joined (ValueError: ")
+    assert message.startswith("the Ray cluster at nonsense (named by RAY_ADDRESS) cannot be joined (ValueError: ")
     assert message.endswith("; start it, or unset RAY_ADDRESS")
     message = refusal(RAY_ADDRESS="local", RAY_TMPDIR="/proc/nowhere")
     assert message.startswith("Ray did not start on this machine (FileNotFoundError: ")
     assert "ray start --head" in message
+
+
+def test_a_cluster_of_ray_start_that_asks_for_a_token_is_joined_with_it_or_says_what_is_wrong(tmp_path: Path) -> None:
+    with running_cluster() as cluster:
+        (tmp_path / "ray").symlink_to(cluster.environment["RAY_TMPDIR"])
+        home = {"HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+        address = cluster.environment["RAY_ADDRESS"]
+        file = tmp_path / "ray" / "ray_current_cluster"
+        asks = f"the Ray cluster at {address} (made by `ray start`, which wrote {file}) asks for a token"
+        begin = time.monotonic()
+        assert refusal(**home).startswith(f"{asks}, and there is none in RAY_AUTH_TOKEN, ")
+        assert refusal(**home, RAY_AUTH_TOKEN="0" * 64).startswith(f"{asks}, and it is not the one in RAY_AUTH_TOKEN, ")
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(cluster.environment["RAY_AUTH_TOKEN"])
+        assert refusal(**home, RAY_AUTH_MODE="disabled").startswith(f"{asks}, but RAY_AUTH_MODE is 'disabled'; ")
+        assert refusal(**home) == ""
+        assert refusal(**home, RAY_ADDRESS=address) == ""
+        assert time.monotonic() - begin < 60
+
+
+def test_sockets_of_ray_have_a_short_place_or_the_remedy_is_said_at_once(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * (87 - len(str(tmp_path))) if len(str(tmp_path)) < 87 else "d")
+    deep.mkdir()
+    message = refusal(RAY_ADDRESS="local", RAY_TMPDIR=str(deep))
+    assert message.startswith(f"RAY_TMPDIR is {deep}, too long for Ray's sockets; set one of at most ")
+    assert refusal(RAY_ADDRESS="local", TMPDIR=str(deep)) == ""
 
 
 def test_a_cluster_that_ray_start_left_behind_is_taken_only_if_it_answers(

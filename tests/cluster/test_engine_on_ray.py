@@ -184,10 +184,23 @@ def test_a_kv_cache_too_small_for_one_request_is_refused_with_the_remedy(model_d
     assert_nothing_is_left()
 
 
+def test_a_model_larger_than_its_nodes_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """Its files are sparse: sizes without bytes."""
+    options = {"num_hidden_layers": 60, "hidden_size": 2**16, "intermediate_size": 2**18, "num_attention_heads": 64}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | options))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    heard: list[Progress] = []
+    message = r"need \d{5}\.\d GB of node .*, which has \d+\.\d GB; lower kv_cache_bytes, use more nodes"
+    with pytest.raises(EngineStartError, match=message):
+        EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append)
+    assert WEIGHTS not in {progress.phase for progress in heard}
+    assert_nothing_is_left()
+
+
 def test_a_kv_cache_larger_than_memory_is_refused_with_the_remedy(model_dir: Path) -> None:
-    with pytest.raises(
-        EngineStartError, match=r"^rank [01]: cpu has no memory left for the KV cache .* lower .*kv_cache"
-    ):
+    message = r"KV cache in float32 need 1000000.\d GB of node .* lower kv_cache_bytes"
+    with pytest.raises(EngineStartError, match=message):
         start(model_dir, kv_cache_bytes=10**15)
     assert_nothing_is_left()
 

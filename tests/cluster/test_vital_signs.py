@@ -78,6 +78,15 @@ def test_whoever_was_stopped_itself_blames_nobody(other: "subprocess.Popen[bytes
     assert stopped.suspects() == f"rank 0's process {other.pid} is stopped"
 
 
+def test_a_stopped_rank_can_be_ended(other: "subprocess.Popen[bytes]") -> None:
+    both = signs(other.pid, os.getpid())
+    both.kill_stopped()
+    assert other.poll() is None, "it runs"
+    stop(other)
+    both.kill_stopped()
+    assert other.wait(30) == -signal.SIGKILL
+
+
 def test_a_rank_that_lives_again_is_no_suspect(other: "subprocess.Popen[bytes]") -> None:
     stop(other)
     again = signs(other.pid)

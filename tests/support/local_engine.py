@@ -45,12 +45,12 @@ class LocalEngine:
         """Nobody ever waits here."""
 
     def receive(self, timeout_s: float) -> EngineOutputs | None:
-        self.num_calls += 1
         if self.scheduler.num_unfinished < self.waits_for:
             self.waited.set()
             time.sleep(0.001)
             return None
         self.waits_for = 0
+        self.num_calls += 1
         failure = self.failures.get(self.num_calls)
         if isinstance(failure, EngineDeadError):
             self._dead = str(failure)

@@ -1,8 +1,10 @@
 """Failures of the engine, told in OpenAI's shape: before an answer by its status, within a stream by its last event."""
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,23 @@ def test_a_failure_within_a_stream_is_its_last_event(
     error = json.loads(data.removeprefix("data: "))["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["code"]) == ("server_error", code)
+
+
+def test_many_streams_that_fail_together_are_one_line_each(
+    server: Server, engine: LocalEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.waits_for = 32  # calls count from then on
+    engine.fails_at = engine.num_calls + 10
+
+    def stream(_: int) -> str:
+        return ask(server, "/v1/completions", stream=True).text
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(stream, range(32)))
+    assert all("rank 1 says no" in answer for answer in answers)
+    told = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.getMessage() for record in told] == ["a stream ends early: the engine failed: rank 1 says no"] * 32
+    assert not any(record.exc_info for record in told)
 
 
 def test_the_client_library_raises_what_a_stream_says(server: Server, engine: LocalEngine) -> None:

@@ -1,0 +1,47 @@
+"""Whether a Ray cluster asks for a token, which is found out before Ray would try in vain for 20 s."""
+
+import os
+
+from eagleray.cluster.errors import EngineStartError
+
+MODE = "RAY_AUTH_MODE"
+WHERE = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+ASK_S = 5.0
+_ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+
+
+def use_token(address: str, found: str) -> None:
+    """Turn Ray's token authentication on if the cluster at HOST:PORT asks for a token and this user has one.
+
+    `ray start` asks for the token in ~/.ray/auth_token where there is one, but who joins has to say RAY_AUTH_MODE.
+    `found` says how the cluster was found. Raises `EngineStartError` with the remedy.
+    """
+    if not _refuses(address, None):
+        return
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # late, so that a driver's start stays light
+
+    asks = f"the Ray cluster at {address} ({found}) asks for a token"
+    mode = os.environ.get(MODE)
+    if mode is not None and mode.lower() != "token":
+        raise EngineStartError(f"{asks}, but {MODE} is {mode!r}; set it to token, or unset it")
+    loader = AuthenticationTokenLoader.instance()
+    if not loader.has_token(ignore_auth_mode=True):
+        raise EngineStartError(f"{asks}, and there is none in {WHERE}; put there the one of whoever started it")
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup._enable_token_auth()
+    if _refuses(address, loader.get_raw_token()):
+        raise EngineStartError(f"{asks}, and it is not the one in {WHERE}; put there the one of whoever started it")
+
+
+def _refuses(address: str, token: str | None) -> bool:
+    """Whether the cluster answers that whoever asks is not known to it."""
+    import grpc
+
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(_ASK)(b"", timeout=ASK_S, metadata=metadata)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False

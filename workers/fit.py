@@ -1,0 +1,40 @@
+"""What a rank's share of a model takes, and what its node has, before anything of that size is touched."""
+
+from pathlib import Path
+
+import torch
+
+from eagleray.models.config import ModelConfig
+from eagleray.models.loader import build_model
+from eagleray.parallel.group import TPGroup
+from eagleray.workers.config import WorkerConfig
+from eagleray.workers.memory import CPU_KV_CACHE_BYTES
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+
+
+def needed_bytes(folder: Path, config: WorkerConfig, rank: int, size: int) -> int:
+    """Of weights, and on CPU of the KV cache; what steps take beside them is little."""
+    tp = TPGroup(rank, size)
+    model = ModelConfig.from_dir(folder)
+    outline = build_model(model, tp=tp, dtype=getattr(torch, config.dtype), device=torch.device("meta"))
+    weights = sum(parameter.nbytes for parameter in outline.parameters())
+    return weights + (config.kv_cache_bytes or CPU_KV_CACHE_BYTES) * (config.device == "cpu")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a GPU, or of this node as far as its container may use it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    return min([int(total.split()[1]) * 1024, *_limits()])
+
+
+def _limits() -> list[int]:
+    found = []
+    for path in CGROUP_LIMITS:
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # there is none, or it says "max"
+            continue
+    return found
