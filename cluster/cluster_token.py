@@ -1,6 +1,8 @@
 """Whether a Ray cluster asks for a token, which is found out before Ray would try in vain for 20 s."""
 
 import os
+from collections.abc import Callable
+from typing import Protocol
 
 from eagleray.cluster.errors import EngineStartError
 
@@ -10,7 +12,15 @@ ASK_S = 5.0
 _ASK = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
 
-def use_token(address: str, found: str) -> None:
+class Loader(Protocol):
+    """Ray's, of a user's token."""
+
+    def has_token(self, *, ignore_auth_mode: bool) -> bool: ...
+
+    def get_raw_token(self) -> str: ...
+
+
+def use_token(address: str, found: str, loader: Loader, turn_on: Callable[[], None]) -> None:
     """Turn Ray's token authentication on if the cluster at HOST:PORT asks for a token and this user has one.
 
     `ray start` asks for the token in ~/.ray/auth_token where there is one, but who joins has to say RAY_AUTH_MODE.
@@ -18,18 +28,13 @@ def use_token(address: str, found: str) -> None:
     """
     if not _refuses(address, None):
         return
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # late, so that a driver's start stays light
-
     asks = f"the Ray cluster at {address} ({found}) asks for a token"
     mode = os.environ.get(MODE)
     if mode is not None and mode.lower() != "token":
         raise EngineStartError(f"{asks}, but {MODE} is {mode!r}; set it to token, or unset it")
-    loader = AuthenticationTokenLoader.instance()
     if not loader.has_token(ignore_auth_mode=True):
         raise EngineStartError(f"{asks}, and there is none in {WHERE}; put there the one of whoever started it")
-    from ray._private.authentication import authentication_token_setup
-
-    authentication_token_setup._enable_token_auth()
+    turn_on()
     if _refuses(address, loader.get_raw_token()):
         raise EngineStartError(f"{asks}, and it is not the one in {WHERE}; put there the one of whoever started it")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
@@ -28,7 +29,7 @@ from eagleray.cluster.cluster_token import use_token
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.process_state import descendants
-from eagleray.cluster.signals import end_on_sigterm, kept_from_ray, kill
+from eagleray.cluster.signals import end_on_sigterm, kill
 from eagleray.workers.socket_directory import MAX_PATH
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,16 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     if not answers(address):  # which Ray would find out after two minutes
         raise EngineStartError(f"nothing answers at {address}, the address of the Ray cluster {found}; {to_join}")
     if is_tcp(address):
-        use_token(address, found)
+        raylet: Any = ray._raylet
+        use_token(
+            address, found, raylet.AuthenticationTokenLoader.instance(), authentication_token_setup._enable_token_auth
+        )
     if address == LOCAL:
         options |= _ray_place()
     end_on_sigterm()
     before = descendants(os.getpid())
     try:
-        with _sigterm_kept(), kept_from_ray():
+        with _sigterm_kept():
             _init(address, config, num_engines, options)
         _keep_remarks_off_standard_output()
     except (KeyboardInterrupt, SystemExit):
@@ -97,11 +101,15 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of whoever has one."""
+    """Ray would put handlers of its own in the place of whoever has one, which print a stack of C++."""
     before = signal.getsignal(signal.SIGTERM)
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    utils: Any = ray._private.utils
+    rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     try:
         yield
     finally:
+        utils.set_sigterm_handler = rays
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 

@@ -4,8 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import FrameType
 
 from eagleray.cluster.process_state import descendants
@@ -40,17 +39,3 @@ def kill(pids: set[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-
-
-@contextmanager
-def kept_from_ray() -> Iterator[None]:
-    """While Ray starts it would put handlers of its own for SIGTERM, with other exit codes and a stack of C++."""
-    import ray._private.utils as ray_utils  # late, so that commands without an engine need no Ray
-
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
-    original = ray_utils.set_sigterm_handler
-    ray_utils.set_sigterm_handler = lambda _handler: None
-    try:
-        yield
-    finally:
-        ray_utils.set_sigterm_handler = original
