@@ -21,12 +21,12 @@ from eagleray.cluster.core_link import PING_S, CoreLink
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
 from eagleray.cluster.placement import Room, address_for, choose_device, connect, nodes_of, place
-from eagleray.cluster.process_state import STOPPED, in_words, kill_if_stopped, state_of
+from eagleray.cluster.process_state import DEAD, STOPPED, in_words, kill_if_stopped, state_of
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
 from eagleray.workers.channel import milliseconds
-from eagleray.workers.socket_directory import socket_place
+from eagleray.workers.socket_directory import remove_left_behind, socket_place
 from eagleray.workers.started import PROCESSES, RAY, READY, OnProgress, Progress, unheard
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ START_MARGIN_S = 60.0  # for the core's own process, beside what its ranks may t
 CLOSE_S = 6.0  # how long a closing engine may take before it is killed
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
 MAX_UNHEARD = 100  # signs of news that nobody takes, before the event loop is spared them
+GONE_S = 2.0  # how long a core that is ended is waited for
 START_STOPPED_S = 4.0  # how long a starting core may be stopped
 
 
@@ -79,17 +80,18 @@ class EngineClient:
         device = choose_device(config)
         room = room or place(config, device)
         core = _create_core(room.group)
+        look = _Look(core.pid.remote() if nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id() else None)
         try:
-            info = _start_core(core, config, device, room.group, on_progress)
+            info = _start_core(core, config, device, room.group, on_progress, look)
             on_progress(Progress(READY))
         except ray.exceptions.GetTimeoutError:
-            _remove(core, room)
+            _remove(core, room, look.pid)
             raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
         except ray.exceptions.RayError as error:
-            _remove(core, room)
+            _remove(core, room, look.pid)
             raise EngineStartError(describe(error)) from None
         except BaseException:
-            _remove(core, room)
+            _remove(core, room, look.pid)
             raise
         info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
         logger.info(
@@ -218,16 +220,15 @@ def _create_core(group: PlacementGroup) -> Any:
 
 
 def _start_core(
-    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress
+    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress, look: "_Look"
 ) -> EngineInfo:
     """Raises what the core raises, and `GetTimeoutError`."""
     deadline = time.monotonic() + config.start_timeout_s + START_MARGIN_S
     watch = StartWatch(group.bundle_count, on_progress, address_for(group))
     try:
         node = ray.get_runtime_context().get_node_id()
-        pid = core.pid.remote() if nodes_of(group)[0] == node else None
         started = core.start.remote(config, device, group, node, watch.endpoint)
-        watch.wait(Calls([started]), deadline, _Look(pid))
+        watch.wait(Calls([started]), deadline, look)
         info: EngineInfo = ray.get(started, timeout=max(0.0, deadline - time.monotonic()))
         return info
     finally:
@@ -239,25 +240,29 @@ class _Look:
 
     def __init__(self, pid: "ray.ObjectRef[int] | None") -> None:
         self._ref = pid
-        self._pid: int | None = None
+        self.pid: int | None = None
         self._ran = self._looked = time.monotonic()
 
     def __call__(self) -> None:
         now = time.monotonic()
         away, self._looked = now - self._looked > START_STOPPED_S / 2, now
-        if self._pid is None and self._ref is not None and ray.wait([self._ref], timeout=0)[0]:
-            self._pid, self._ref = ray.get(self._ref), None
-        if away or self._pid is None or state_of(self._pid) not in STOPPED:
+        if self.pid is None and self._ref is not None and ray.wait([self._ref], timeout=0)[0]:
+            self.pid, self._ref = ray.get(self._ref), None
+        if away or self.pid is None or state_of(self.pid) not in STOPPED:
             self._ran = now
         elif now - self._ran > START_STOPPED_S:
-            said = f"the engine core does not start: {in_words(self._pid)}"
-            kill_if_stopped(self._pid)
+            said = f"the engine core does not start: {in_words(self.pid)}"
+            kill_if_stopped(self.pid)
             raise EngineStartError(said)
 
 
 def _remove(core: Any, room: Room, pid: int | None = None) -> None:
-    """`pid` is that of the core's process, if it is known and on this node."""
+    """End the core, and see that its sockets go, too. `pid` is its process, if that is known and on this node."""
     ray.kill(core)
     if pid is not None:
         kill_if_stopped(pid)
     room.leave()
+    deadline = time.monotonic() + GONE_S
+    while pid is not None and state_of(pid) not in DEAD and time.monotonic() < deadline:
+        time.sleep(0.01)
+    remove_left_behind(min_age_s=0)

@@ -103,7 +103,8 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
 def _sigterm_kept() -> Iterator[None]:
     """Ray would put handlers of its own in the place of whoever has one, which print a stack of C++."""
     before = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    constants: Any = ray_constants
+    constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # in this process; ranks that crash still say where
     utils: Any = ray._private.utils
     rays, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _: None
     try:
