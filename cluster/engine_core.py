@@ -125,7 +125,7 @@ class EngineCore:
 
     def _add(self, front_end: FrontEndId, request: EngineRequest) -> None:
         """Hand a request to the scheduler; one that cannot run ends with an error. One that runs is not added again."""
-        if self._scheduler.knows(front_end, request.id):
+        if any(self._scheduler.knows(front_end, request.id + index) for index in range(1 + len(request.seeds))):
             self._num_refused += 1
             if self._num_refused == 1:
                 logger.error("a front end sends request %d again; it and further ones are dropped", request.id)
@@ -134,7 +134,8 @@ class EngineCore:
             check_request(request, self._limits)
             self._scheduler.add(front_end, request)
         except ValueError as error:
-            self._tell([(front_end, Tokens(request.id, finish_reason="error", error=str(error)))])
+            ids = range(request.id, request.id + 1 + len(request.seeds))
+            self._tell((front_end, Tokens(each, finish_reason="error", error=str(error))) for each in ids)
 
     def _take_output(self) -> None:
         while (report := self._executor.receive()) is not None:

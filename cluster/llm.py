@@ -186,9 +186,7 @@ class LLM:
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
 
-    def _prepare(
-        self, prompt: Prompt, params: SamplingParams, priority: int, group: str
-    ) -> Generation | RequestOutput:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, priority: int, group: str) -> Generation | RequestOutput:
         """A request that can run, or the output of one whose prompt does not fit."""
         with self._turn:
             try:

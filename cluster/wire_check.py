@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass
 
 from eagleray.cluster.messages import EngineRequest
-from eagleray.cluster.sampling_params import RANGES
+from eagleray.cluster.sampling_params import MAX_SEED, RANGES
 from eagleray.workers.wire import Sampling
 
 MAX_PRIORITY = 2**31 - 1
@@ -36,6 +36,8 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
         )
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise ValueError(f"priority is {request.priority}; send one from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    if not all(0 <= seed <= MAX_SEED for seed in request.seeds):
+        raise ValueError("seeds holds one beyond 64 bits")
     token_ids = array("i", prompt)
     _check_ids("the prompt", (min(token_ids), max(token_ids)), limits)
     _check_sampling(request.sampling, limits)

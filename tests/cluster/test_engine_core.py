@@ -206,6 +206,7 @@ def test_a_request_that_is_sent_again_is_not_run_again(core: Core) -> None:
         ({"max_tokens": -(2**63)}, {}, "max_tokens is -9223372036854775808"),
         ({"max_tokens": 2**63}, {}, "max_tokens is 9223372036854775808"),
         ({"priority": 2**31}, {}, "priority is 2147483648"),
+        ({"seeds": [-1]}, {}, "seeds holds"),
         ({}, {"temperature": float("nan")}, "temperature is nan"),
         ({}, {"temperature": -1.0}, "temperature is -1.0"),
         ({}, {"top_k": 2**40}, "top_k is"),
@@ -227,9 +228,9 @@ def test_what_would_crash_a_rank_does_not_reach_one(
     usual: dict[str, Any] = {"id": -7, "prompt_token_ids": array("i", [1]).tobytes(), "max_tokens": 5}
     front_end = core.front_end(b"one")
     front_end.submit(0, [1], max_tokens=20)
-    front_end.tokens[-7] = []
+    front_end.tokens |= {-7: [], -6: []}
     front_end.send(Submit([EngineRequest(**(usual | changes), sampling=Sampling(**sampling))]))
-    front_end.wait(lambda: len(front_end.ends) == 2)
+    front_end.wait(lambda: len(front_end.ends) == 2 + len(changes.get("seeds", [])))
     assert message in (front_end.ends[-7].error or "")
     assert front_end.tokens[0] == generate([1], 20)
 
