@@ -70,17 +70,18 @@ class BatchRun:
         Raises `EngineDeadError` with the last cause when rows are left and no replica, or when engines only die;
         `ValueError` if the input changes, `OSError` if the disk takes no more.
         """
-        work, syncing = asyncio.create_task(self._answer(replicas, window)), asyncio.create_task(self._sync())
-        looking = asyncio.create_task(self._look(replicas))
+        work = asyncio.create_task(self._answer(replicas, window))
+        beside = [asyncio.create_task(self._sync()), asyncio.create_task(self._look(replicas))]
         try:
-            await asyncio.wait((work, syncing), return_when=asyncio.FIRST_COMPLETED)
-            if syncing.done():
-                syncing.result()  # a disk that fails: what is answered from now on might be lost
+            await asyncio.wait((work, *beside), return_when=asyncio.FIRST_COMPLETED)
+            for task in beside:
+                if task.done():
+                    task.result()  # a disk that fails: what is answered from now on might be lost
             await work
         finally:
-            for task in (work, syncing, looking):
+            for task in (work, *beside):
                 task.cancel()
-            await asyncio.wait((work, syncing, looking))
+            await asyncio.wait((work, *beside))
 
     async def _answer(self, replicas: Sequence[Replica], window: int) -> None:
         while replicas:
