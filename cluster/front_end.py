@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from eagleray.cluster.bad_words import bad_word_token_ids
 from eagleray.cluster.detokenizer import Detokenizer
 from eagleray.cluster.generation import Completion, Generation
 from eagleray.cluster.messages import (
@@ -18,7 +19,7 @@ from eagleray.cluster.messages import (
     StopProfile,
 )
 from eagleray.cluster.outputs import RequestOutputKind
-from eagleray.cluster.prompts import Prompt
+from eagleray.cluster.prompts import Prompt, num_to_take
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.stop_strings import StopStrings
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request
@@ -90,7 +91,9 @@ class FrontEnd:
         if not isinstance(tenant, str) or not isinstance(group, str | None):
             raise ValueError(f"tenant is {tenant!r} and group {group!r}; give text, or no group")
         number = next(self._numbers)
-        text, token_ids = self._tokens(prompt)
+        num_new = params.max_tokens or max(1, params.min_tokens)
+        last = num_to_take(params.truncate_prompt_tokens, self._limits.max_model_len, num_new)
+        text, token_ids = self._tokens(prompt, last)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}, but there is no tokenizer to make text; use stop_token_ids")
         request_id = str(number) if request_id is None else request_id
@@ -104,6 +107,7 @@ class FrontEnd:
             group=request_id if group is None else group,
             tenant=tenant,
             clip=clip,
+            bad_words=self._bad_words(params),
         )
         self._next_id += params.num_distinct
         return Generation(
@@ -215,22 +219,29 @@ class FrontEnd:
         """For how long requests have been running without any news; 0 if none runs."""
         return time.monotonic() - self._heard if self._generations else 0.0
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """A prompt's text, where there is one, and its token ids."""
+    def _tokens(self, prompt: Prompt, last: int | None) -> tuple[str | None, list[int]]:
+        """A prompt's text, where there is one, and its token ids, the `last` ones of more."""
         if isinstance(prompt, dict):
             given = dict[str, Any](prompt)
             if given.get("prompt_token_ids") is not None:
-                return given.get("prompt"), list(given["prompt_token_ids"])
+                return given.get("prompt"), list(given["prompt_token_ids"])[-last if last else 0 :]
             prompt = given.get("prompt", prompt)
         if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
-            return None, list(prompt)
+            return None, list(prompt)[-last if last else 0 :]
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt is {prompt!r}; give text or a list of token ids")
         if not prompt:
             raise ValueError("the prompt is empty; give it some text")
         if self.tokenizer is None:
             raise ValueError(f"the prompt is text, {prompt[:50]!r}, but there is no tokenizer; give token ids")
-        return prompt, self.tokenizer.encode(prompt)
+        return prompt, self.tokenizer.encode(prompt, last=last)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        if not params.bad_words:
+            return []
+        if self.tokenizer is None:
+            raise ValueError(f"bad_words is {params.bad_words!r}, but there is no tokenizer to know them by")
+        return bad_word_token_ids(params.bad_words, self.tokenizer)
 
     def _detokenizers(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Detokenizer | None]:
         """One for each sequence; what they share is made once."""

@@ -87,6 +87,12 @@ class LLM:
         """The model's tokenizer, if it was not skipped."""
         return self._front_end.tokenizer
 
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer as transformers has it, with its own methods. Raises `ValueError` if it was skipped."""
+        if self.tokenizer is None:
+            raise ValueError("there is no tokenizer, as skip_tokenizer_init is True; leave that out")
+        return self.tokenizer.in_transformers()
+
     @property
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""

@@ -39,6 +39,11 @@ def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> 
     return list(cast(Sequence[Sequence[Message]], messages))
 
 
+def num_to_take(truncate_prompt_tokens: int | None, max_model_len: int, num_new: int) -> int | None:
+    """How many tokens of a prompt, the last ones, if more are to be generated; None for all."""
+    return max(1, max_model_len - num_new) if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+
+
 def check_text(text: str) -> None:
     """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
     try:

@@ -8,6 +8,7 @@ GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM dr
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same
 MAX_COUNT = 2**31 - 1  # what the ranks' int32 tables hold
 MAX_N = 4096
+MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 1024, 16_384
 MAX_FACTOR = 1e6  # of temperature and repetition: beyond it nothing changes, and float32 ends
 
 
@@ -29,6 +30,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None  # none of which is generated; each also with a space before it
     max_tokens: int | None = 16  # None generates up to the model's limit
     min_tokens: int = 0  # until so many are generated, neither a stop token nor a stop string ends the sequence
     stop: str | list[str] | None = None
@@ -39,12 +41,18 @@ class SamplingParams:
     logprobs: int | None = None  # this many of the most likely tokens beside the sampled one
     prompt_logprobs: int | None = None
     detokenize: bool = True
+    truncate_prompt_tokens: int | None = None  # of a longer prompt take the last so many; -1 for as many as fit
 
     def __post_init__(self) -> None:
         self._check_types()
         self._check_ranges()
         self._check_together()
-        for name in ("stop", "stop_token_ids", "allowed_token_ids"):  # copies that the caller cannot change
+        for name in (
+            "stop",
+            "stop_token_ids",
+            "allowed_token_ids",
+            "bad_words",
+        ):  # copies that the caller cannot change
             if isinstance(getattr(self, name), list | tuple):
                 object.__setattr__(self, name, list(getattr(self, name)))
         if self.logit_bias is not None:
@@ -79,9 +87,9 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; {remedy}")
-        for name in ("top_p", "repetition_penalty"):
+        for name in ("top_p", "repetition_penalty", "truncate_prompt_tokens"):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; give a number above 0; 1 turns it off")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {RANGES[name][2]}")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             for token_id in getattr(self, name) or ():
                 if token_id < 0:
@@ -102,6 +110,12 @@ class SamplingParams:
             raise ValueError(
                 f"stop is {self.stop!r} with detokenize False; stop strings need text, set detokenize to True"
             )
+        if self.bad_words is not None and not all(self.bad_words):
+            raise ValueError("bad_words holds an empty string, which cannot be forbidden; leave it out")
+        if len(self.bad_words or ()) > MAX_BAD_WORDS:
+            raise ValueError(f"bad_words has {len(self.bad_words or ())} words; give at most {MAX_BAD_WORDS}")
+        if (num_characters := sum(map(len, self.bad_words or ()))) > MAX_BAD_CHARACTERS:
+            raise ValueError(f"bad_words has {num_characters} characters in all; give at most {MAX_BAD_CHARACTERS}")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids is [], so that nothing could be drawn; name some ids or give None")
 
@@ -122,6 +136,10 @@ def _is_strings(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value))
 
 
+def _is_list_of_strings(value: object) -> bool:
+    return not isinstance(value, str) and _is_strings(value)
+
+
 def _is_biases(value: object) -> bool:
     return isinstance(value, dict) and all(_is_int(key) and _is_number(bias) for key, bias in value.items())
 
@@ -131,6 +149,7 @@ _TYPES = {  # a field's declared type -> whether a value is of it, and how to sa
     "float": (_is_number, "a finite number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
     "list[int]": (_is_token_ids, "a list of token ids"),
+    "list[str]": (_is_list_of_strings, "a list of strings"),
     "str | list[str]": (_is_strings, "a string or a list of strings"),
     "dict[int, float]": (_is_biases, "a dict from token ids to finite numbers"),
 }
@@ -148,5 +167,6 @@ RANGES: dict[str, tuple[float, float, str]] = {  # lowest, highest, how to say s
     "max_tokens": (1, MAX_COUNT, "give at least 1, less than 2**31, or None for all that the model holds"),
     "min_tokens": (0, MAX_COUNT, "give at least 0, less than 2**31"),
     "logprobs": (0, MAX_LOGPROBS, f"give a number from 0 to {MAX_LOGPROBS}, or None"),
+    "truncate_prompt_tokens": (-1, MAX_COUNT, "give at least 1, or -1 for as many as fit, or None for all"),
     "prompt_logprobs": (0, MAX_LOGPROBS, f"give a number from 0 to {MAX_LOGPROBS}, or None"),
 }

@@ -34,6 +34,7 @@ def engine_request(
     group: str = "",
     tenant: str = "",
     clip: bool = False,
+    bad_words: list[list[int]] | None = None,
 ) -> EngineRequest:
     """What is to run for the `n` sequences: one where all would be equal. Raises `ValueError` for what cannot run.
 
@@ -43,7 +44,7 @@ def engine_request(
     return EngineRequest(
         id=first_id,
         prompt_token_ids=_packed(prompt_token_ids, limits),
-        sampling=_sampling(params, limits, seed),
+        sampling=_sampling(params, limits, seed, bad_words or []),
         max_tokens=_max_tokens(len(prompt_token_ids), params, limits, clip),
         priority=priority,
         seeds=[derive_seed(seed, index) for index in range(1, params.num_distinct)],
@@ -104,11 +105,14 @@ def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLim
     return min(params.max_tokens or room, room)
 
 
-def _sampling(params: SamplingParams, limits: ModelLimits, seed: int) -> Sampling:
+def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, bad_words: list[list[int]]) -> Sampling:
     stop_token_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else limits.eos_token_ids)}
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token_id in getattr(params, name) or ():
             _check_token(name, token_id, limits)
+    for word in bad_words:
+        for token_id in word:
+            _check_token("bad_words", token_id, limits)
     if params.min_tokens and params.allowed_token_ids and stop_token_ids.issuperset(params.allowed_token_ids):
         raise ValueError(
             f"allowed_token_ids {params.allowed_token_ids} are all stop tokens, none of which can be drawn before "
@@ -121,6 +125,7 @@ def _sampling(params: SamplingParams, limits: ModelLimits, seed: int) -> Samplin
         frequency_penalty=float(params.frequency_penalty),
         repetition_penalty=float(params.repetition_penalty),
         logit_bias={token_id: float(bias) for token_id, bias in (params.logit_bias or {}).items()},
+        bad_words=bad_words,
         allowed_token_ids=sorted(set(params.allowed_token_ids or ())),
         min_tokens=params.min_tokens,
         stop_token_ids=sorted(stop_token_ids),

@@ -19,16 +19,26 @@ from eagleray.cluster.prompts import Message, check_text
 from eagleray.cluster.spelling import Spelling
 from eagleray.cluster.token_bytes import TokenBytes
 from eagleray.cluster.tokenizer_files import MAX_BYTES, build_tokenizer
-
+from eagleray.models.json_file import read_object
 
 class Tokenizer:
     """A checkpoint's tokenizer: the same ids and the same text as transformers' `AutoTokenizer`."""
 
-    def __init__(self, backend: Backend, special_tokens: dict[str, str], chat_templates: dict[str, str]) -> None:
-        """`special_tokens` has named ones, "bos_token" -> "<s>"; `chat_templates` has the usual one under "default"."""
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: dict[str, str],
+        chat_templates: dict[str, str],
+        folder: Path | None = None,
+    ) -> None:
+        """`special_tokens` has named ones, "bos_token" -> "<s>"; `chat_templates` has the usual one under "default".
+
+        `folder` is where all of this was read.
+        """
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self.folder = folder
         self.special_tokens = special_tokens
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
@@ -55,12 +65,17 @@ class Tokenizer:
         theirs = build_tokenizer(folder)
         templates = theirs.chat_template or {}
         named = templates if isinstance(templates, dict) else {"default": templates}
-        return cls(theirs.backend_tokenizer, theirs.special_tokens_map, named)
+        return cls(theirs.backend_tokenizer, theirs.special_tokens_map, named, folder)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return bool(self._chat_templates)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The usual one."""
+        return self._chat_templates.get("default")
 
     def chat_template_names(self, role: str) -> bool:
         """Whether the chat template has this in quotes, as it has the roles that it tells apart."""
@@ -76,13 +91,19 @@ class Tokenizer:
         if self.has_chat_template:
             chat_renderer().start()
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, last: int | None = None) -> list[int]:
         """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token.
 
+        Of more than `last` only so many are there, the text's last ones with the special tokens around them.
         Other threads go on meanwhile: of the library's ways to encode, only batches let them.
         """
         check_text(text)
         (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if last is not None and len(encoding.ids) > last:
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
+            num_special = self.backend.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+            encoding.truncate(max(0, last - num_special), direction="left")
+            encoding = self.backend.post_process(encoding, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
@@ -125,6 +146,17 @@ class Tokenizer:
         options["continue_final_message"] = continue_final_message
         said = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return self._chat_templates[name], said, options
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says."""
+        return {} if self.folder is None else read_object(self.folder / "tokenizer_config.json")
+
+    def in_transformers(self) -> Any:
+        """transformers' own, built again, since its methods change it. Raises `ValueError` if this is of no folder."""
+        if self.folder is None:
+            raise ValueError("this tokenizer was not read from a folder, so that transformers cannot read it either")
+        return build_tokenizer(self.folder)
 
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

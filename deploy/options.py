@@ -78,6 +78,7 @@ _READERS: dict[Any, dict[str, Any]] = {
     float: {"type": float, "metavar": "X"},
     list[int] | None: {"type": token_ids, "metavar": "ID,ID,…"},
     str | None: {"metavar": "TEXT"},
+    list[str] | None: {"action": "append", "metavar": "TEXT"},
     str | list[str] | None: {"action": "append", "metavar": "TEXT"},
     dict[int, float] | None: {"type": token_biases, "metavar": "ID=X,ID=X,…"},
 }

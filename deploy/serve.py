@@ -124,6 +124,7 @@ class Replica:
             created=self._created,
             defaults=self._defaults,
             allow_priority=args.allow_priority,
+            root=args.engine.model,
         )
         max_sequences = args.engine.max_num_seqs + args.max_queued_requests
         num_keys = len(self._keys) + len(self._key_digests)

@@ -3,7 +3,7 @@
 The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution:
 
  1. log-probabilities, where asked for, are of the raw logits, before anything below;
- 2. `allowed_token_ids` masks every other token;
+ 2. `allowed_token_ids` masks every other token, `bad_words` those that would complete one of them;
  3. `stop_token_ids` are masked until `min_tokens` tokens were generated;
  4. `logit_bias` is added;
  5. penalties: repetition over prompt and output, then frequency and presence over the output;
@@ -159,6 +159,9 @@ class Sampler:
         table = self._table
         for line in batch.lines(Feature.ALLOWED):
             allow_only_(logits[line], table.sparse[batch.rows[line]].allowed)
+        for line in batch.lines(Feature.BAD_WORDS):
+            words, tokens = table.bad_words[batch.rows[line]], batch.tokens[batch.rows[line]]
+            words.mask_(logits[line], tokens, batch.num_prompt_tokens[line], batch.num_tokens[line])
         for line in batch.lines(Feature.MIN_TOKENS):
             row = batch.rows[line]
             if batch.num_tokens[line] - batch.num_prompt_tokens[line] < table.host[row].min_tokens:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eagleray.workers.bad_words import BadWords
 from eagleray.workers.noise import mixed_seed
 from eagleray.workers.staging import to_device
 from eagleray.workers.wire import Sampling
@@ -29,6 +30,7 @@ class Feature(IntFlag):
     BIAS = 32
     PENALTIES = 64
     LOGPROBS = 128
+    BAD_WORDS = 256
 
 
 PLAIN = Feature.RANDOM  # a row that asks for nothing else has its token drawn by a kernel, where there is one
@@ -56,6 +58,7 @@ class SamplingTable:
         self.features: NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
         self.host: dict[int, Sampling] = {}
         self.sparse: dict[int, SparseEdits] = {}
+        self.bad_words: dict[int, BadWords] = {}
         # One line more, for the spare row that pads batches of decodes: it is greedy.
         self.seeds = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)  # mixed
         self.temperatures = torch.zeros(max_rows + 1, device=device)  # 0 where the row is greedy
@@ -76,6 +79,8 @@ class SamplingTable:
             self.host[row] = sampling
             if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
                 self.sparse[row] = self._sparse_edits(sampling)
+            if features & Feature.BAD_WORDS:
+                self.bad_words[row] = BadWords.of(sampling.bad_words, self.vocab_share, self.device)
         integers = [(row, mixed_seed(s.seed), s.top_k if s.top_k > 0 else NO_TOP_K) for row, s in samplings.items()]
         rows, seeds, top_k = to_device(torch.tensor(integers, dtype=torch.int64).t().contiguous(), self.device)
         self.seeds[rows], self.top_k[rows] = seeds, top_k
@@ -96,6 +101,7 @@ class SamplingTable:
         self.features[row] = 0
         self.host.pop(row, None)
         self.sparse.pop(row, None)
+        self.bad_words.pop(row, None)
 
     def _sparse_edits(self, sampling: Sampling) -> SparseEdits:
         share = self.vocab_share
@@ -138,5 +144,6 @@ def features_of(sampling: Sampling) -> Feature:
         Feature.BIAS: bool(sampling.logit_bias),
         Feature.PENALTIES: penalties != (1.0, 0.0, 0.0),
         Feature.LOGPROBS: sampling.logprobs is not None,
+        Feature.BAD_WORDS: bool(sampling.bad_words),
     }
     return Feature(sum(feature for feature, is_asked in asked.items() if is_asked))

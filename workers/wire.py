@@ -25,6 +25,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     allowed_token_ids: list[int] = []  # empty allows every token
+    bad_words: list[list[int]] = []  # tokens none of which may be generated in a row
     min_tokens: int = 0  # until so many are generated, `stop_token_ids` cannot be drawn
     stop_token_ids: list[int] = []  # end of sequence included, unless the user ignores it
     logprobs: int | None = None  # how many of the most likely tokens to report beside the sampled one

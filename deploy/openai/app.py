@@ -12,15 +12,18 @@ from eagleray.deploy.openai.connection import while_connected
 from eagleray.deploy.openai.description import describe, failures, streamed
 from eagleray.deploy.openai.events import EventStream
 from eagleray.deploy.openai.handlers import install_handlers
-from eagleray.deploy.openai.inputs import conversation_prompt, texts_tokens, tokens_text
+from eagleray.deploy.openai.inputs import conversation_prompt, texts_tokens, token_strings, tokens_text
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.replies import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    Load,
     ModelCard,
     ModelList,
+    ModelPermission,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -78,13 +81,21 @@ def token_routes(served: Served) -> APIRouter:
             (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens, MAX_TOKENIZED)
         else:
             ids = (await conversation_prompt(served, body, MAX_TOKENIZED))["prompt_token_ids"]
-        return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids))
+        strings = {"token_strs": token_strings(served, ids)} if body.return_token_strs else {}
+        return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids, **strings))
 
     @router.post("/detokenize", responses=failures())
     async def detokenize(body: DetokenizeRequest) -> Text:
         """The text of token ids, special tokens included."""
         served.check_model(body.model)
         return Text(prompt=await tokens_text(served, body.tokens))
+
+    @router.get("/tokenizer_info", responses=failures(of_model=False))
+    async def tokenizer_info() -> TokenizerInfo:
+        """What the model's tokenizer_config.json says, and the chat template, wherever that stands."""
+        tokenizer = served.tokenizer
+        known = {"tokenizer_class": "PreTrainedTokenizerFast"} | tokenizer.config
+        return TokenizerInfo.model_validate(known | {"chat_template": tokenizer.chat_template})
 
     return router
 
@@ -97,7 +108,10 @@ def model_routes(served: Served) -> APIRouter:
         object="model",
         created=served.created,
         owned_by="eagleray",
+        root=served.root or served.model_name,
+        parent=None,
         max_model_len=served.max_model_len,
+        permission=[ModelPermission(id=f"modelperm-{served.model_name}", created=served.created)],
     )
 
     @router.get("/v1/models", responses=failures(of_model=False))
@@ -110,6 +124,11 @@ def model_routes(served: Served) -> APIRouter:
         """A model by its name."""
         served.check_model(model)
         return card
+
+    @router.get("/load", responses=failures(of_model=False))
+    async def load() -> Load:
+        """How much there is to do."""
+        return Load(server_load=served.engine.num_requests)
 
     @router.get("/version", responses=failures(of_model=False))
     async def get_version() -> Version:

@@ -4,13 +4,14 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.echo import Echo
 from eagleray.deploy.openai.inputs import completion_prompts
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
-from eagleray.deploy.openai.logprobs import Entry, Offsets, text_logprobs
+from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
 from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS, completion_params, prompt_only
 from eagleray.deploy.openai.schema import CompletionRequest, StreamOptions
@@ -59,6 +60,7 @@ class Reply:
         self.job = job
         self.count = Count()
         self._served = served
+        self._request = request
         self._echo = bool(request.echo)
         self._prompt_only = prompt_only(request)
         self._created = int(time.time())
@@ -109,7 +111,20 @@ class Reply:
             logprobs=self._logprobs(index, params, output, news),
             finish_reason=news.finish_reason,
             stop_reason=news.stop_reason,
+            **self._extensions(output, news),
         )
+
+    def _extensions(self, output: RequestOutput, news: News) -> dict[str, Any]:
+        """What clients of vLLM may ask for."""
+        found: dict[str, Any] = {}
+        if self._request.return_token_ids:
+            found["token_ids"] = [] if self._prompt_only else news.token_ids
+            if news.first:
+                found["prompt_token_ids"] = output.prompt_token_ids
+        if not self._request.stream:
+            wanted = self._request.prompt_logprobs
+            found["prompt_logprobs"] = None if wanted is None else prompt_logprobs(output.prompt_logprobs or [], wanted)
+        return found
 
     def _echo_of(self, index: int, number: int) -> Echo:
         """A choice's, made from its prompt's."""
@@ -130,5 +145,7 @@ class Reply:
         token_ids = [] if self._prompt_only else news.token_ids
         entries: list[Entry | None] = [] if self._prompt_only else [*news.logprobs]
         if self._echo and news.first:
-            token_ids, entries = output.prompt_token_ids + token_ids, (output.prompt_logprobs or []) + entries
-        return text_logprobs(token_ids, entries, self._offsets[index], tokenizer)
+            before = fewer(output.prompt_logprobs or [], params.logprobs or 0)
+            token_ids, entries = output.prompt_token_ids + token_ids, before + entries
+        as_ids = bool(self._request.return_tokens_as_token_ids)
+        return text_logprobs(token_ids, entries, self._offsets[index], tokenizer, as_ids=as_ids)

@@ -2,11 +2,12 @@
 
 import asyncio
 
-from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.prompts import TokensPrompt, num_to_take
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests, too_long
-from eagleray.deploy.openai.limits import check_length
+from eagleray.deploy.openai.limits import MAX_TOKENIZED, check_length
 from eagleray.deploy.openai.messages import template_messages, template_variables
+from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
@@ -27,17 +28,28 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
     prompts = _as_list(request.prompt)
     if not prompts or not all(prompts):
         raise ApiError(400, "prompt is empty; give it at least one token", param="prompt")
+    num_new = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens or 1
+    last = num_to_take(request.truncate_prompt_tokens, served.max_model_len, num_new)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
-        return [{"prompt_token_ids": prompt} for prompt in prompts if isinstance(prompt, list)]
-    ids = await texts_tokens(served, texts, request.add_special_tokens)
+        return [{"prompt_token_ids": prompt[-last if last else 0 :]} for prompt in prompts if isinstance(prompt, list)]
+    ids = await texts_tokens(served, texts, request.add_special_tokens, None if last is None else MAX_TOKENIZED, last=last)
+    if last is not None:  # what is taken, and may be echoed, is not the text
+        return [{"prompt_token_ids": each} for each in ids]
     return [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
 
 
 async def texts_tokens(
-    served: Served, texts: list[str], add_special_tokens: bool | None, max_tokens: int | None = None
+    served: Served,
+    texts: list[str],
+    add_special_tokens: bool | None,
+    max_tokens: int | None = None,
+    *,
+    last: int | None = None,
 ) -> list[list[int]]:
-    """The token ids of each text. Raises `ApiError` 400 for many more than the model holds, or for over `max_tokens`.
+    """The token ids of each text, the `last` ones of more.
+
+    Raises `ApiError` 400 for many more than the model holds, or for over `max_tokens`.
 
     A thread encodes what is long, and lets others go on.
     """
@@ -45,20 +57,22 @@ async def texts_tokens(
     most = served.max_model_len if max_tokens is None else max_tokens
     with bad_requests():
         if sum(map(len, texts)) <= SHORT:
-            return [_encode(tokenizer, text, special, most) for text in texts]
-        ids = await asyncio.to_thread(lambda: [_encode(tokenizer, text, special, most) for text in texts])
+            return [_encode(tokenizer, text, special, most, last) for text in texts]
+        ids = await asyncio.to_thread(lambda: [_encode(tokenizer, text, special, most, last) for text in texts])
     if max_tokens is not None:
         _check_num_tokens(max(map(len, ids)), max_tokens)
     return ids
 
 
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int) -> list[int]:
+def _encode(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int, last: int | None
+) -> list[int]:
     """Beginnings of a long text first: more tokens than there may be take much memory, hundreds of bytes each."""
     length = max(max_tokens, LONG)
     while length < len(text):
         _check_num_tokens(len(tokenizer.encode(text[:length], add_special_tokens=False)) - CUT_TOKENS, max_tokens)
         length *= 2
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens, last=last)
 
 
 def _check_num_tokens(num_tokens: int, max_tokens: int) -> None:
@@ -78,6 +92,11 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
         tokenizer.backend.decode_batch, [token_ids], skip_special_tokens=False
     )
     return texts[0]
+
+
+def token_strings(served: Served, token_ids: list[int]) -> list[str | None]:
+    """As the vocabulary spells them."""
+    return [served.tokenizer.backend.id_to_token(token_id) for token_id in token_ids]
 
 
 async def conversation_prompt(

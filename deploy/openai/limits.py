@@ -57,7 +57,7 @@ class Limits:
             choices = f"{len(prompts)} prompts with n {n} are {len(prompts) * n} choices"
             raise ApiError(400, f"{choices}; ask for at most {MAX_N}", param="n" if n > 1 else "prompt")
         for each in prompts:
-            self._check_prompt(each)
+            self._check_prompt(each, body.get("truncate_prompt_tokens") is not None)
         if isinstance(biases := body.get("logit_bias"), dict):
             wrong = next((item for item in biases.items() if type(item[1]) not in (int, float)), None)
             if wrong is not None:
@@ -87,6 +87,8 @@ class Limits:
             num_new = each.n * (self.max_model_len - num_prompt if each.max_tokens is None else each.max_tokens)
             num_echoed += num_repeated
             num_logprobs += 0 if each.logprobs is None else (num_repeated + num_new) * (each.logprobs + 1)
+            if each.prompt_logprobs is not None and not echo:
+                num_logprobs += each.n * num_prompt * (each.prompt_logprobs + 1)
         if num_echoed > MAX_ECHOED:
             message = f"echo would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
             raise ApiError(400, message, param="echo")
@@ -96,8 +98,8 @@ class Limits:
                 400, f"{asked}; ask for at most {MAX_LOGPROBS}: lower n, max_tokens or logprobs", param="logprobs"
             )
 
-    def _check_prompt(self, prompt: object) -> None:
-        if isinstance(prompt, list) and len(prompt) > self.max_model_len:
+    def _check_prompt(self, prompt: object, truncates: bool) -> None:
+        if isinstance(prompt, list) and len(prompt) > self.max_model_len and not truncates:
             message = f"a prompt has {len(prompt)} tokens, but the model holds {self.max_model_len}; shorten it"
             raise too_long(message)
         if isinstance(prompt, str):

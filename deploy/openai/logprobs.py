@@ -5,11 +5,39 @@ from collections.abc import Sequence
 from eagleray.cluster.outputs import Logprob
 from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.deploy.openai.replies import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
-
-Entry = dict[int, Logprob]  # the token itself first, then the most likely ones
+from eagleray.deploy.openai.replies import (
+    ChatLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TextLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 
 LOWEST = -9999.0  # JSON has no minus infinity; vLLM writes the same
+Entry = dict[int, Logprob]  # the token itself first, then the most likely ones
+
+
+def prompt_logprobs(entries: Sequence[Entry | None], num_top: int) -> PromptLogprobs:
+    """vLLM's form: by token id, the token itself first."""
+    return [None if entry is None else _by_id(entry) for entry in fewer(entries, num_top)]
+
+
+def _by_id(entry: Entry) -> dict[int, PromptLogprob]:
+    return {
+        token_id: PromptLogprob(logprob=_finite(each), rank=each.rank, decoded_token=each.decoded_token)
+        for token_id, each in entry.items()
+    }
+
+
+def fewer(entries: Sequence[Entry | None], num_top: int) -> list[Entry | None]:
+    """Each with no more than `num_top` of the most likely tokens beside its own."""
+    return [None if entry is None else _fewer(entry, num_top) for entry in entries]
+
+
+def _fewer(entry: Entry, num_top: int) -> Entry:
+    own = next(iter(entry))
+    return {token_id: each for token_id, each in entry.items() if token_id == own or each.rank <= num_top}
 
 
 class Offsets:
@@ -28,22 +56,27 @@ class Offsets:
 
 
 def text_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry | None], offsets: Offsets, tokenizer: Tokenizer | None
+    token_ids: Sequence[int],
+    entries: Sequence[Entry | None],
+    offsets: Offsets,
+    tokenizer: Tokenizer | None,
+    *,
+    as_ids: bool = False,
 ) -> TextLogprobs:
-    """Completions' form; the entry of a prompt's first token is None."""
+    """Completions' form; the entry of a prompt's first token is None. With `as_ids` tokens are `token_id:7`."""
     tokens = []
     for token_id, entry in zip(token_ids, entries, strict=True):
         if entry is not None:
-            tokens.append(_spelling(token_id, entry[token_id].decoded_token, tokenizer))
+            tokens.append(_spelling(token_id, None if as_ids else entry[token_id].decoded_token, tokenizer))
         else:
-            tokens.append(_unpredicted(token_id, tokenizer))
+            tokens.append(_unpredicted(token_id, None if as_ids else tokenizer))
     return TextLogprobs(
         tokens=tokens,
         token_logprobs=[
             None if entry is None else _finite(entry[token_id])
             for token_id, entry in zip(token_ids, entries, strict=True)
         ],
-        top_logprobs=[None if entry is None else _by_name(entry, tokenizer) for entry in entries],
+        top_logprobs=[None if entry is None else _by_name(entry, tokenizer, as_ids) for entry in entries],
         text_offset=[offsets.of(token_id) for token_id in token_ids],
     )
 
@@ -55,14 +88,16 @@ def chat_logprobs(
     tokenizer: Tokenizer | None,
     *,
     skip_special_tokens: bool,
+    as_ids: bool = False,
 ) -> ChatLogprobs:
-    """Chat's form. The bytes of all tokens together are those of the text."""
+    """Chat's form. The bytes of all tokens together are those of the text. With `as_ids` tokens are `token_id:7`."""
     left_out = tokenizer.special_token_ids if tokenizer is not None and skip_special_tokens else frozenset[int]()
 
     def top(token_id: int, logprob: Logprob) -> TopLogprob:
         spelt = b"" if token_id in left_out else _bytes(token_id, logprob, tokenizer)
         known = None if spelt is None else list(spelt)
-        return TopLogprob(token=_name(token_id, logprob), logprob=_finite(logprob), bytes=known)
+        name = f"token_id:{token_id}" if as_ids else _name(token_id, logprob)
+        return TopLogprob(token=name, logprob=_finite(logprob), bytes=known)
 
     return ChatLogprobs(
         content=[
@@ -87,11 +122,11 @@ def _bytes(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> byte
     return text.encode() if found is None and text is not None and "\N{REPLACEMENT CHARACTER}" not in text else found
 
 
-def _by_name(entry: Entry, tokenizer: Tokenizer | None) -> dict[str, float]:
+def _by_name(entry: Entry, tokenizer: Tokenizer | None, as_ids: bool) -> dict[str, float]:
     """Of several tokens that are written alike, the most likely one."""
     named: dict[str, float] = {}
     for token_id, logprob in entry.items():
-        name = _spelling(token_id, logprob.decoded_token, tokenizer)
+        name = _spelling(token_id, None if as_ids else logprob.decoded_token, tokenizer)
         named[name] = max(named.get(name, LOWEST), _finite(logprob))
     return named
 

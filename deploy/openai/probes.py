@@ -1,4 +1,4 @@
-"""`/health` and `/metrics`, for those who watch a server. They never queue."""
+"""`/health`, `/ping` and `/metrics`, for those who watch a server. They never queue."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,8 @@ class Health:
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _asks_for(scope, "/health", ("GET", "HEAD")):
+        is_ping = _asks_for(scope, "/ping", ("GET", "HEAD", "POST"))  # the same under SageMaker's name
+        if not (is_ping or _asks_for(scope, "/health", ("GET", "HEAD"))):
             await self._app(scope, receive, send)
             return
         try:

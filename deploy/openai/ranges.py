@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema, WrapValidator
 
 from eagleray.cluster.front_end import MAX_PRIORITY
-from eagleray.cluster.sampling_params import MAX_SEED, MIN_SEED, RANGES
+from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_SEED, MIN_SEED, RANGES
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 16_384  # of all of them: a table of so many states is made for each prompt
@@ -42,6 +42,8 @@ RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
 NumLogprobs = Annotated[int, _count("logprobs")]
 Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
 
+Truncation = Annotated[int, _count("truncate_prompt_tokens")]
+
 MAX_REQUEST_ID = 128  # characters
 RequestId = Annotated[str, Field(max_length=MAX_REQUEST_ID)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -57,6 +59,7 @@ SomeText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 SomeTexts = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 OneOfMany = Annotated[SomeIds, WrapValidator(lambda ids, validate: validate(ids))]  # Python, so that others get a turn
 ListsOfIds = Annotated[list[OneOfMany], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+Words = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_BAD_WORDS})]
 Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOP_STRINGS})]
 
 BIASES = {

@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+NEW_IDS = "With `return_token_ids`: what was generated, the stop token included; in a stream what is new."
+PROMPT_IDS = "With `return_token_ids`: in a stream only in the first event."
 FinishReason = Literal["stop", "length"]
 
 
@@ -27,12 +29,24 @@ class TextLogprobs(BaseModel):
     text_offset: list[int] = Field(description="Where the token's text begins in the choice's, in characters.")
 
 
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int = Field(description="1 is the most likely token of the vocabulary.")
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]  # by token id, the token itself first; null for the first token
+
+
 class Choice(BaseModel):
     index: int = Field(description="Choice i of prompt p is number p * n + i.")
     text: str
     logprobs: TextLogprobs | None
     finish_reason: FinishReason | None = Field(description="null while it goes on.")
     stop_reason: int | str | None = Field(description="The stop text or stop token id; null for end of sequence.")
+    token_ids: list[int] | None = Field(None, description=NEW_IDS)
+    prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="If asked for: of each token of the prompt.")
 
 
 class Completion(BaseModel):
@@ -73,6 +87,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    token_ids: list[int] | None = Field(None, description=NEW_IDS)
 
 
 class ChatCompletion(BaseModel):
@@ -84,6 +99,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="If asked for: of each token of the prompt.")
     service_tier: Literal["default"] | None = Field(None, description="Where a request names one.")
 
 
@@ -98,6 +115,7 @@ class ChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    token_ids: list[int] | None = Field(None, description=NEW_IDS)
 
 
 class ChatCompletionChunk(BaseModel):
@@ -109,7 +127,25 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChunkChoice] = Field(description="Empty in the event with `usage` of all.")
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
     service_tier: Literal["default"] | None = None
+
+
+class ModelPermission(BaseModel):
+    """What all clients may do: as vLLM has it, for programs that look for it."""
+
+    id: str
+    object: Literal["model_permission"] = "model_permission"
+    created: int
+    allow_create_engine: bool = False
+    allow_sampling: bool = True
+    allow_logprobs: bool = True
+    allow_search_indices: bool = False
+    allow_view: bool = True
+    allow_fine_tuning: bool = False
+    organization: str = "*"
+    group: str | None = None
+    is_blocking: bool = False
 
 
 class ModelCard(BaseModel):
@@ -117,7 +153,10 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int = Field(description="When the server started, in seconds since 1970.")
     owned_by: Literal["eagleray"]
+    root: str = Field(description="The model's directory on the server.")
+    parent: str | None = Field(description="null: the model is no adapter of another.")
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    permission: list[ModelPermission]
 
 
 class ModelList(BaseModel):
@@ -129,6 +168,22 @@ class Tokens(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str | None] | None = Field(
+        None, description="If asked for: as the vocabulary spells them; null for ids that it does not have."
+    )
+
+
+class TokenizerInfo(BaseModel):
+    """What the model's tokenizer_config.json says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
+
+
+class Load(BaseModel):
+    server_load: int = Field(description="Prompts that run or wait here.")
 
 
 class Text(BaseModel):

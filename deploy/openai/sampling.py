@@ -24,8 +24,10 @@ SAME_NAME = (
     "ignore_eos",
     "stop_token_ids",
     "allowed_token_ids",
+    "bad_words",
     "include_stop_str_in_output",
     "skip_special_tokens",
+    "truncate_prompt_tokens",
 )
 Defaults = Mapping[str, float]
 
@@ -47,8 +49,9 @@ def completion_params(request: CompletionRequest, room: int, defaults: Defaults)
         max_tokens = max(1, request.min_tokens or 0, min(DEFAULT_MAX_TOKENS, room))
     if prompt_only(request):
         max_tokens = 1
-    prompt_logprobs = request.logprobs if request.echo else None
-    return _params(request, defaults, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+    wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
+    most = max((each for each in wanted if each is not None), default=None)
+    return _params(request, defaults, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=most)
 
 
 def prompt_only(request: CompletionRequest) -> bool:
@@ -71,7 +74,8 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
         raise ApiError(400, message, param="top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return _params(request, defaults, max_tokens=old if new is None else new, logprobs=logprobs)
+    limit = old if new is None else new
+    return _params(request, defaults, max_tokens=limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
 
 
 def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> SamplingParams:
@@ -89,6 +93,9 @@ def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> Sa
     if request.stream_options is not None and request.stream_options.asks and not request.stream:
         message = "stream_options are for streams; leave them out or set stream to true"
         raise ApiError(400, message, param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        message = "prompt_logprobs are not for streams; leave them out or set stream to false"
+        raise ApiError(400, message, param="prompt_logprobs")
     with bad_requests(FIELDS):
         return SamplingParams(logit_bias=_biases(request.logit_bias), **same, **others)
 

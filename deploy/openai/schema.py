@@ -38,7 +38,9 @@ from eagleray.deploy.openai.ranges import (
     Temperature,
     TopK,
     TopP,
+    Truncation,
     Verbosity,
+    Words,
 )
 
 LOGGED = "Changes nothing: it goes to the server's log together with the answer's id."
@@ -123,8 +125,22 @@ class GenerationRequest(Asked):
     ignore_eos: bool | None = Field(None, description="Extension: go on after the end of sequence.")
     stop_token_ids: Ids | None = Field(None, description="Extension: token ids that end a choice.")
     allowed_token_ids: SomeIds | None = Field(None, description="Extension: draw nothing else.")
+    bad_words: Words | None = Field(
+        None, description="Extension: texts that are not generated, be it with a space before them."
+    )
     include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
     skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
+    truncate_prompt_tokens: Truncation | None = Field(
+        None, description="Extension: of a longer prompt take the last so many tokens; -1 for as many as fit."
+    )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None,
+        description="Extension: log-probabilities of the prompt's tokens, with so many likely ones; not in streams.",
+    )
+    return_token_ids: bool | None = Field(None, description="Extension: return the ids of prompt and answer, too.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Extension: in `logprobs`, write tokens as `token_id:7`."
+    )
     priority: Priority | None = Field(
         None, description="Extension: lower goes first, where the server allows it; 0 by default, and always allowed."
     )
@@ -225,7 +241,11 @@ class ChatRequest(GenerationRequest, Conversation):
     )
 
 
-class TokenizeText(Asked):
+class Tokenize(Asked):
+    return_token_strs: bool | None = Field(None, description="Return each token as the vocabulary spells it, too.")
+
+
+class TokenizeText(Tokenize):
     """A text."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello there"}]})
@@ -234,7 +254,7 @@ class TokenizeText(Asked):
     add_special_tokens: bool | None = Field(None, description="With a start token and such; true by default.")
 
 
-class TokenizeChat(Asked, Conversation):
+class TokenizeChat(Tokenize, Conversation):
     """A conversation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]})

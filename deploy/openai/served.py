@@ -21,6 +21,7 @@ class Served:
     created: int  # seconds since 1970
     defaults: Mapping[str, float] = field(default_factory=dict)  # of sampling, where a request does not say
     allow_priority: bool = False  # of clients that say theirs
+    root: str | None = None  # where the model is, if that may be told
 
     @cached_property
     def limits(self) -> Limits:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
@@ -432,3 +433,35 @@ async def test_closing_ends_every_wait(async_llm: AsyncLLM, engine: LocalEngine)
     with pytest.raises(EngineDeadError, match="the front end was closed"):
         await asyncio.wait_for(waiting, 5)
     assert engine.closed
+
+
+def test_the_tokenizer_has_the_methods_of_transformers(llm: LLM, demo_model_dir: Path) -> None:
+    ours, theirs = llm.get_tokenizer(), AutoTokenizer.from_pretrained(demo_model_dir)
+    chat = [{"role": "user", "content": "Hello 🦅"}]
+    assert ours("Hello 🦅").input_ids == theirs("Hello 🦅").input_ids
+    assert ours.decode([1, 2, 3]) == theirs.decode([1, 2, 3])
+    assert ours.convert_ids_to_tokens([1, 500]) == theirs.convert_ids_to_tokens([1, 500])
+    assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    assert (ours.bos_token_id, ours.eos_token_id, len(ours)) == (theirs.bos_token_id, theirs.eos_token_id, len(theirs))
+
+
+def test_without_a_tokenizer_there_is_none_to_get() -> None:
+    limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
+    with pytest.raises(ValueError, match="skip_tokenizer_init"):
+        LLM.attach(LocalEngine(), FrontEnd(None, limits)).get_tokenizer()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["A prompt of several words", [5, 6, 7, 8, 9, 10], {"prompt_token_ids": [5, 6, 7, 8]}]
+)
+@pytest.mark.parametrize("most", [1, 3, 6, 100])
+def test_only_the_end_of_a_longer_prompt_is_taken(llm: LLM, prompt: Any, most: int) -> None:
+    (whole,) = llm.generate(prompt, params())
+    (output,) = llm.generate(prompt, params(truncate_prompt_tokens=most))
+    assert output.prompt_token_ids == whole.prompt_token_ids[-most:]
+    assert token_ids(output) == generate(output.prompt_token_ids, 20)
+
+
+def test_of_a_prompt_as_much_is_taken_as_fits(llm: LLM) -> None:
+    (output,) = llm.generate([[*range(20)] * 50], params(20, truncate_prompt_tokens=-1))
+    assert output.prompt_token_ids == ([*range(20)] * 50)[-236:]

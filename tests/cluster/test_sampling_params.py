@@ -34,6 +34,8 @@ NAN, INF = float("nan"), float("inf")
         "logprobs": [-1, 21, True, 1.0],
         "prompt_logprobs": [-1, 21, True, 1.0],
         "detokenize": [0, None],
+        "bad_words": [[""], ["a", ""], 5, [5], "a", {"a": 1}],
+        "truncate_prompt_tokens": [0, -2, 1.5, True, 2**40],
     }.items(),
 )
 def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any]) -> None:

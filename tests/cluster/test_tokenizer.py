@@ -267,3 +267,17 @@ def test_the_driver_needs_no_torch(demo_model_dir: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(demo_model_dir)], check=True)
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 7, 50])
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (True, True), (False, False)])
+def test_the_end_of_a_text_keeps_its_special_tokens(tmp_path: Path, bos: bool, eos: bool, last: int) -> None:
+    """As transformers truncates from the left."""
+    theirs = small_tokenizer(add_bos_token=bos, add_eos_token=eos, truncation_side="left")
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.from_dir(tmp_path)
+    text = "some words of a longer text"
+    if last > bos + eos:
+        assert ours.encode(text, last=last) == theirs(text, truncation=True, max_length=last).input_ids
+    plain = theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text, add_special_tokens=False, last=last) == plain[-last:]

@@ -264,6 +264,8 @@ async def test_health_tells_what_the_check_says() -> None:
             assert ("rank 1" in reply.text) == (status == 503)
             assert (await http.get("/metrics")).text == "a 1\n"
             assert (await http.post("/health")).text == "0"  # the application's
+            pings = [await http.get("/ping"), await http.post("/ping")]
+            assert [ping.status_code for ping in pings] == [status] * 2
 
 
 PREFLIGHT = {

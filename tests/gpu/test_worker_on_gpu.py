@@ -218,6 +218,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -0.3},
     "bias": {"logit_bias": {5: 8.0, 31999: 7.0}},
     "allowed": {"allowed_token_ids": [1, 77, 31998]},
+    "bad words": {"bad_words": [[token_id] for token_id in range(0, 32000, 3)] + [[7, 7, 8], [8, 9]]},
     "no stop yet": {"min_tokens": 50, "stop_token_ids": list(range(100, 30000))},
 }
 

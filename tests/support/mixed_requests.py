@@ -15,6 +15,7 @@ WAYS: list[dict[str, Any]] = [
     {"temperature": 0.7, "frequency_penalty": 0.5, "presence_penalty": 0.5, "logprobs": 0},
     {"temperature": 1.0, "logit_bias": {3: 5.0}, "stop_token_ids": [3], "min_tokens": 2},
     {"temperature": 1.0, "allowed_token_ids": [5, 6, 7, 900]},
+    {"temperature": 1.0, "allowed_token_ids": [5, 6, 7, 900], "bad_words": [[5], [6, 7], [7, 7, 900]]},
     {"temperature": 0.0, "prompt_logprobs": 1},
 ]
 

@@ -137,6 +137,7 @@ EVERYTHING = Sampling(
     repetition_penalty=2.0,
     logit_bias={3: 50.0},
     allowed_token_ids=[3, 4],
+    bad_words=[[3], [5, 5, 3], [2, 4]],
     min_tokens=4,
     stop_token_ids=[3],
     logprobs=3,
@@ -173,6 +174,10 @@ def reference(line: Line) -> tuple[int, float]:
     ids = np.arange(vocab)
     if s.allowed_token_ids:
         logits[~np.isin(ids, s.allowed_token_ids)] = -np.inf
+    for word in s.bad_words:
+        *beginning, last = word
+        if line.output[len(line.output) - len(beginning) :] == beginning:
+            logits[last] = -np.inf
     if len(line.output) < s.min_tokens:
         logits[s.stop_token_ids] = -np.inf
     for token_id, bias in s.logit_bias.items():
@@ -248,7 +253,22 @@ def random_line(rng: np.random.Generator) -> Line:
     )
     prompt = [int(x) for x in rng.integers(0, VOCAB, rng.integers(1, 40))]
     output = [int(x) for x in rng.integers(0, VOCAB // 10, rng.integers(0, 40))]
+    if rng.random() < 0.3:
+        words = bad_words(rng, prompt + output, logits)
+        sampling = msgspec.structs.replace(sampling, bad_words=words)
     return Line(sampling, logits, prompt, output)
+
+
+def bad_words(rng: np.random.Generator, known: list[int], logits: Array) -> list[list[int]]:
+    """Words of up to five tokens that likely tokens would complete, some of them only with the prompt or not at all."""
+    likely = np.argsort(-logits)[:20]
+    words = []
+    for last in rng.choice(likely, rng.integers(1, 30)):
+        beginning = known[len(known) - min(int(rng.integers(0, 5)), len(known)) :]
+        if beginning and rng.random() < 0.3:
+            beginning = [*beginning[:-1], int(rng.integers(0, VOCAB))]
+        words.append([*beginning, int(last)])
+    return words
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -325,6 +345,25 @@ class TestExtremes:
         forced = Line(Sampling(logit_bias={777: 100.0}), peaked())
         allowed = Sampling(allowed_token_ids=[3, 777], logit_bias={777: -100.0})
         assert sample([forced, Line(allowed, peaked())], size)[0] == [777, 3]
+
+    def test_a_bad_word_is_not_completed(self, size: int) -> None:
+        best, second = (int(token_id) for token_id in np.argsort(-peaked())[:2])
+        cases = [
+            ([[best]], [], [7, 8], second),
+            ([[7, 8, best]], [7, 8], [], best),  # the prompt is no part of a word
+            ([[7, 8, best]], [7], [8], best),
+            ([[7, 8, best]], [], [8], best),
+            ([[7, 8, best]], [], [7, 8], second),
+            ([[7, 8, best]], [], [9, 7, 8], second),
+            ([[7, 8, best]], [], [7, 8, 9], best),
+            ([[7, best], [8, best], [6, 8, best]], [], [6, 8], second),  # one that is masked twice
+            ([[best, 8]], [], [best], best),
+        ]
+        lines = [
+            Line(Sampling(temperature=0.0, bad_words=words), peaked(), [1, *prompt], output)
+            for words, prompt, output, _ in cases
+        ]
+        assert sample(lines, size)[0] == [expected for *_, expected in cases]
 
     def test_bias_does_not_bring_back_what_is_not_allowed(self, size: int) -> None:
         assert sample([Line(Sampling(allowed_token_ids=[3], logit_bias={777: 100.0}), peaked())], size)[0] == [3]

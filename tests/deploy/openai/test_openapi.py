@@ -14,6 +14,8 @@ PATHS = {
     "/v1/models/{model}": "get",
     "/tokenize": "post",
     "/detokenize": "post",
+    "/tokenizer_info": "get",
+    "/load": "get",
     "/version": "get",
 }
 GENERATION = [path for path in PATHS if path.endswith("completions")]

@@ -219,7 +219,7 @@ def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
         assert error["message"] == f"tokens holds {token_id}; give token ids from 0 to 257"
     refused(tiny, "/tokenize", {"prompt": "\ud800"})
     refused(tiny, "/tokenize", {"prompt": "a", "messages": []})
-    assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": True})["param"] == "return_token_strs"
+    assert refused(tiny, "/tokenize", {"prompt": "a", "return_token_strs": 1})["param"] == "return_token_strs"
 
 
 LONG = "x" * 100_000

@@ -33,7 +33,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
 }
 POSTS = [*GENERATION, "/tokenize", "/detokenize"]
-GETS = ["/v1/models", "/v1/models/{model}", "/version"]
+GETS = ["/v1/models", "/v1/models/{model}", "/version", "/load", "/tokenizer_info"]
 POSITIVE, NEGATIVE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 load_all_checks()
 CONFORMANCE = [
