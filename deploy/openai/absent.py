@@ -80,6 +80,7 @@ IN_CHATS = EVERYWHERE | {
     "media_io_kwargs": Absent("this server takes text alone"),
     "mm_processor_kwargs": Absent("this server takes text alone"),
 }
+IN_TOKENS = {name: IN_CHATS[name] for name in ("tools", "add_special_tokens", "chat_template", "mm_processor_kwargs")}
 UNKNOWN = Absent("this server has no such field")
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetJsonSchemaH
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from eagleray.deploy.openai.absent import IN_CHATS, IN_COMPLETIONS, Absent, describe, without_nothing
+from eagleray.deploy.openai.absent import IN_CHATS, IN_COMPLETIONS, IN_TOKENS, Absent, describe, without_nothing
 from eagleray.deploy.openai.ranges import (
     MAX_STOP_STRINGS,
     Biases,
@@ -257,6 +257,7 @@ class TokenizeText(Tokenize):
 class TokenizeChat(Tokenize, Conversation):
     """A conversation."""
 
+    absent = IN_TOKENS
     model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]})
 
 

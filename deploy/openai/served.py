@@ -44,6 +44,6 @@ class Served:
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for a model that is not this one."""
-        if name is not None and name != self.model_name:
+        if name and name != self.model_name:
             message = f"the model {shown(name)} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

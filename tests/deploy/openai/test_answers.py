@@ -31,10 +31,10 @@ def test_models_are_listed_and_found(tiny: Server) -> None:
     assert tiny.openai.models.retrieve("tiny") == model
 
 
-@pytest.mark.parametrize("model", ["tiny", None])
+@pytest.mark.parametrize("model", ["tiny", "", None])
 def test_a_completion_is_the_engines(tiny: Server, model: str | None) -> None:
     direct = tiny.generate(PROMPT, **GREEDY)
-    extra = {"ignore_eos": True} | ({} if model else {"model": None})
+    extra = {"ignore_eos": True} | ({"model": None} if model is None else {})
     answer = tiny.openai.completions.create(
         model=model or "", prompt=PROMPT, temperature=0, max_tokens=12, extra_body=extra
     )
