@@ -21,6 +21,7 @@ from eagleray.cluster.token_bytes import TokenBytes
 from eagleray.cluster.tokenizer_files import MAX_BYTES, build_tokenizer
 from eagleray.models.json_file import read_object
 
+
 class Tokenizer:
     """A checkpoint's tokenizer: the same ids and the same text as transformers' `AutoTokenizer`."""
 
