@@ -22,7 +22,7 @@ class Site:
 
 def check(
     package: str,
-    plain: Callable[[Site], object],
+    plain: Callable[[Site], object] | None,
     history: Callable[[Site], object] | None,
     streaming: Callable[[Site], object] | None,
 ) -> None:

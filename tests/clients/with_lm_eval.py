@@ -1,4 +1,7 @@
-"""lm-eval on a task of two rows: log-probabilities and texts of completions, and chats."""
+"""lm-eval on tasks of two rows: texts of completions and of chats, and log-probabilities of prompts that are token ids.
+
+It neither streams nor goes on with conversations, so that these stand in the table under other heads.
+"""
 
 import json
 import tempfile
@@ -10,6 +13,7 @@ from lm_eval.tasks import TaskManager
 
 from clients.checks import KEY, Site, check
 
+TOKENIZER = Path.home() / ".cache/eagleray/models/SmolLM2-135M-Instruct"
 ROWS = [{"q": "The capital of France is", "a": " Paris"}, {"q": "Two and two are", "a": " four"}]
 TASK = """
 task: {name}
@@ -26,16 +30,21 @@ CHOICES = 'doc_to_choice: [" Paris", " four"]'
 UNTIL = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}'
 
 
-def evaluate(site: Site, backend: str, route: str, name: str, kind: str, more: str, metric: str) -> Any:
+def evaluate(
+    site: Site, backend: str, route: str, name: str, kind: str, more: str, metric: str, *, ids: bool = False
+) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         task = TASK.format(name=name, file=file, kind=kind, more=more, metric=metric)
         (Path(folder) / f"{name}.yaml").write_text(task)
-        place = {"model": site.model, "base_url": f"{site.url}{route}", "tokenizer_backend": None, "num_concurrent": 1}
+        place = {"model": site.model, "base_url": f"{site.url}{route}", "num_concurrent": 1}
+        place |= (
+            {"tokenizer_backend": "huggingface", "tokenizer": str(TOKENIZER)} if ids else {"tokenizer_backend": None}
+        )
         return lm_eval.simple_evaluate(
             model=backend,
-            model_args=place | {"tokenized_requests": False},
+            model_args=place | {"tokenized_requests": ids},
             tasks=[name],
             task_manager=TaskManager(include_path=folder),
             apply_chat_template="chat" in backend,
@@ -47,7 +56,7 @@ def plain(site: Site) -> object:
 
 
 def history(site: Site) -> object:
-    return evaluate(site, "local-completions", "/completions", "choice", "multiple_choice", CHOICES, "acc")
+    return evaluate(site, "local-completions", "/completions", "choice", "multiple_choice", CHOICES, "acc", ids=True)
 
 
 def streaming(site: Site) -> object:
