@@ -33,7 +33,8 @@ async def completion_prompts(served: Served, request: CompletionRequest) -> list
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
         return [{"prompt_token_ids": prompt[-last if last else 0 :]} for prompt in prompts if isinstance(prompt, list)]
-    ids = await texts_tokens(served, texts, request.add_special_tokens, None if last is None else MAX_TOKENIZED, last=last)
+    most = None if last is None else MAX_TOKENIZED
+    ids = await texts_tokens(served, texts, request.add_special_tokens, most, last=last)
     if last is not None:  # what is taken, and may be echoed, is not the text
         return [{"prompt_token_ids": each} for each in ids]
     return [{"prompt": text, "prompt_token_ids": each} for text, each in zip(texts, ids, strict=True)]
@@ -64,9 +65,7 @@ async def texts_tokens(
     return ids
 
 
-def _encode(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int, last: int | None
-) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int, last: int | None) -> list[int]:
     """Beginnings of a long text first: more tokens than there may be take much memory, hundreds of bytes each."""
     length = max(max_tokens, LONG)
     while length < len(text):

@@ -34,8 +34,8 @@ def test_they_are_sent_with_a_request(tokenizer: Tokenizer) -> None:
     front_end = FrontEnd(tokenizer, LIMITS)
     generation = front_end.prepare("Hello", SamplingParams(bad_words=["New York"], n=2))
     expected = [tokenizer.encode("New York"), tokenizer.encode(" New York")]
-    assert [completion.request.sampling.bad_words for completion in generation.completions] == [expected] * 2
-    assert front_end.prepare("Hello", SamplingParams(bad_words=[])).completions[0].request.sampling.bad_words == []
+    assert front_end.add(generation).sampling.bad_words == expected
+    assert front_end.add(front_end.prepare("Hello", SamplingParams(bad_words=[]))).sampling.bad_words == []
 
 
 @pytest.mark.parametrize(
