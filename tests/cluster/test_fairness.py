@@ -1,6 +1,8 @@
 """Rows, tokens and memory are shared fairly among tenants and their groups, and no token changes by that."""
 
 import gc
+import tracemalloc
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +10,16 @@ from math import ceil
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagleray.cluster.fairness import Group, Tenant
+from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.request import Request
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.scheduler import MAX_TOLD, Scheduler
+from eagleray.workers.wire import Sampling
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 
@@ -201,6 +206,23 @@ def test_sequences_of_one_prompt_compute_it_once(options: dict[str, Any]) -> Non
     assert all(engine.token_ids(index) == generate(prompt, 3) for index in range(30))
     repeated = 8 * 201 if "max_slice_tokens" in options else 0  # rows that slices end early run side by side
     assert engine.rank.num_tokens_run <= 201 + 30 * (1 + 3 + 2) + repeated
+
+
+def test_thousands_of_sequences_share_one_prompt_until_they_run_and_no_step_tells_too_much() -> None:
+    prompt = array("i", [index % VOCAB_SIZE for index in range(100_000)]).tobytes()
+    request = EngineRequest(0, prompt, Sampling(), max_tokens=100, seeds=list(range(1, 4096)))
+    assert len(msgspec.msgpack.encode(request)) < len(prompt) + 100_000
+    scheduler = Scheduler(num_blocks=20_000, block_size=16, max_num_seqs=256, max_num_batched_tokens=2**17)
+    tracemalloc.start()
+    scheduler.add(b"me", request)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 4096 * 2000 + len(prompt)
+    for _ in range(3):
+        step = scheduler.schedule()
+        assert step is not None
+        assert step.start
+        assert sum(len(start.token_ids) for start in step.start) <= 4 * MAX_TOLD + len(prompt)
 
 
 # ---- nothing is lost, nothing is left

@@ -11,14 +11,21 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.messages import EngineRequest, RequestMessage, Submit
+from eagleray.cluster.submission import ModelLimits
 from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue, place_taken, tenant_asking
+from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.origins import cross_origin
 from eagleray.deploy.openai.probes import Figures, Health
 from eagleray.deploy.openai.refusal import answer, refuse
 from eagleray.deploy.openai.request_ids import RequestIds
+from eagleray.deploy.openai.served import Served
+from support.local_engine import LocalEngine
 
 
 async def length_of_body(scope: Scope, receive: Receive, send: Send) -> None:
@@ -216,6 +223,41 @@ async def test_a_key_that_fills_the_queue_leaves_others_their_share() -> None:
         app.go_on.set()
         assert {reply.text for reply in await asyncio.gather(*running)} == {"key 0"}
         assert {reply.text for reply in await asyncio.gather(*others)} == {"key 1"}
+
+
+class Recording(LocalEngine):
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[EngineRequest] = []
+
+    def send(self, message: RequestMessage) -> None:
+        if isinstance(message, Submit):
+            self.asked += message.requests
+        super().send(message)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_engine_is_told_whose_key_it_was_and_what_was_asked_for_together(stream: bool) -> None:
+    engine = Recording()
+    llm = AsyncLLM.attach(
+        engine, FrontEnd(None, ModelLimits(max_model_len=256, vocab_size=50, eos_token_ids=frozenset()))
+    )
+    app = BoundedQueue(make_app(Served(llm, "toy", 256, created=0)), 10, num_tenants=2)
+    body = {"prompt": [[1, 2], [3, 4]], "n": 2, "max_tokens": 3, "stream": stream}
+    async with client(ApiKeys(app, ["one", "two"])) as http:
+        for key in ("two", "one", "two"):
+            reply = await http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+            assert reply.status_code == 200
+        full = await http.post("/v1/completions", json=body | {"n": 6}, headers={"authorization": "Bearer one"})
+        assert full.status_code == 400
+        assert full.json()["error"]["param"] == "n"
+    llm.close()
+    assert [request.tenant for request in engine.asked] == ["key 1"] * 2 + ["key 0"] * 2 + ["key 1"] * 2
+    groups = [request.group for request in engine.asked]
+    assert groups[0::2] == groups[1::2]
+    assert len(set(groups)) == 3
 
 
 async def test_what_does_not_generate_never_queues() -> None:
