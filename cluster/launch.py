@@ -14,7 +14,7 @@ from eagleray.cluster.generation_config import default_params, drawable, eos_tok
 from eagleray.cluster.placement import Room
 from eagleray.cluster.resolve import folder_of, found
 from eagleray.cluster.start_display import shown_start
-from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.submission import ModelLimits, derive_seed
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.workers.model_dir import is_of_hub, model_dir
 from eagleray.workers.started import OnProgress
@@ -30,11 +30,13 @@ def launch(
     room: Room | None = None,
     on_end: OnEnd = unwatched,
     on_progress: OnProgress | None = None,
+    replica: int = 0,
 ) -> tuple[EngineClient, FrontEnd]:
     """Start an engine and wait for it, with a line on the terminal while that takes, or as `on_progress` has it.
 
-    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. What is wrong with the
-    options or the tokenizer is said before anything starts.
+    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. Of several engines with
+    one seed each `replica` draws differently. What is wrong with the options or the tokenizer is said before anything
+    starts.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
@@ -57,4 +59,5 @@ def launch(
         engine = EngineClient.start(config, progress, room)
     eos = drawable(eos, engine.info.vocab_size)
     limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
-    return engine, FrontEnd(text, limits, config.seed, on_end, defaults)
+    seed = config.seed if config.seed is None or replica == 0 else derive_seed(config.seed, replica)
+    return engine, FrontEnd(text, limits, seed, on_end, defaults)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from math import inf
 from typing import Any
@@ -104,8 +105,9 @@ class Replica:
         self._metrics = Metrics()
         self._keys, self._key_digests = args.read_api_keys(), key_digests
         self._defaults = chosen_defaults(folder_of(args.engine), args.generation_config)
-        teller = Teller(serve.get_replica_context().app_name)
-        engine, front_end = await asyncio.to_thread(_launch, args.engine, room_here(args.engine), self._metrics, teller)
+        here = serve.get_replica_context()
+        launched = partial(_launch, args.engine, room_here(args.engine), self._metrics)
+        engine, front_end = await asyncio.to_thread(launched, Teller(here.app_name), here.rank.rank)
         self._info = engine.info
         before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
         self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
@@ -174,10 +176,12 @@ class Replica:
             os._exit(1)
 
 
-def _launch(config: EngineConfig, room: Room, metrics: Metrics, teller: Teller) -> tuple[EngineClient, FrontEnd]:
+def _launch(
+    config: EngineConfig, room: Room, metrics: Metrics, teller: Teller, replica: int
+) -> tuple[EngineClient, FrontEnd]:
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    return launch(model, size, None, False, options, room=room, on_end=metrics.end, on_progress=teller)
+    return launch(model, size, None, False, options, room=room, on_end=metrics.end, on_progress=teller, replica=replica)
 
 
 def _listen_here_only() -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -35,7 +36,7 @@ SHORT = {"prompt": "a", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
 LONG = SHORT | {"max_tokens": 1000}
 QUICK = {"upscale_delay_s": 0, "downscale_delay_s": 1, "look_back_period_s": 1, "metrics_interval_s": 0.2}
 NONE_AT_REST = {"autoscaling_config": {"min_replicas": 0, "max_replicas": 1} | QUICK}
-TWO_OTHERS = {"num_replicas": 2, "served_model_name": "other", "max_model_len": 2000}
+TWO_OTHERS = {"num_replicas": 2, "served_model_name": "other", "max_model_len": 2000, "seed": 7}
 
 Deploy = Callable[..., None]
 
@@ -135,6 +136,14 @@ def test_an_update_cuts_no_stream_refuses_none_and_ends_in_the_new_configuration
     assert {stream.model for stream in streams} == {"tiny", "other"}
     (model,) = httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).json()["data"]
     assert (model["id"], model["max_model_len"]) == ("other", 2000)
+
+
+def test_replicas_draw_independently_even_if_they_are_given_one_seed(url: str, deploy: Deploy) -> None:
+    deploy(**TWO_OTHERS)
+    sampled = {"prompt": "a", "max_tokens": 12, "ignore_eos": True, "temperature": 1}
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(lambda _: complete(url, sampled).json()["choices"][0]["text"], range(40)))
+    assert len(set(answers)) == 40
 
 
 def test_a_replica_whose_rank_dies_is_replaced_while_the_other_serves_on(url: str, deploy: Deploy) -> None:
