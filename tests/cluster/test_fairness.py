@@ -44,6 +44,7 @@ class Engine(InlineEngine):
         while not done():
             assert self.turn(), "there is nothing left to do"
             count += 1
+            assert count < 1000, "it never came"
         return count
 
     def served(self, turns: int = 1) -> set[int]:
@@ -206,6 +207,17 @@ def test_sequences_of_one_prompt_compute_it_once(options: dict[str, Any]) -> Non
     assert all(engine.token_ids(index) == generate(prompt, 3) for index in range(30))
     repeated = 8 * 201 if "max_slice_tokens" in options else 0  # rows that slices end early run side by side
     assert engine.rank.num_tokens_run <= 201 + 30 * (1 + 3 + 2) + repeated
+
+
+def test_sequences_of_several_long_prompts_side_by_side_compute_each_once(depth: int) -> None:
+    engine = Engine(depth)
+    prompts = [[number, *(index % VOCAB_SIZE for index in range(300))] for number in range(3)]
+    for number, prompt in enumerate(prompts):
+        engine.add(100 * number, prompt, max_tokens=2, n=4)
+    engine.run()
+    for number, prompt in enumerate(prompts):
+        assert all(engine.token_ids(100 * number + index) == generate(prompt, 2) for index in range(4))
+    assert engine.rank.num_tokens_run <= 3 * (301 + 4 * (4 + 2 + depth))
 
 
 def test_thousands_of_sequences_share_one_prompt_until_they_run_and_no_step_tells_too_much() -> None:
