@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from eagleray.cluster.process_state import descendants
+from eagleray.cluster.signals import kill
+
 TERMINATED = 128 + signal.SIGTERM  # as shells have it
 GRACE_S = 5.0  # to close engines and let go of files
 
@@ -23,7 +26,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` here when SIGTERM comes; the process ends `GRACE_S` later at the latest.
+    """Raise `Terminated` here when SIGTERM comes; `GRACE_S` later at the latest all ends that this process started.
 
     For the main thread; what was set before is set again afterwards.
     """
@@ -56,5 +59,6 @@ def _end_late(reader: socket.socket) -> None:
     while numbers := reader.recv(64):
         if signal.SIGTERM in numbers:
             time.sleep(GRACE_S)
+            kill(descendants(os.getpid()))
             os._exit(TERMINATED)
     reader.close()
