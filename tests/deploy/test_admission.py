@@ -329,11 +329,11 @@ async def test_a_page_of_an_allowed_origin_can_ask_and_read_even_what_is_refused
         assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
         asked = {"origin": "https://app.example.com", "authorization": "Bearer one"}
         for path, body, changes, status in (
-            ("/tokenize", b"abc", {}, 200),
-            ("/tokenize", b"abc", {"authorization": "Bearer two"}, 401),
+            ("/version", b"abc", {}, 200),
+            ("/version", b"abc", {"authorization": "Bearer two"}, 401),
             ("/tokenize", b"abcdef", {}, 413),
             ("/v1/completions", b"abc", {}, 429),
-            ("/tokenize", b"abc", {"x-request-id": "not one"}, 400),
+            ("/version", b"abc", {"x-request-id": "not one"}, 400),
         ):
             answered = await http.post(path, content=body, headers=asked | changes)
             assert answered.status_code == status
