@@ -57,6 +57,7 @@ _FAMILY_KEYS = {  # options that some families have: elsewhere they must be abse
     "fusion_config": (),
     "distributed_config": (),
 }
+_PARTS = ("per_layer_config", "text_config", "decoder", "generator")  # which only null leaves out
 _HEAD_DIM_MAY_BE_NULL = ("LlamaForCausalLM", "MistralForCausalLM")
 _WHOLE_HEADS = ("LlamaForCausalLM", "Gemma2ForCausalLM")  # transformers insists that they divide the hidden size
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -193,7 +194,8 @@ def _check_supported(architecture: str, raw: Mapping[str, Any]) -> None:
             kind = f" of kind {method!r}" if isinstance(method, str) else ""
             raise ValueError(f"{key} is there: quantized weights{kind} are not supported; take the unquantized model")
     for key, families in _FAMILY_KEYS.items():
-        if not (raw.get(key) is None or raw[key] is False or architecture in families):
+        off = raw.get(key) is None or (raw[key] is False and key not in _PARTS)
+        if not off and architecture not in families:
             raise ValueError(f"{key} is {shown(raw[key])}, which is not supported for {architecture}")
     if raw.get("is_causal", True) is not True:
         raise ValueError(f"is_causal is {shown(raw['is_causal'])}; models that see later tokens are not supported")
