@@ -192,8 +192,10 @@ def route_path(scope: Scope) -> str:
 
 def may_generate(scope: Scope) -> bool:
     """Whether a request is one of those that the engine or its tokenizer is asked for, which take their time."""
+    if scope["type"] != "http" or scope["method"] != "POST":  # a lifespan has no path
+        return False
     path = route_path(scope)
-    return scope["type"] == "http" and scope["method"] == "POST" and (path.startswith("/v1/") or path in TOKENS)
+    return path.startswith("/v1/") or path in TOKENS
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,7 +80,7 @@ def send(client: httpx.Client, path: str, body: dict[str, Any], content: bytes) 
         return answer.status_code
 
 
-def mean(url: str, name: str, num_clients: int, outcomes: "Queue[str]") -> None:
+def mean(url: str, name: str, num_clients: int, outcomes: "Queue[str]", began: Event) -> None:
     path, body = ROWS[name]()
     content = json.dumps({key: value for key, value in body.items() if key != "leave"}).encode()
 
@@ -94,6 +95,7 @@ def mean(url: str, name: str, num_clients: int, outcomes: "Queue[str]") -> None:
     threads = [threading.Thread(target=work) for _ in range(num_clients)]
     for thread in threads:
         thread.start()
+    began.set()
 
 
 def neighbour(url: str, seconds: float) -> list[float]:
@@ -169,10 +171,12 @@ def main() -> None:
 def measured(url: str, name: str, quiet_s: float, settings: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     outcomes: Queue[str] = context.Queue()
-    process = context.Process(target=mean, args=(url, name, settings.clients, outcomes))
+    began = context.Event()
+    process = context.Process(target=mean, args=(url, name, settings.clients, outcomes, began))
     process.start()
     try:
-        time.sleep(4.0)  # it imports, and its requests get going
+        assert began.wait(PATIENCE_S), "the mean clients did not start"
+        time.sleep(1.0)  # their requests get going
         times = neighbour(url, settings.seconds)
     finally:
         psutil.Process(process.pid).kill()

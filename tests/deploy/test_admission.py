@@ -17,7 +17,14 @@ from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.submission import ModelLimits
 from eagleray.deploy.api_keys import key_digest
-from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue, place_taken, tenant_asking
+from eagleray.deploy.openai.admission import (
+    ApiKeys,
+    BodyLimit,
+    BoundedQueue,
+    may_generate,
+    place_taken,
+    tenant_asking,
+)
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.origins import cross_origin
@@ -374,3 +381,10 @@ async def test_a_stream_reaches_a_page_piece_by_piece() -> None:
     await cross_origin(stream, ["*"])(scope, receive, send)
     assert (b"access-control-allow-origin", b"*") in sent[0]["headers"]
     assert len(sent) == 5
+
+
+def test_only_requests_take_a_place() -> None:
+    assert not may_generate({"type": "lifespan"})
+    assert not may_generate({"type": "websocket", "path": "/v1/completions"})
+    assert not may_generate({"type": "http", "method": "GET", "path": "/tokenize"})
+    assert may_generate({"type": "http", "method": "POST", "path": "/tokenize"})

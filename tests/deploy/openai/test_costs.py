@@ -86,6 +86,8 @@ def test_an_echo_is_counted_over_all_choices(server: Server) -> None:
 def test_texts_to_be_counted_and_tokens_to_be_read_have_a_length(server: Server) -> None:
     for path, name, value in (
         ("/tokenize", "prompt", "a" * (MAX_CHARACTERS + 1)),
+        ("/tokenize", "prompt", "a" * (16 * 10**6)),
+        ("/detokenize", "tokens", [65] * 3_700_000),
         ("/tokenize", "prompt", "ab" * (MAX_TOKENIZED // 2 + 1)),
         ("/tokenize", "messages", [{"role": "user", "content": "a" * (MAX_CHARACTERS + 1)}]),
         ("/detokenize", "tokens", [5] * (MAX_TOKENIZED + 1)),
