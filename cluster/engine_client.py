@@ -32,10 +32,10 @@ from eagleray.workers.started import PROCESSES, RAY, READY, OnProgress, Progress
 logger = logging.getLogger(__name__)
 
 START_MARGIN_S = 60.0  # for the core's own process, beside what its ranks may take
-CLOSE_S = 6.0  # how long a closing engine may take before it is killed
+CLOSE_S = 3.0  # how long a closing engine may take before it is killed: ranks have two of them
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
 MAX_UNHEARD = 100  # signs of news that nobody takes, before the event loop is spared them
-GONE_S = 2.0  # how long a core that is ended is waited for
+GONE_S = 1.0  # how long a core that is ended is waited for
 START_STOPPED_S = 4.0  # how long a starting core may be stopped
 
 
