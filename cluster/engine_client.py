@@ -23,6 +23,7 @@ from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage,
 from eagleray.cluster.placement import Room, address_for, choose_device, connect, nodes_of, place
 from eagleray.cluster.process_state import DEAD, STOPPED, in_words, kill_if_stopped, state_of
 from eagleray.cluster.resolve import check_model
+from eagleray.cluster.signals import kill
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
 from eagleray.workers.channel import milliseconds
@@ -262,7 +263,9 @@ def _remove(core: Any, room: Room, pid: int | None = None) -> None:
     if pid is not None:
         kill_if_stopped(pid)
     room.leave()
-    deadline = time.monotonic() + GONE_S
-    while pid is not None and state_of(pid) not in DEAD and time.monotonic() < deadline:
+    begin = time.monotonic()
+    while pid is not None and state_of(pid) not in DEAD and (waited := time.monotonic() - begin) < 2 * GONE_S:
+        if waited > GONE_S:
+            kill({pid})
         time.sleep(0.01)
     remove_left_behind(min_age_s=0)
