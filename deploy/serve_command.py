@@ -8,8 +8,8 @@ import argparse
 import logging
 import os
 import re
+import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -56,17 +56,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end. Raises `ValueError` before anything starts."""
     args, site = serve_args(arguments)
     private = cluster_address() in (None, LOCAL)
-    folder = tempfile.mkdtemp(prefix="eagleray-", dir=SHORT)  # for this user alone
+    folder = f"{SHORT}/eagleray-{secrets.token_hex(4)}"
     if args.guard_all:
         os.environ[HIDE_ROUTES] = "1"
     set_environment(site.host, folder)  # before anything imports Serve, which reads it then
     ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)
-    return supervised(lambda link: guarded(lambda _: serve(args, site, link), arguments), ended, (folder,))
+    return supervised(lambda link: guarded(lambda _: serve(args, site, link, folder), arguments), ended, (folder,))
 
 
-def serve(args: ServeArgs, site: Site, link: ServerEnd) -> int:
-    """In a process of its own. Raises `EngineStartError` if the model does not start."""
+def serve(args: ServeArgs, site: Site, link: ServerEnd, folder: str) -> int:
+    """In a process and a new folder of its own. Raises `EngineStartError` if the model does not start."""
     laps = Laps()
+    os.mkdir(folder, 0o700)  # for this user alone
     try:
         with (
             shown_serve(args) as show,
