@@ -123,10 +123,16 @@ def _init(address: str, config: EngineConfig, num_engines: int, options: dict[st
     options |= {"num_cpus": max(os.cpu_count() or 1, wanted)}  # logical ones, which are ours to choose
     for limit in RAYS_LIMITS:
         os.environ.setdefault(limit, str(ceil(config.start_timeout_s)))
-    ray_constants.ENABLE_RAY_CLUSTER = False  # so it listens at 127.0.0.1 alone, as it does by default elsewhere
-    start_patiently(
-        lambda: ray.init(address=LOCAL, include_dashboard=False, **options), _end_children(), config.start_timeout_s
-    )
+    elsewhere = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # so it listens at 127.0.0.1 alone, as it does on other systems
+    try:
+        start_patiently(
+            lambda: ray.init(address=LOCAL, include_dashboard=False, **options),
+            _end_children(),
+            config.start_timeout_s,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = elsewhere
 
 
 def start_patiently(start: Callable[[], object], clear: Callable[[], None], timeout_s: float) -> None:
@@ -150,14 +156,15 @@ def start_patiently(start: Callable[[], object], clear: Callable[[], None], time
 
 
 def _end_children() -> Callable[[], None]:
-    """What ends all children that this process does not have yet."""
+    """What ends all children of Ray's that this process does not have yet."""
     before = set(_children())
 
     def end() -> None:
         ray.shutdown()
         for pid in set(_children()) - before:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with suppress(OSError):  # it ends by itself
+                if b"/ray/" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     return end
 

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,7 @@ def _deployed(
     show(Progress(SERVE))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = _check_site(site)
-    mute = False  # Serve hears nothing any more
+    mute = served = False  # Serve hears nothing any more; there may be requests
     try:
         if ours:
             serve.start(http_options={"host": site.host, "port": site.port})
@@ -131,13 +131,14 @@ def _deployed(
         show(Progress(REPLICA))
         _run(build(args), site, link, show)
         laps.end(REPLICA)
-        yield site.url(_here(site))
+        yield site.url(_here(site, private))
+        served = True
     except EngineDeadError:
         mute = True
         raise
     finally:
         if not mute and (link.told_to_end.is_set() or not private):
-            _drain(site.name, args.drain_timeout_s + DELETE_S)
+            _drain(site.name, args.drain_timeout_s + DELETE_S if served else 0.0)
         if not mute and ours and not private:
             serve.shutdown()
 
@@ -147,17 +148,29 @@ def _check_told(link: ServerEnd) -> None:
         raise ToldToEnd
 
 
-def _drain(name: str, timeout_s: float) -> None:
-    """Delete the application and wait: Serve sends it no more requests, and kills replicas after drain_timeout_s."""
+def _drain(name: str, patience_s: float) -> None:
+    """Delete the application and wait: Serve sends it no more requests. Its replicas have so long to end."""
     from ray import serve
     from ray.serve.context import _get_global_client
 
     if _get_global_client(raise_if_no_controller_running=False) is None:
         return  # told to end before Serve was there
     serve.delete(name, _blocking=False)
-    deadline = time.monotonic() + timeout_s
-    while name in serve.status().applications and time.monotonic() < deadline:
+    due = time.monotonic() + patience_s
+    while name in serve.status().applications and time.monotonic() < due + DELETE_S:
+        if time.monotonic() >= due:
+            _kill_replicas(name)
         time.sleep(POLL_S)
+
+
+def _kill_replicas(name: str) -> None:
+    """Those that do not listen, since they start, or do not end. Engines end with them."""
+    import ray
+
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"].startswith(f"SERVE_REPLICA::{name}#"):
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(**actor))
 
 
 def _run(application: "Application", site: Site, link: ServerEnd, show: OnProgress) -> None:
@@ -266,10 +279,14 @@ def _check_free(site: Site) -> None:
             raise ValueError(f"cannot listen at {site.host}:{site.port} ({error}); choose another --port") from None
 
 
-def _here(site: Site) -> str | None:
-    """This machine's address in its network, where what listens everywhere can be reached."""
+def _here(site: Site, private: bool) -> str | None:
+    """Where what listens everywhere can be reached: this machine's address, or the head node's, which has a proxy."""
     if site.host not in ("0.0.0.0", "::"):
         return None
+    if not private:
+        import ray
+
+        return str(ray.get_runtime_context().gcs_address.rpartition(":")[0])
     from ray._common import network_utils
 
     return str(network_utils.node_ip_address_from_perspective())  # type: ignore[attr-defined]  # it is

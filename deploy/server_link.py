@@ -43,6 +43,7 @@ class ServerEnd:
     def _listen(self) -> None:
         while os.read(self._orders, 64):
             self.told_to_end.set()
+        self.told_to_end.set()
         self._on_orphaned()
 
 

@@ -43,7 +43,7 @@ def supervised(work: Work, patience_s: tuple[float, float], folders: tuple[str, 
     """
     adopt_orphans()
     with _heard_signals() as (signals, wake):
-        server, link = _forked(work)
+        server, link = _forked(work, patience_s[0])
         watch = _Watch(server, link, patience_s, set(folders), wake)
         try:
             return watch.until_the_end(signals)
@@ -180,20 +180,20 @@ class _Watch:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forked(work: Work) -> tuple[int, CommandEnd]:
+def _forked(work: Work, alone_s: float) -> tuple[int, CommandEnd]:
     """The server's process, and the link to it."""
     command, server = linked()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _be_server(work, command, server)
+        _be_server(work, alone_s, command, server)
     for fd in server:
         os.close(fd)
     return pid, CommandEnd(*command)
 
 
-def _be_server(work: Work, command: tuple[int, int], server: tuple[int, int]) -> None:
+def _be_server(work: Work, alone_s: float, command: tuple[int, int], server: tuple[int, int]) -> None:
     """Never returns. Signals of the terminal are for the command, which passes on what they mean."""
     code = FAILED
     try:
@@ -204,7 +204,7 @@ def _be_server(work: Work, command: tuple[int, int], server: tuple[int, int]) ->
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for fd in command:
             os.close(fd)
-        code = work(ServerEnd(*server, on_orphaned=_end_alone))
+        code = work(ServerEnd(*server, on_orphaned=lambda: _end_alone(alone_s)))
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:
@@ -213,8 +213,9 @@ def _be_server(work: Work, command: tuple[int, int], server: tuple[int, int]) ->
         os._exit(code)
 
 
-def _end_alone() -> None:
-    """The command was killed: nobody else ends what is below."""
+def _end_alone(patience_s: float) -> None:
+    """The command was killed: nobody else ends what is below, if the work does not within this time."""
+    time.sleep(patience_s)
     end_descendants(KILL_S)
     os._exit(FAILED)
 

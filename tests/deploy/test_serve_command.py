@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY
+from support.cluster_process import running_cluster
 from support.free_port import free_port
+from support.served_command import command_line
 from support.tiny_model import write_tiny_model
 
 SERVE = [sys.executable, "-m", "eagleray.deploy.cli", "serve"]
@@ -38,10 +40,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(model_dir: Path, *words: str) -> "Iterator[subprocess.Popen[str]]":
+def serving(
+    model_dir: Path, *words: str, environment: dict[str, str] = ENVIRONMENT
+) -> "Iterator[subprocess.Popen[str]]":
     command = [*SERVE, str(model_dir), *OPTIONS, "--port", str(free_port()), *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
         yield process
@@ -75,10 +79,7 @@ def seconds_of(text: str) -> dict[str, float]:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    try:
-        return "RankActor" in "".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
+    return "RankActor" in command_line(process)
 
 
 def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Path) -> None:
@@ -121,6 +122,30 @@ def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=DRAIN_S + END_S) == 130
     assert psutil.wait_procs(family, timeout=20)[1] == []
+
+
+def test_interrupting_the_start_on_a_cluster_of_others_takes_all_back_that_it_brought(model_dir: Path) -> None:
+    with running_cluster() as cluster, serving(model_dir, environment=cluster.environment) as process:
+        ray = psutil.Process(cluster.pid)
+        before = brought(ray)
+        deadline = time.monotonic() + PATIENCE_S
+        while not any(is_rank(each) for each in ray.children(recursive=True)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, complained = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130
+        lines = [line for line in complained.splitlines() if not line.startswith("eagleray: starting ")]
+        assert lines == ["eagleray: ended before the model was ready"]
+        left = psutil.wait_procs(brought(ray) - before, timeout=PATIENCE_S)[1]
+        assert left == []
+
+
+def brought(ray: psutil.Process) -> set[psutil.Process]:
+    """Actors of Serve and of engines."""
+    names = ("ray::Serve", "ray::Proxy", "ray::HAProxy", "ray::Core", "ray::Rank", "haproxy")
+    return {each for each in ray.children(recursive=True) if any(name in command_line(each) for name in names)}
 
 
 def test_a_start_that_fails_says_why(model_dir: Path) -> None:
