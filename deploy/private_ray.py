@@ -1,18 +1,35 @@
 """The Ray that this process has started for itself: which processes it is, and what it leaves."""
 
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from eagleray.deploy.server_link import News, Watched
 
+MODE, TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 NAMES = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}  # by what Ray calls them
 
 
+def set_token() -> None:
+    """Have Ray's processes ask each other for a token that nobody else has, unless the environment says otherwise.
+
+    Without it Ray would make one for all its clusters, in a file that others may read.
+    """
+    if not os.environ.keys() & {MODE, TOKEN, f"{TOKEN}_PATH"}:
+        os.environ |= {MODE: "token", TOKEN: secrets.token_hex(32)}
+
+
 def private_ray() -> News:
-    """Processes without which nothing goes on, and where their sockets lie. Ray must have been started here."""
+    """Processes without which nothing goes on, and where their sockets lie. Ray must have been started here.
+
+    Ray lets everybody write to its folder. From now on it is for this user alone.
+    """
     import ray
 
     node = _node()
+    session = Path(node.get_session_dir_path())
+    session.chmod(0o700)
     health = {
         "gcs_server": str(node.gcs_address),
         "raylet": f"{node.node_ip_address}:{ray.nodes()[0]['NodeManagerPort']}",
@@ -22,7 +39,7 @@ def private_ray() -> News:
         for kind, name in NAMES.items()
         for info in node.all_processes[kind]
     ]
-    return News(watched=tuple(watched), folders=(str(Path(node.get_session_dir_path(), "sockets")),))
+    return News(watched=tuple(watched), folders=(str(session / "sockets"),))
 
 
 def reap_ray() -> None:

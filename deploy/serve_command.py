@@ -22,7 +22,7 @@ from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.haproxy import HIDE_ROUTES
-from eagleray.deploy.private_ray import private_ray, reap_ray
+from eagleray.deploy.private_ray import private_ray, reap_ray, set_token
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
 from eagleray.deploy.serve_environment import set_environment
@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = f"{SHORT}/eagleray-{secrets.token_hex(4)}"
     if args.guard_all:
         os.environ[HIDE_ROUTES] = "1"
+    if private:
+        set_token()
     set_environment(site.host, folder)  # before anything imports Serve, which reads it then
     ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)
     return supervised(lambda link: guarded(lambda _: serve(args, site, link, folder), arguments), ended, (folder,))

@@ -94,9 +94,16 @@ def called(process: psutil.Process, server: ServedCommand) -> str:
     return found[0] if found else os.path.basename(line.split()[0])
 
 
+def test_rays_processes_ask_for_a_token_of_this_server_alone(server: ServedCommand) -> None:
+    (raylet,) = server.named("raylet")
+    about = raylet.environ()
+    assert (about["RAY_AUTH_MODE"], len(about["RAY_AUTH_TOKEN"])) == ("token", 64)
+
+
 def test_nobody_else_opens_a_socket_of_haproxys_or_of_the_engines(server: ServedCommand) -> None:
     (own,) = server.own_folders()
-    for folder in (own, *server.folder.glob("eagleray-*")):
+    (session,) = (folder for folder in server.folder.glob("ray/session_*") if not folder.is_symlink())
+    for folder in (own, session, *server.folder.glob("eagleray-*")):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     (admin,) = own.rglob("admin.sock")
     assert stat.S_IMODE(admin.stat().st_mode) == 0o600
