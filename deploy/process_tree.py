@@ -67,9 +67,21 @@ def end_descendants(patience_s: float) -> list[Process]:
     return left
 
 
+def state(pid: int) -> str | None:
+    """Its letter, or None if there is no such process."""
+    about = _about(pid)
+    return None if about is None else about.state
+
+
 def _all() -> Iterator[Process]:
     for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError):  # it has ended meanwhile
-                about = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()
-                yield Process(int(entry), int(about[1]), about[0].decode())
+        if entry.isdigit() and (about := _about(int(entry))) is not None:
+            yield about
+
+
+def _about(pid: int) -> Process | None:
+    try:
+        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # behind the name
+    except OSError:
+        return None  # it has ended
+    return Process(pid, int(words[1]), words[0].decode())

@@ -35,6 +35,7 @@ class ServerEnd:
         self._orders = orders
         self._on_orphaned = on_orphaned
         self.told_to_end = threading.Event()
+        self.orphaned = False  # once nobody else ends what is below
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     def tell(self, news: News) -> None:
@@ -43,6 +44,7 @@ class ServerEnd:
     def _listen(self) -> None:
         while os.read(self._orders, 64):
             self.told_to_end.set()
+        self.orphaned = True
         self.told_to_end.set()
         self._on_orphaned()
 

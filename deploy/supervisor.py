@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 from eagleray.deploy.health_probes import HealthProbe
-from eagleray.deploy.process_tree import POLL_S, STOPPED, ZOMBIE, adopt_orphans, descendants, end_descendants
+from eagleray.deploy.process_tree import POLL_S, STOPPED, ZOMBIE, adopt_orphans, descendants, end_descendants, state
 from eagleray.deploy.server_link import CommandEnd, News, ServerEnd, Watched, linked
 from eagleray.workers.socket_directory import remove_left_behind
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # between two looks at all processes
+WATCH_S = 0.5  # between two looks at those without which nothing goes on
+LOOK_S = 2.0  # between two looks at all processes
 STOPPED_S = 4.0  # how long a process may be stopped
 SETTLE_S = 0.3  # how long it may take until it shows that the server has ended, and all else because of that
 KILL_S = 20.0  # how long the kernel may take to end what was killed
@@ -66,26 +67,33 @@ class _Watch:
         self._code: int | None = None  # once all is to end now
         self._selector = selectors.DefaultSelector()
         self._probes: list[HealthProbe] = []
+        self._watched = [Watched(SERVER, server)]
         self._stopped: dict[int, float] = {}  # processes, and since when
+        self._next_look = time.monotonic()
 
     def until_the_end(self, signals: int) -> int:
         """The exit code."""
         self._selector.register(signals, selectors.EVENT_READ, self._hear_signals)
         self._selector.register(self._link.news, selectors.EVENT_READ, self._hear_news)
-        self._watch(Watched(SERVER, self._server))
         while self._code is None:
             self._wait()
         return self._code
 
     def _wait(self) -> None:
-        for key, _ in self._selector.select(min(LOOK_S, max(0.0, self._deadline - time.monotonic()))):
+        for key, _ in self._selector.select(min(WATCH_S, max(0.0, self._deadline - time.monotonic()))):
             key.data(key.fd)
-            if self._code is not None:
-                return
-        if time.monotonic() >= self._deadline:
+        now = time.monotonic()
+        missed = next((each for each in self._watched if state(each.pid) in (None, ZOMBIE)), None)
+        if self._code is not None:
+            return
+        if missed is not None:
+            self._miss(missed, SETTLE_S)
+        elif now >= self._deadline:
             logger.warning("the server did not end in time, and is killed")
             self._code = FAILED
-        self._look()
+        elif now >= self._next_look:
+            self._next_look = now + LOOK_S
+            self._look(now)
 
     def _hear_signals(self, fd: int) -> None:
         for number in os.read(fd, 64):
@@ -108,24 +116,17 @@ class _Watch:
         try:
             for news in self._link.hear():
                 self._take(news)
-        except EOFError:  # the server ends, which its descriptor tells
+        except EOFError:  # the server ends, and what it has started with it
             self._selector.unregister(fd)
+            self._miss(self._watched[0], KILL_S)
 
     def _take(self, news: News) -> None:
         self._folders |= set(news.folders)
         self._serving = self._serving or news.serving
         for watched in news.watched:
-            self._watch(watched)
-
-    def _watch(self, watched: Watched) -> None:
-        try:
-            fd = os.pidfd_open(watched.pid)
-        except ProcessLookupError:
-            self._miss(watched)
-            return
-        self._selector.register(fd, selectors.EVENT_READ, lambda _: self._miss(watched))
-        if watched.health is not None:
-            self._probes.append(HealthProbe(watched, self._hear_silence))
+            self._watched.append(watched)
+            if watched.health is not None:
+                self._probes.append(HealthProbe(watched, self._hear_silence))
 
     def _hear_silence(self, watched: Watched) -> None:
         """From a probe's thread."""
@@ -134,9 +135,9 @@ class _Watch:
         self._code = FAILED
         os.write(self._wake, b"\0")
 
-    def _miss(self, watched: Watched) -> None:
+    def _miss(self, watched: Watched, patience_s: float) -> None:
         """Something has ended. The server may, if it says why or was told to; what it has started ends with it."""
-        code = self._server_code(SETTLE_S)
+        code = self._server_code(patience_s)
         if code is not None and (code > 0 or self._told is not None):
             self._code = code or self._told
             return
@@ -155,10 +156,9 @@ class _Watch:
             time.sleep(POLL_S)
         return os.waitstatus_to_exitcode(os.waitpid(self._server, 0)[1])
 
-    def _look(self) -> None:
+    def _look(self, now: float) -> None:
         """Let those go on that were stopped, and reap those that nobody waits for."""
         processes = descendants(os.getpid())
-        now = time.monotonic()
         self._stopped = {
             process.pid: self._stopped.get(process.pid, now) for process in processes if process.state == STOPPED
         }
@@ -204,7 +204,10 @@ def _be_server(work: Work, alone_s: float, command: tuple[int, int], server: tup
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for fd in command:
             os.close(fd)
-        code = work(ServerEnd(*server, on_orphaned=lambda: _end_alone(alone_s)))
+        link = ServerEnd(*server, on_orphaned=lambda: _end_alone(alone_s))
+        code = work(link)
+        if link.orphaned:
+            end_descendants(KILL_S)
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:

@@ -56,12 +56,15 @@ class Command:
         said = self._process.stdout.readline().split()
         self.pid = self._process.pid
         self.helper, self.server = map(int, said)
-        until(lambda: len(self.family()) >= 3)  # the server, the helper, and what that has started
+        if ending != "fails":  # which is over at once
+            until(lambda: len(self.family()) >= 3)  # the server, the helper, and what that has started
         self._family = self.family()
 
     def family(self) -> list[psutil.Process]:
-        found: list[psutil.Process] = psutil.Process(self.pid).children(recursive=True)
-        return found
+        try:
+            return list(psutil.Process(self.pid).children(recursive=True))
+        except psutil.NoSuchProcess:
+            return []
 
     def end(self) -> tuple[int, str, str]:
         """The exit code, what it said and what it complained; nothing may be left."""
