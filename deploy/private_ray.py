@@ -1,4 +1,4 @@
-"""The Ray that this process has started for itself: which processes it is, and what it leaves."""
+"""The Ray that a server has started for itself: which processes it is, and what it leaves."""
 
 import os
 import secrets
@@ -21,15 +21,14 @@ def set_token() -> None:
 
 
 def private_ray() -> News:
-    """Processes without which nothing goes on, and where their sockets lie. Ray must have been started here.
+    """Processes without which nothing goes on. Ray must have been started here.
 
     Ray lets everybody write to its folder. From now on it is for this user alone.
     """
     import ray
 
     node = _node()
-    session = Path(node.get_session_dir_path())
-    session.chmod(0o700)
+    Path(node.get_session_dir_path()).chmod(0o700)
     health = {
         "gcs_server": str(node.gcs_address),
         "raylet": f"{node.node_ip_address}:{ray.nodes()[0]['NodeManagerPort']}",
@@ -39,7 +38,12 @@ def private_ray() -> News:
         for kind, name in NAMES.items()
         for info in node.all_processes[kind]
     ]
-    return News(watched=tuple(watched), folders=(str(session / "sockets"),))
+    return News(watched=tuple(watched))
+
+
+def socket_folders(pid: int) -> list[Path]:
+    """Where sockets lie of a Ray that this process has started, or was about to start."""
+    return list(Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray").glob(f"session_*_{pid}/sockets"))
 
 
 def reap_ray() -> None:

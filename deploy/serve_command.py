@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.haproxy import HIDE_ROUTES
-from eagleray.deploy.private_ray import private_ray, reap_ray, set_token
+from eagleray.deploy.private_ray import private_ray, reap_ray, set_token, socket_folders
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
 from eagleray.deploy.serve_environment import set_environment
@@ -56,20 +57,24 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end. Raises `ValueError` before anything starts."""
     args, site = serve_args(arguments)
     private = cluster_address() in (None, LOCAL)
-    folder = f"{SHORT}/eagleray-{secrets.token_hex(4)}"
+    folder = Path(SHORT, f"eagleray-{secrets.token_hex(4)}")
     if args.guard_all:
         os.environ[HIDE_ROUTES] = "1"
     if private:
         set_token()
-    set_environment(site.host, folder)  # before anything imports Serve, which reads it then
+    set_environment(site.host, str(folder))  # before anything imports Serve, which reads it then
     ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)
-    return supervised(lambda link: guarded(lambda _: serve(args, site, link, folder), arguments), ended, (folder,))
+
+    def work(link: ServerEnd) -> int:
+        return guarded(lambda _: serve(args, site, link, folder), arguments)
+
+    return supervised(work, ended, lambda pid: [folder, *socket_folders(pid)])
 
 
-def serve(args: ServeArgs, site: Site, link: ServerEnd, folder: str) -> int:
+def serve(args: ServeArgs, site: Site, link: ServerEnd, folder: Path) -> int:
     """In a process and a new folder of its own. Raises `EngineStartError` if the model does not start."""
     laps = Laps()
-    os.mkdir(folder, 0o700)  # for this user alone
+    folder.mkdir(0o700)  # for this user alone
     try:
         with (
             shown_serve(args) as show,

@@ -22,7 +22,6 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
     """Empty fields say nothing."""
 
     watched: tuple[Watched, ...] = ()
-    folders: tuple[str, ...] = ()  # to be gone once the server is
     serving: bool = False
 
 

@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from eagleray.deploy.health_probes import HealthProbe
@@ -35,17 +36,19 @@ FAILED = 1
 SERVER = "the server's own process"
 
 Work = Callable[[ServerEnd], int]
+Folders = Callable[[int], Iterable[Path]]  # of the process that works
 
 
-def supervised(work: Work, patience_s: tuple[float, float], folders: tuple[str, ...] = ()) -> int:
+def supervised(work: Work, patience_s: tuple[float, float], folders: Folders) -> int:
     """Run the work until it ends, or a signal tells it to; the exit code comes once nothing is left.
 
-    `patience_s` says how long it may take to end once told to: before it serves, and after. `folders` are to be gone.
+    `patience_s` says how long it may take to end once told to: before it serves, and after. `folders` tells which
+    are to be gone then.
     """
     adopt_orphans()
     with _heard_signals() as (signals, wake):
         server, link = _forked(work, patience_s[0])
-        watch = _Watch(server, link, patience_s, set(folders), wake)
+        watch = _Watch(server, link, patience_s, folders, wake)
         try:
             return watch.until_the_end(signals)
         finally:
@@ -54,7 +57,7 @@ def supervised(work: Work, patience_s: tuple[float, float], folders: tuple[str, 
 
 class _Watch:
     def __init__(
-        self, server: int, link: CommandEnd, patience_s: tuple[float, float], folders: set[str], wake: int
+        self, server: int, link: CommandEnd, patience_s: tuple[float, float], folders: Folders, wake: int
     ) -> None:
         self._server = server
         self._link = link
@@ -121,7 +124,6 @@ class _Watch:
             self._miss(self._watched[0], KILL_S)
 
     def _take(self, news: News) -> None:
-        self._folders |= set(news.folders)
         self._serving = self._serving or news.serving
         for watched in news.watched:
             self._watched.append(watched)
@@ -176,7 +178,7 @@ class _Watch:
         for process in end_descendants(KILL_S):
             logger.error("%s (process %d) cannot be killed", process.name(), process.pid)
         remove_left_behind(min_age_s=0)  # sockets of ranks and cores
-        for folder in self._folders:
+        for folder in self._folders(self._server):
             shutil.rmtree(folder, ignore_errors=True)
 
 

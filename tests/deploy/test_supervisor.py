@@ -30,7 +30,7 @@ def work(link):
     below = "trap '' TERM INT HUP; setsid sleep 1000 & exec sleep 1000"  # one of its own session, which is orphaned
     helper = subprocess.Popen(["bash", "-c", below])
     (folder / "socket").touch()
-    link.tell(News(watched=(Watched("the helper", helper.pid),), folders=(str(folder),), serving=ending == "serves"))
+    link.tell(News(watched=(Watched("the helper", helper.pid),), serving=ending == "serves"))
     print(helper.pid, os.getpid(), flush=True)
     if ending == "fails":
         return 7
@@ -40,7 +40,7 @@ def work(link):
     print("drained", flush=True)
     return 0
 
-sys.exit(supervised(work, (before, 1000.0)))
+sys.exit(supervised(work, (before, 1000.0), lambda _: [folder]))
 """
 
 
