@@ -33,7 +33,9 @@ class ServeArgs(BaseModel):
     max_surge_percent: int = Field(
         0, ge=0, le=100, description="replicas beyond their number, in per cent, while an update replaces them"
     )
-    api_keys: tuple[SecretStr, ...] = Field((), description="keys that clients must send one of; none lets all in")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description="keys that clients must send one of, better given in a file; none lets all in"
+    )
     api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
     guard_all: bool = Field(
         False, description="ask for a key at the page and at /metrics, too, and not at /health alone"
