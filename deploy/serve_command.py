@@ -245,14 +245,15 @@ def _stay(site: Site, link: ServerEnd) -> None:
             client = _get_global_client()
             assert client is not None  # or else it raises
             ray.get(client._controller.check_alive.remote(), timeout=LOOK_S)
+            about = serve.status().applications.get(site.name)
             heard = time.monotonic()
         except (ray.exceptions.RayError, serve.exceptions.RayServeException):
             if (silence := time.monotonic() - heard) > SILENCE_S:
                 raise EngineDeadError(f"Ray Serve's controller has said nothing for {silence:.0f} s") from None
             continue
-        if (about := serve.status().applications.get(site.name)) is None:
+        if about is None and not link.told_to_end.is_set():
             raise EngineDeadError(f"the application {site.name} was deleted, but not by this command")
-        if about.status == ApplicationStatus.DEPLOY_FAILED:
+        if about is not None and about.status == ApplicationStatus.DEPLOY_FAILED:
             raise EngineDeadError(_cause(about) or about.message)
 
 
