@@ -338,7 +338,7 @@ async def test_a_page_of_an_allowed_origin_can_ask_and_read_even_what_is_refused
         for path, body, changes, status in (
             ("/version", b"abc", {}, 200),
             ("/version", b"abc", {"authorization": "Bearer two"}, 401),
-            ("/tokenize", b"abcdef", {}, 413),
+            ("/version", b"abcdef", {}, 413),
             ("/v1/completions", b"abc", {}, 429),
             ("/version", b"abc", {"x-request-id": "not one"}, 400),
         ):
