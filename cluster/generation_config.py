@@ -1,6 +1,7 @@
 """What a checkpoint says about how generation goes and ends."""
 
 import logging
+from collections.abc import Collection
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,14 @@ def default_params(model: str | Path) -> SamplingParams:
     return SamplingParams(**sampling_defaults(model))
 
 
-def chosen_defaults(model: str | Path, choice: str) -> dict[str, float]:
-    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's; the log says which.
+def chosen_defaults(model: str | Path, choice: str, overruled: Collection[str] = ()) -> dict[str, float]:
+    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's.
 
+    The log says which; those that are `overruled` are left out.
     Raises `ValueError` for a file that is wrong.
     """
-    found = sampling_defaults(model) if choice == "auto" else {}
+    of_model = sampling_defaults(model) if choice == "auto" else {}
+    found = {name: value for name, value in of_model.items() if name not in overruled}
     if found:
         words = ", ".join(f"{name} {value:g}" for name, value in found.items())
         logger.info("sampling defaults of the model's generation_config.json: %s", words)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import IO
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.workers import started
+from eagleray.workers.model_dir import public_name
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def shown_start(config: EngineConfig, console: Console) -> Iterator[started.OnPr
         file = console.file
         line = shown.enter_context(_line(console))
         shown.enter_context(_logged_above(file))
-        name = Path(config.model).name
+        name = public_name(config.model)
         _begin(line, name, phase="")
         yield partial(_show, shown, line, name)
 

@@ -203,8 +203,8 @@ def sampling_params(
 
     Raises `ValueError` for values out of range, and for a generation_config.json that is wrong.
     """
-    of_model = chosen_defaults(folder, arguments.generation_config)
-    return SamplingParams(**{**fallback, **of_model, **given(SamplingParams, arguments)})
+    asked = given(SamplingParams, arguments)
+    return SamplingParams(**{**fallback, **chosen_defaults(folder, arguments.generation_config, asked), **asked})
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:

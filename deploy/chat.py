@@ -23,8 +23,8 @@ HELP = """\
 /reset  forget the conversation, all but the system message
 /exit   leave, as Ctrl-D does
 Ctrl-C stops an answer; at the prompt it clears what is written
-Several lines are one message if they are pasted, if Alt-Enter stands between them, if all but the last end in \\,
-or if they stand between \"\"\" and \"\"\""""
+Several lines are one message: paste them, press Alt-Enter between
+them, end all but the last in \\, or write \"\"\" before and after them"""
 GREETING = "Talk to the model; /help shows what else can be typed."
 
 

@@ -76,7 +76,7 @@ def test_rows_that_are_wrong_fail_alone_with_status_and_cause(tmp_path: Path, cl
         "method": (json.dumps({**row(2), "custom_id": "m", "method": "GET"}), "m", "invalid_method"),
         "url": (json.dumps({**row(2), "custom_id": "u", "url": "/v1/embeddings"}), "u", "invalid_url"),
         "stream": (json.dumps({**row(2, stream=True), "custom_id": "s"}), "s", "invalid_stream"),
-        "tools": (json.dumps({**row(2, tools=[]), "custom_id": "tools"}), "tools", None),
+        "tools": (json.dumps({**row(2, tools=[{"type": "function"}]), "custom_id": "tools"}), "tools", None),
         "range": (json.dumps({**row(2, temperature=-1), "custom_id": "range"}), "range", None),
         "long": (json.dumps({**row(3, prompt="a " * 3000), "custom_id": "long"}), "long", "context_length_exceeded"),
         "model": (json.dumps({**row(3, model="gpt"), "custom_id": "model"}), "model", "model_not_found"),

@@ -118,7 +118,8 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_pat
     assert text["outputs"][0]["finish_reason"] == "stop"
     assert messages["outputs"] == text["outputs"]
     assert "999999" in bad["error"]
-    ready, times, figures, complaint = run.stderr.splitlines()
+    defaults, ready, times, figures, complaint = run.stderr.splitlines()
+    assert defaults == "eagleray: sampling defaults of the model's generation_config.json: top_p 0.9"
     assert ready.startswith("eagleray: engine ready: 2 ranks on cpu in float32")
     assert re.match(r"eagleray: ready in [\d.]+ s: Ray [\d.]+, processes and imports [\d.]+, joining", times)
     assert figures.startswith("2 requests · ")
@@ -134,7 +135,9 @@ def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures()
     phases = ("Ray", "processes and imports", "joining", "weights", "memory profile", "graphs")
     assert re.search(".*".join(f"starting SmolLM2-135M-Instruct {phase} 0:0" for phase in phases), start, re.DOTALL)
     assert re.search(r"\d/\d{3}\.\d MB", start)
-    assert screen(terminal.sent)[0].startswith("eagleray: engine ready")  # and nothing of the progress above or beside
+    first, second = screen(terminal.sent)[:2]  # and nothing of the progress above or beside
+    assert first.startswith("eagleray: sampling defaults of the model")
+    assert second.startswith("eagleray: engine ready")
     counts = {int(count) for count in re.findall(r"(\d+) tokens · ", seen)}
     assert len(counts) >= 4  # the bar moved while tokens came
     assert "2 requests · " in seen
