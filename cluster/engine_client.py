@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from eagleray.cluster.core_link import PING_S, CoreLink
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.cluster.messages import EngineInfo, EngineOutputs, RequestMessage, Shutdown
 from eagleray.cluster.placement import Room, address_for, choose_device, connect, nodes_of, place
-from eagleray.cluster.process_state import DEAD, STOPPED, in_words, kill_if_stopped, state_of
+from eagleray.cluster.process_state import STOPPED, has_ended, in_words, kill_if_stopped, state_of
 from eagleray.cluster.resolve import check_model
 from eagleray.cluster.signals import kill
 from eagleray.cluster.start_report import capacity
@@ -241,19 +242,26 @@ class _Look:
 
     def __init__(self, pid: "ray.ObjectRef[int] | None") -> None:
         self._ref = pid
-        self.pid: int | None = None
+        self._pid: int | None = None
         self._ran = self._looked = time.monotonic()
+
+    @property
+    def pid(self) -> int | None:
+        """The core's process, once it has said so."""
+        if self._pid is None and self._ref is not None and ray.wait([self._ref], timeout=0)[0]:
+            with suppress(ray.exceptions.RayError):  # it is dead
+                self._pid = ray.get(self._ref, timeout=LAST_WORDS_S)
+            self._ref = None
+        return self._pid
 
     def __call__(self) -> None:
         now = time.monotonic()
         away, self._looked = now - self._looked > START_STOPPED_S / 2, now
-        if self.pid is None and self._ref is not None and ray.wait([self._ref], timeout=0)[0]:
-            self.pid, self._ref = ray.get(self._ref), None
-        if away or self.pid is None or state_of(self.pid) not in STOPPED:
+        if away or (pid := self.pid) is None or state_of(pid) not in STOPPED:
             self._ran = now
         elif now - self._ran > START_STOPPED_S:
-            said = f"the engine core does not start: {in_words(self.pid)}"
-            kill_if_stopped(self.pid)
+            said = f"the engine core does not start: {in_words(pid)}"
+            kill_if_stopped(pid)
             raise EngineStartError(said)
 
 
@@ -264,7 +272,7 @@ def _remove(core: Any, room: Room, pid: int | None = None) -> None:
         kill_if_stopped(pid)
     room.leave()
     begin = time.monotonic()
-    while pid is not None and state_of(pid) not in DEAD and (waited := time.monotonic() - begin) < 2 * GONE_S:
+    while pid is not None and not has_ended(pid) and (waited := time.monotonic() - begin) < 2 * GONE_S:
         if waited > GONE_S:
             kill({pid})
         time.sleep(0.01)

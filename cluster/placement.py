@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -81,17 +81,17 @@ def connect(config: EngineConfig, num_engines: int = 1) -> bool:
     if address == LOCAL:
         options |= _ray_place()
     end_on_sigterm()
-    before = descendants(os.getpid())
+    end_ray = _end_of_ray()
     try:
         with _sigterm_kept():
             _init(address, config, num_engines, options)
         _keep_remarks_off_standard_output()
     except (KeyboardInterrupt, SystemExit):
-        _end_ray(before)
+        end_ray()
         raise
     except Exception as error:  # Ray has many kinds, none of them its own
         cause = f"{type(error).__name__}: {error}"
-        _end_ray(before)
+        end_ray()
         said = f"the Ray cluster at {address} ({found}) cannot be joined ({cause}); {to_join}"
         if address == LOCAL:
             said = f"Ray did not start on this machine ({cause}); {TO_START}"
@@ -128,7 +128,7 @@ def _init(address: str, config: EngineConfig, num_engines: int, options: dict[st
     try:
         start_patiently(
             lambda: ray.init(address=LOCAL, include_dashboard=False, **options),
-            _end_children(),
+            _end_of_ray(),
             config.start_timeout_s,
         )
     finally:
@@ -155,24 +155,24 @@ def start_patiently(start: Callable[[], object], clear: Callable[[], None], time
             logger.warning(words, str(error).partition("\n")[0], deadline - now)
 
 
-def _end_children() -> Callable[[], None]:
-    """What ends all children of Ray's that this process does not have yet."""
-    before = set(_children())
+def _end_of_ray() -> Callable[[], None]:
+    """What ends all processes of Ray's below this one that are not there yet, their own children included."""
+    before = descendants(os.getpid())
 
     def end() -> None:
+        new = descendants(os.getpid()) - before  # before the shutdown, after which orphans are no longer below
         ray.shutdown()
-        for pid in set(_children()) - before:
-            with suppress(OSError):  # it ends by itself
-                if b"/ray/" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+        kill({pid for pid in new | descendants(os.getpid()) - before if _is_of_ray(pid)})
 
     return end
 
 
-def _children() -> list[int]:
-    """Of this process, as Linux tells; none elsewhere."""
-    files = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return [int(pid) for file in files for pid in file.read_text().split()]
+def _is_of_ray(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
+    return b"/ray/" in words or words.startswith(b"ray::")
 
 
 def _keep_remarks_off_standard_output() -> None:
@@ -198,12 +198,6 @@ def _ray_place() -> dict[str, str]:
     if variable == "TMPDIR" and os.access(SHORT_PLACE, os.W_OK | os.X_OK):
         return {"_temp_dir": f"{SHORT_PLACE}/ray"}
     raise ValueError(f"{variable} is {usual}, too long for Ray's sockets; set one of at most {MAX_RAY_PLACE} bytes")
-
-
-def _end_ray(before: set[int]) -> None:
-    """End what a start of Ray that did not come to its end has left; `before` are processes that were there before."""
-    ray.shutdown()
-    kill(descendants(os.getpid()) - before)
 
 
 def choose_device(config: EngineConfig) -> str:

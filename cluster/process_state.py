@@ -24,6 +24,14 @@ def state_of(pid: int) -> str:
         return "X"
 
 
+def has_ended(pid: int) -> bool:
+    """Whether nothing of the process runs any more. Its first thread may be dead while others still hold its files."""
+    try:
+        return state_of(pid) in DEAD and len(os.listdir(f"/proc/{pid}/task")) <= 1
+    except FileNotFoundError:
+        return True
+
+
 def in_words(pid: int) -> str:
     """`process 1234 is stopped`."""
     return f"process {pid} {_WORDS.get(state_of(pid), 'runs, but does not get to say so')}"
