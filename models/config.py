@@ -307,7 +307,7 @@ def _sliding_windows(architecture: str, raw: Mapping[str, Any]) -> tuple[int | N
     known = isinstance(types, list) and all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in types)
     if not known or len(types) != num_layers:
         raise ValueError(f"layer_types is {shown(types)}; {num_layers} of {', '.join(sorted(_LAYER_TYPES))} are needed")
-    if window is None and "sliding_attention" in types:
+    if window is None and ("sliding_attention" in types or architecture == "Gemma2ForCausalLM"):
         raise ValueError(f"layer_types is {shown(types)}, but there is no sliding_window, or it is off")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 

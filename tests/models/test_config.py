@@ -183,6 +183,7 @@ def test_any_value_within_the_rope_parameters_is_read_or_refused_by_its_key(key:
         (LLAMA, {"sliding_window": 8}, "sliding_window is 8, which is not supported for LlamaForCausalLM"),
         (QWEN2, {"layer_types": ["sliding_attention"] * 4}, "there is no sliding_window, or it is off"),
         (GEMMA2, {"sliding_window": None}, "there is no sliding_window, or it is off"),
+        (GEMMA2, {"sliding_window": None, "layer_types": ["full_attention"] * 4}, "there is no sliding_window"),
         (QWEN2, {"head_dim": None}, "head_dim is None"),
         (LLAMA, {"attention_bias": "false"}, "attention_bias is 'false'; true or false"),
         (LLAMA, {"rope_parameters": {"full_attention": LLAMA3}}, "one rotary embedding for all layers"),
