@@ -48,11 +48,10 @@ class Detokenizer:
         before = self._length
         self._add(new)
         if self._stop:
-            for position, character in enumerate(new, before + 1):
-                self._state = self._stop.step(self._state, character)
-                if may_stop and (found := self._stop.found(self._state)):
-                    self.num_characters = position if self._keep_stop else position - len(found)
-                    return found
+            self._state, num_taken, found = self._stop.run(self._state, new, may_stop=may_stop)
+            if found is not None:
+                self.num_characters = before + num_taken - (0 if self._keep_stop else len(found))
+                return found
         held = 0 if self._keep_stop else self._stop.num_held(self._state)
         self.num_characters = self._length - held
         return None

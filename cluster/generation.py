@@ -157,7 +157,7 @@ class Generation:
     def _decoded(self, token_id: int) -> str | None:
         if self.tokenizer is None or not self.params.detokenize:
             return None
-        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return self.tokenizer.text_of(token_id)
 
     def _see_end(self, now: float) -> None:
         if self.finished_time is None and all(completion.finish_reason for completion in self.completions):

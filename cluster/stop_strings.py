@@ -32,6 +32,18 @@ class StopStrings:
             state = self._shorter[state]
         return self._next[state][character]
 
+    def run(self, state: int, text: str, *, may_stop: bool) -> tuple[int, int, str | None]:
+        """The state after more text, or up to the first stop string that ends in it; how much of it that is, and which.
+
+        Without `may_stop` those that end in it do not count.
+        """
+        found, step = self._found, self.step
+        for position, character in enumerate(text, 1):
+            state = step(state, character)
+            if may_stop and (string := found[state]):
+                return state, position, string
+        return state, len(text), None
+
     def found(self, state: int) -> str | None:
         """The longest stop string that ends the text."""
         return self._found[state]

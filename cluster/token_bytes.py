@@ -29,6 +29,7 @@ class TokenBytes:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._known: dict[int, bytes] = {}
         self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
         steps = list(decoder_steps(json.loads(backend.decoder.__getstate__()))) if backend.decoder is not None else []
         kinds = {step["type"] for step in steps}
@@ -38,6 +39,12 @@ class TokenBytes:
 
     def of(self, token_id: int) -> bytes | None:
         """None for an id that the tokenizer does not have, and where only whole texts can be decoded (WordPiece)."""
+        known = self._known.get(token_id)
+        if known is None and (known := self._read(token_id)) is not None:
+            self._known[token_id] = known
+        return known
+
+    def _read(self, token_id: int) -> bytes | None:
         if token_id in self._added:
             return self._added[token_id].encode()
         piece = self._backend.id_to_token(token_id)

@@ -48,6 +48,7 @@ class Tokenizer:
         )
         self.token_bytes = TokenBytes(backend)
         self.spelling = Spelling(backend)
+        self._texts: dict[int, str] = {}
         self._chat_templates = chat_templates
 
     @classmethod
@@ -111,6 +112,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text; half a character becomes U+FFFD, an id that the tokenizer does not have becomes nothing."""
         text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def text_of(self, token_id: int) -> str:
+        """Of a token alone, special or not; remembered, since log-probabilities ask for many with each step."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:

@@ -10,9 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eagleray.cluster.words import counted
 from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.limits import MAX_CHARACTERS
 from eagleray.deploy.openai.refusal import refuse
 
 TOKENS = ("/tokenize", "/detokenize")
+MAX_COUNTED_BYTES = 6 * MAX_CHARACTERS  # JSON may write a character so
 RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 
 
@@ -52,7 +54,10 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """413 for a body over `max_bytes`, whether it says so or grows beyond. What passes is handed on as one piece."""
+    """413 for a body over `max_bytes`, whether it says so or grows beyond. What passes is handed on as one piece.
+
+    What only asks the tokenizer has fewer, since JSON's parser lets no others go on meanwhile.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -63,16 +68,18 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = _header(scope, b"content-length")
-        body = None
-        if not (announced.isdigit() and int(announced) > self._max_bytes):
-            body = await self._read(receive)
+        body, max_bytes, remedy = None, self._max_bytes, "send less, or raise max_body_bytes"
+        if route_path(scope) in TOKENS and max_bytes > MAX_COUNTED_BYTES:
+            max_bytes, remedy = MAX_COUNTED_BYTES, "send less at once"
+        if not (announced.isdigit() and int(announced) > max_bytes):
+            body = await self._read(receive, max_bytes)
         if body is None:
-            message = f"the body is longer than {self._max_bytes} bytes; send less, or raise max_body_bytes"
+            message = f"the body is longer than {max_bytes} bytes; {remedy}"
             await refuse(send, ApiError(413, message, code="body_too_large"), {"connection": "close"})
         else:
             await self._app(scope, _replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> list[Message] | None:
+    async def _read(self, receive: Receive, max_bytes: int) -> list[Message] | None:
         """The whole body as one message, with the disconnection that cut it, if any; None if it is too long."""
         chunks, length = [], 0
         while True:
@@ -81,7 +88,7 @@ class BodyLimit:
                 return [message]
             chunks.append(message.get("body", b""))
             length += len(chunks[-1])
-            if length > self._max_bytes:
+            if length > max_bytes:
                 return None
             if not message.get("more_body", False):
                 return [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]

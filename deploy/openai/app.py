@@ -138,5 +138,6 @@ def model_routes(served: Served) -> APIRouter:
     return router
 
 
-def _json(reply: BaseModel) -> Response:
-    return Response(reply.model_dump_json(exclude_unset=True), media_type="application/json")
+def _json(reply: BaseModel | bytes) -> Response:
+    body = reply if isinstance(reply, bytes) else reply.model_dump_json(exclude_unset=True)
+    return Response(body, media_type="application/json")

@@ -7,7 +7,6 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
@@ -16,15 +15,13 @@ from starlette.types import Receive, Scope
 
 from eagleray.deploy.openai.errors import ApiError, BodyError
 from eagleray.deploy.openai.handlers import validation_error
-from eagleray.deploy.openai.limits import MAX_CHARACTERS, check_bytes, check_shape, too_deep
+from eagleray.deploy.openai.limits import check_bytes, check_shape, too_deep
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 if TYPE_CHECKING:
     from fastapi._compat import ModelField  # private: what a route's `body_field` is
 
-MAX_BODY_BYTES = inf  # the server has a limit for all
-MAX_COUNTED_BYTES = 6 * MAX_CHARACTERS  # JSON may write a character so
 LARGE = 64 * 1024  # bytes: beyond it a thread reads
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # how compressed bodies begin
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -39,7 +36,7 @@ def body_route(served: Served, *, generates: bool) -> type[APIRoute]:
     class BodyRoute(APIRoute):
         def get_route_handler(self) -> Handler:
             handler = super().get_route_handler()
-            read = partial(_read, check, self.body_field, MAX_BODY_BYTES if generates else MAX_COUNTED_BYTES)
+            read = partial(_read, check, self.body_field)
 
             async def handle(request: Request) -> Response:
                 return await handler(ReadRequest(request.scope, request.receive, read))
@@ -62,13 +59,9 @@ class ReadRequest(Request):
         return self._json
 
 
-async def _read(
-    check: Check | None, field: "ModelField | None", max_bytes: float, body: bytes, encoding: str | None
-) -> Any:
+async def _read(check: Check | None, field: "ModelField | None", body: bytes, encoding: str | None) -> Any:
     """JSON's values, or the route's model for them, which FastAPI takes as it is, where a thread is needed anyway."""
     try:
-        if len(body) > max_bytes:  # JSON's parser lets no others go on
-            raise ApiError(400, f"the body has {len(body)} bytes; send at most {max_bytes} at once")
         if len(body) <= LARGE:
             return parse(body, encoding, check)
         return await asyncio.to_thread(_validated, check, field, body, encoding)

@@ -1,16 +1,19 @@
 """`/v1/chat/completions`: answer conversations."""
 
+import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
-from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
+from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
+from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs, prompt_logprobs
 from eagleray.deploy.openai.replies import (
@@ -28,24 +31,41 @@ from eagleray.deploy.openai.schema import ChatRequest, StreamOptions
 from eagleray.deploy.openai.served import Served
 
 
-async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletion:
-    """The whole answer. Raises `ApiError` and `EngineDeadError`."""
+async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletion | bytes:
+    """The whole answer, or its JSON if it is large. Raises `ApiError` and `EngineDeadError`."""
     job = await _job(served, request)
     created, count = int(time.time()), Count()
     async with aclosing(outputs(served.engine, job, RequestOutputKind.FINAL_ONLY)) as news:
         async for number, output in news:
             count.add(number, output)
-    return ChatCompletion(
-        id=job.id,
-        object="chat.completion",
-        created=created,
-        model=served.model_name,
-        choices=_choices(request, count.prompts[0], job.params[0], served.engine.tokenizer),
-        usage=count.usage(),
-        prompt_logprobs=_prompt_logprobs(request, count.prompts[0]),
-        **_tier(request),
-        **_prompt_ids(request, count.prompts[0]),
-    )
+    output, params, tokenizer = count.prompts[0], job.params[0], served.engine.tokenizer
+    whole = [_whole(sequence) for sequence in output.outputs]
+
+    def reply(logprobs: list[ChatLogprobs | None]) -> ChatCompletion:
+        return ChatCompletion(
+            id=job.id,
+            object="chat.completion",
+            created=created,
+            model=served.model_name,
+            choices=[
+                _choice(request, index, news, each)
+                for index, (news, each) in enumerate(zip(whole, logprobs, strict=True))
+            ],
+            usage=count.usage(),
+            prompt_logprobs=_prompt_logprobs(request, output),
+            **_tier(request),
+            **_prompt_ids(request, output),
+        )
+
+    def large_reply() -> bytes:
+        if params.logprobs is None:
+            return written(reply([None] * len(whole)), [])
+        contents = [_parts(request, news, params, tokenizer) for news in whole]
+        return written(reply([ChatLogprobs(content=[])] * len(whole)), contents)
+
+    if log_probabilities(output, params) > SMALL:
+        return await asyncio.to_thread(large_reply)
+    return reply([_logprobs(request, news, params, tokenizer) for news in whole])
 
 
 async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[ChatCompletionChunk, None]:
@@ -107,25 +127,33 @@ def _token_ids(request: ChatRequest, news: News) -> dict[str, Any]:
     return {"token_ids": news.token_ids} if request.return_token_ids else {}
 
 
-def _choices(
-    request: ChatRequest, output: RequestOutput, params: SamplingParams, tokenizer: Tokenizer | None
-) -> list[ChatChoice]:
-    choices = []
-    for sequence in output.outputs:
-        news = Growth().take(sequence)
-        assert news is not None, "the output is the last"
-        assert news.finish_reason is not None, "the output is the last"
-        choices.append(
-            ChatChoice(
-                index=sequence.index,
-                message=AnswerMessage(role="assistant", content=news.text),
-                logprobs=_logprobs(request, news, params, tokenizer),
-                finish_reason=news.finish_reason,
-                stop_reason=news.stop_reason,
-                **_token_ids(request, news),
-            )
-        )
-    return choices
+def _whole(sequence: CompletionOutput) -> News:
+    news = Growth().take(sequence)
+    assert news is not None, "the output is the last"
+    return news
+
+
+def _choice(request: ChatRequest, index: int, news: News, logprobs: ChatLogprobs | None) -> ChatChoice:
+    assert news.finish_reason is not None, "the output is the last"
+    return ChatChoice(
+        index=index,
+        message=AnswerMessage(role="assistant", content=news.text),
+        logprobs=logprobs,
+        finish_reason=news.finish_reason,
+        stop_reason=news.stop_reason,
+        **_token_ids(request, news),
+    )
+
+
+def _parts(
+    request: ChatRequest, news: News, params: SamplingParams, tokenizer: Tokenizer | None
+) -> Iterator[ChatLogprobs]:
+    """Log-probabilities of a choice, some tokens at a time."""
+    assert news.logprobs is not None, "they are asked for"
+    for part in parts(len(news.token_ids)):
+        some = replace(news, token_ids=news.token_ids[part], logprobs=news.logprobs[part])
+        if (found := _logprobs(request, some, params, tokenizer)) is not None:
+            yield found
 
 
 def _chunk_choice(

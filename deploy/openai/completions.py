@@ -1,5 +1,6 @@
 """`/v1/completions`: continue prompts."""
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
@@ -11,6 +12,7 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.echo import Echo
 from eagleray.deploy.openai.inputs import completion_prompts
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
+from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
 from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS, completion_params, prompt_only
@@ -18,15 +20,21 @@ from eagleray.deploy.openai.schema import CompletionRequest, StreamOptions
 from eagleray.deploy.openai.served import Served
 
 
-async def completion(served: Served, request: CompletionRequest) -> Completion:
-    """The whole answer. Raises `ApiError` and `EngineDeadError`."""
+async def completion(served: Served, request: CompletionRequest) -> Completion | bytes:
+    """The whole answer, or its JSON if it is large. Raises `ApiError` and `EngineDeadError`."""
     reply = Reply(served, request, await _job(served, request))
     async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.FINAL_ONLY)) as news:
         async for number, output in news:
             reply.count.add(number, output)
     last = sorted(reply.count.prompts.items())
-    choices = [choice for number, output in last for choice in reply.news(number, output)]
-    return reply.part(choices, reply.usage())
+
+    def whole() -> Completion:
+        choices = [choice for number, output in last for choice in reply.news(number, output)]
+        return reply.part(choices, reply.usage())
+
+    if sum(log_probabilities(output, reply.job.params[number]) for number, output in last) > SMALL:
+        return await asyncio.to_thread(lambda: written(whole(), []))
+    return whole()
 
 
 async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
@@ -49,7 +57,8 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
     rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
     rooms = [max(1, min(room, DEFAULT_MAX_TOKENS)) for room in rooms]  # all that their parameters depend on
     params = {room: completion_params(request, room, served.defaults) for room in set(rooms)}
-    served.limits.check_reply(prompts, [params[room] for room in rooms], echo=bool(request.echo))
+    all_params, echo, ids = [params[room] for room in rooms], bool(request.echo), bool(request.return_token_ids)
+    served.limits.check_reply(prompts, all_params, echo=echo, ids=ids)
     return Job.of("cmpl", request, prompts, [params[room] for room in rooms])
 
 

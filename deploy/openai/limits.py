@@ -77,21 +77,30 @@ class Limits:
             check_length(prompt)
 
     def check_reply(
-        self, prompts: Sequence[TokensPrompt], params: Sequence[SamplingParams], *, echo: bool = False
+        self,
+        prompts: Sequence[TokensPrompt],
+        params: Sequence[SamplingParams],
+        *,
+        echo: bool = False,
+        ids: bool = False,
     ) -> None:
-        """Raise `ApiError` 400 for an answer that may have too many log-probabilities, or repeats too much."""
+        """Raise `ApiError` 400 for an answer that may have too many log-probabilities, or repeats too much.
+
+        `echo` repeats a prompt for each choice, in log-probabilities, too, and `ids` its token ids.
+        """
         num_echoed = num_logprobs = 0
         for prompt, each in zip(prompts, params, strict=True):
             num_prompt = len(prompt["prompt_token_ids"])
             num_repeated = each.n * num_prompt if echo else 0
             num_new = each.n * (self.max_model_len - num_prompt if each.max_tokens is None else each.max_tokens)
-            num_echoed += num_repeated
+            num_echoed += num_repeated + (each.n * num_prompt if ids else 0)
             num_logprobs += 0 if each.logprobs is None else (num_repeated + num_new) * (each.logprobs + 1)
             if each.prompt_logprobs is not None and not echo:
                 num_logprobs += each.n * num_prompt * (each.prompt_logprobs + 1)
         if num_echoed > MAX_ECHOED:
-            message = f"echo would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
-            raise ApiError(400, message, param="echo")
+            name = "echo" if echo else "return_token_ids"
+            message = f"{name} would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
+            raise ApiError(400, message, param=name)
         if num_logprobs > MAX_LOGPROBS:
             asked = f"{num_logprobs} log-probabilities may be in the answer, of all choices and tokens"
             raise ApiError(

@@ -97,17 +97,15 @@ def chat_logprobs(
         spelt = b"" if token_id in left_out else _bytes(token_id, logprob, tokenizer)
         known = None if spelt is None else list(spelt)
         name = f"token_id:{token_id}" if as_ids else _name(token_id, logprob)
-        return TopLogprob(token=name, logprob=_finite(logprob), bytes=known)
+        return TopLogprob.model_construct(token=name, logprob=_finite(logprob), bytes=known)  # there may be millions
 
-    return ChatLogprobs(
-        content=[
-            TokenLogprob(
-                **top(token_id, entry[token_id]).model_dump(),
-                top_logprobs=[top(other, logprob) for other, logprob in _most_likely(entry, num_top)],
-            )
-            for token_id, entry in zip(token_ids, entries, strict=True)
-        ]
-    )
+    def token(token_id: int, entry: Entry) -> TokenLogprob:
+        own = top(token_id, entry[token_id])
+        others = [top(other, logprob) for other, logprob in _most_likely(entry, num_top)]
+        return TokenLogprob.model_construct(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=others)
+
+    content = [token(token_id, entry) for token_id, entry in zip(token_ids, entries, strict=True)]
+    return ChatLogprobs.model_construct(content=content)
 
 
 def _most_likely(entry: Entry, num_top: int) -> list[tuple[int, Logprob]]:

@@ -67,6 +67,10 @@ ROWS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "B8 a template that writes much": lambda: template(times=10**9),
     "B10 ids of a lone byte": lambda: (COMPLETIONS, LONG | {"prompt": [200], "max_tokens": 100}),
     "B log-probabilities": lambda: (COMPLETIONS, LONG | {"logprobs": 20, "n": 16}),
+    "B whole answers with log-probabilities": lambda: (
+        CHAT,
+        {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 100, "ignore_eos": True},
+    ),
 }
 
 
@@ -113,13 +117,11 @@ def neighbour(url: str, seconds: float) -> list[float]:
 
 
 def slow_readers(server: ServedCommand, seconds: float) -> dict[str, float]:
-    """Megabytes of the replica and of HAProxy, before and while many read a byte a second of long answers."""
+    """Megabytes that a client adds who reads a byte a second of a long answer: to the replica, and to all of them."""
 
     def megabytes() -> dict[str, float]:
-        return {
-            name: round(sum(each.memory_info().rss for each in server.named(name)) / 1e6, 1)
-            for name in ("replica", "haproxy")
-        }
+        found = {"replica": server.named("replica"), "all": server.family()}
+        return {name: sum(rss(each) for each in processes) / 1e6 for name, processes in found.items()}
 
     before = megabytes()
     body = json.dumps(LONG | {"stream": True, "logprobs": 5}).encode()
@@ -145,6 +147,12 @@ def slow_readers(server: ServedCommand, seconds: float) -> dict[str, float]:
     return {f"{name}_added_mb_a_reader": round((most[name] - before[name]) / SLOW_READERS, 2) for name in before}
 
 
+def rss(process: psutil.Process) -> int:
+    with suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=8.0)
@@ -163,7 +171,7 @@ def main() -> None:
             for name in (name for name in ROWS if name.startswith(tuple(settings.rows))):
                 figures[name] = measured(server.url, name, median(quiet), settings)
                 print(name, figures[name], file=sys.stderr, flush=True)
-            if "" in settings.rows:
+            if "slow readers".startswith(tuple(settings.rows)):
                 figures["slow readers"] = slow_readers(server, 60)
     print(json.dumps(figures | {"settings": vars(settings), "versions": versions(), "hardware": hardware()}))
 

@@ -18,6 +18,7 @@ from eagleray.cluster.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.submission import ModelLimits
 from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.admission import (
+    MAX_COUNTED_BYTES,
     ApiKeys,
     BodyLimit,
     BoundedQueue,
@@ -122,6 +123,17 @@ async def test_bodies_up_to_the_limit_arrive_whole_however_they_are_sent(count: 
             reply = await http.post("/", content=content)
             assert reply.status_code == status
             assert reply.text == str(10 * count) if status == 200 else reply.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+async def test_what_is_only_counted_has_fewer_bytes(path: str) -> None:
+    async with client(BodyLimit(length_of_body, MAX_COUNTED_BYTES + 10)) as http:
+        for size, target, status in (
+            (MAX_COUNTED_BYTES, path, 200),
+            (MAX_COUNTED_BYTES + 1, path, 413),
+            (MAX_COUNTED_BYTES + 1, "/v1/completions", 200),
+        ):
+            assert (await http.post(target, content=b"x" * size)).status_code == status
 
 
 async def test_an_endless_body_is_read_no_further_than_the_limit() -> None:

@@ -6,8 +6,19 @@ from typing import Any
 import httpx
 import pytest
 
+from eagleray.cluster.outputs import Logprob
+from eagleray.deploy.openai.large import PART, SMALL, parts, written
 from eagleray.deploy.openai.limits import MAX_CHARACTERS, MAX_LOGPROBS, MAX_TOKENIZED
+from eagleray.deploy.openai.logprobs import chat_logprobs
 from eagleray.deploy.openai.ranges import MAX_STOP_CHARACTERS
+from eagleray.deploy.openai.replies import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    PromptTokensDetails,
+    Usage,
+)
 from support.http_client import streamed
 from support.http_server import Server
 from support.local_server import MAX_MODEL_LEN, local_server
@@ -81,6 +92,8 @@ def test_an_echo_is_counted_over_all_choices(server: Server) -> None:
     error = refusal(server, "/v1/completions", prompt="a" * 1000, echo=True, n=4000, max_tokens=1)
     assert error["param"] == "echo"
     assert "4000000 tokens" in error["message"]
+    error = refusal(server, "/v1/completions", prompt="a" * 1000, return_token_ids=True, n=4000, max_tokens=1)
+    assert error["param"] == "return_token_ids"
 
 
 def test_texts_to_be_counted_and_tokens_to_be_read_have_a_length(server: Server) -> None:
@@ -127,3 +140,58 @@ def test_an_echo_and_its_answer_are_the_text_of_all_tokens(server: Server, data:
     assert "".join(event["choices"][0]["text"] for event in events if event["choices"]) == whole
     alone = post(server, "/v1/completions", prompt=prompt, echo=True, max_tokens=0).json()
     assert alone["choices"][0]["text"] == before
+
+
+def logprobs_of(token: int) -> dict[int, Logprob]:
+    return {(token + rank) % 256: Logprob(-0.5 * rank, rank + 1, f'{token}"content":[]') for rank in range(3)}
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, PART, 2 * PART + 1])
+def test_an_answer_written_in_parts_is_that_written_at_once(server: Server, num_tokens: int) -> None:
+    ids = [(7 * number) % 256 for number in range(num_tokens)]
+    entries = [logprobs_of(token) for token in ids]
+
+    def answer(*logprobs: ChatLogprobs) -> ChatCompletion:
+        message = AnswerMessage(role="assistant", content='"content":[] \n é')
+        choices = [
+            ChatChoice(
+                index=index, message=message, logprobs=each, finish_reason="stop", stop_reason=None, token_ids=None
+            )
+            for index, each in enumerate(logprobs)
+        ]
+        usage = Usage(
+            prompt_tokens=1,
+            completion_tokens=1,
+            total_tokens=2,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        )
+        return ChatCompletion(
+            id="a",
+            object="chat.completion",
+            created=1,
+            model="m",
+            choices=choices,
+            usage=usage,
+            prompt_logprobs=None,
+            prompt_token_ids=None,
+            service_tier=None,
+        )
+
+    def some(part: slice) -> ChatLogprobs:
+        return chat_logprobs(ids[part], entries[part], 2, server.served.tokenizer, skip_special_tokens=True)
+
+    whole = some(slice(None))
+    empty = ChatLogprobs(content=[])
+    contents = [[some(part) for part in parts(num_tokens)] for _ in range(2)]
+    expected = answer(whole, whole).model_dump_json(exclude_unset=True)
+    assert written(answer(empty, empty), contents).decode() == expected
+
+
+def test_a_large_answer_is_what_a_stream_has(tiny: Server) -> None:
+    body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 200, "ignore_eos": True}
+    body |= {"logprobs": True, "top_logprobs": 20, "temperature": 0}
+    (choice,) = post(tiny, "/v1/chat/completions", **body).json()["choices"]
+    assert len(choice["logprobs"]["content"]) * 21 > SMALL
+    events = streamed(tiny, "/v1/chat/completions", **body)
+    contents = [event["choices"][0]["logprobs"]["content"] for event in events if event["choices"]]
+    assert choice["logprobs"]["content"] == [token for content in contents for token in content]
