@@ -53,7 +53,8 @@ def bytes_of(num_blocks: int, size: int) -> int:
 
 async def consume(llm: AsyncLLM, index: int, request: MixedRequest) -> str | None:
     """Take a request's outputs, and abort it if that is its fate; how it ended."""
-    params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, detokenize=False, **request.sampling)
+    sampling = {name: value for name, value in request.sampling.items() if name != "bad_words"}  # texts, not ids
+    params = SamplingParams(max_tokens=request.max_tokens, ignore_eos=True, detokenize=False, **sampling)
     name, reason = str(index), None
     async for output in llm.generate(request.prompt, params, name, priority=request.priority):
         completion = output.outputs[0]
