@@ -107,8 +107,8 @@ def test_requests_arrive_at_their_rate_and_no_tokenizer_is_needed(config_only: P
         ("throughput --dataset {folder}/empty", "--dataset {folder}/empty holds no prompt"),
         ("throughput --dataset {folder}/odd", "--dataset {folder}/odd, line 2 is"),
         ("throughput --input-len 9 --temperature -1", "temperature is -1"),
-        ("speed", "invalid choice: 'speed'"),
-        ("", "required: COMMAND"),
+        ("speed", "there is no command 'speed'"),
+        ("", "which command? latency, throughput, serve"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 
 from eagleray.cluster.scheduler import Scheduler
+from eagleray.models.config import _FAMILY_KEYS
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from eagleray.models.loader import load_model
 from eagleray.models.registry import ARCHITECTURES
@@ -21,6 +22,7 @@ from support.inline_engine import InlineEngine
 
 NAME = "SinkLlamaForCausalLM"
 ARCHITECTURES[NAME] = f"{__name__}:{NAME}"
+_FAMILY_KEYS["sliding_window"] += (NAME,)
 
 
 class SinkAttention(LlamaAttention):
