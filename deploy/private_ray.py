@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,27 @@ def set_token() -> None:
         os.environ |= {MODE: "token", TOKEN: secrets.token_hex(32)}
 
 
-def private_ray() -> News:
-    """Processes without which nothing goes on. Ray must have been started here.
+def set_place() -> None:
+    """Have Ray put its files where nobody but this user may look: each of its processes lets everybody into its own.
 
-    Ray lets everybody write to its folder. From now on it is for this user alone.
+    Raises `ValueError` if there can be no such folder.
     """
+    folder = Path(os.environ.get("RAY_TMPDIR", "/tmp"), f"eagleray-{os.getuid()}")
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made for Ray's files: {error.strerror}; set another RAY_TMPDIR") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ValueError(f"{folder} is not a folder of this user's alone; take it away, or set another RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = str(folder)
+
+
+def private_ray() -> News:
+    """Processes without which nothing goes on. Ray must have been started here."""
     import ray
 
     node = _node()
-    Path(node.get_session_dir_path()).chmod(0o700)
     health = {
         "gcs_server": str(node.gcs_address),
         "raylet": f"{node.node_ip_address}:{ray.nodes()[0]['NodeManagerPort']}",

@@ -89,7 +89,8 @@ class ProfileSizes:
 def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_slice_tokens: int | None = None) -> int:
     """So many steps at most until every prompt has run; the first request decodes a token in nearly each of them.
 
-    Prompts run in order and get what decodes leave of a step's budget. Only where slices are short may a step leave
+    Prompts get what decodes leave of a step's budget, which is least where they run in order: side by side they end
+    later, and fewer decode meanwhile. Only where slices are short may a step leave
     some of it, and there are no more such steps than one prompt has slices. `batch_size` is at most `max_step_tokens`.
     """
     num_steps = num_tokens = 0

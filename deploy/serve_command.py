@@ -23,7 +23,7 @@ from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.haproxy import HIDE_ROUTES
-from eagleray.deploy.private_ray import private_ray, reap_ray, set_token, socket_folders
+from eagleray.deploy.private_ray import private_ray, reap_ray, set_place, set_token, socket_folders
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_arguments import Site, serve_args
 from eagleray.deploy.serve_environment import set_environment
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if args.guard_all:
         os.environ[HIDE_ROUTES] = "1"
     if private:
+        set_place()
         set_token()
     set_environment(site.host, str(folder))  # before anything imports Serve, which reads it then
     ended = (0.0 if private else LEAVE_S, args.drain_timeout_s + END_S)

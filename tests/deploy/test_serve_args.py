@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any, cast
 
 import pytest
+import ray
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.exceptions import RayServeException
 
@@ -79,8 +80,11 @@ def test_what_nobody_knows_or_cannot_be_is_refused_with_what_is_known(given: dic
         ({}, "device is 'auto', but there is no Ray cluster to look for GPUs in"),
     ],
 )
-def test_what_serve_cannot_build_it_says_in_a_line_and_does_not_try_again(given: dict[str, Any], words: str) -> None:
+def test_what_serve_cannot_build_it_says_in_a_line_and_does_not_try_again(
+    given: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Serve builds from YAML: of `RayServeException` it keeps the words, any other it tries again and again."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever other tests have started
     with pytest.raises(RayServeException) as caught:
         call_user_app_builder_with_args_if_necessary(cast(FunctionType, build), {"model": "/models/x"} | given)
     assert str(caught.value).startswith(words)

@@ -16,6 +16,7 @@ from ray.serve._private import constants
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from eagleray.deploy.haproxy import COMMAND, mended
+from eagleray.deploy.private_ray import set_place
 from eagleray.deploy.serve_environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
 from support.free_port import free_port
 
@@ -147,3 +148,23 @@ def answer(port: int) -> int:
         except httpx.ConnectError:
             assert time.monotonic() < deadline, "nothing listens there"
             time.sleep(0.05)
+
+
+def test_rays_files_are_put_where_nobody_else_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / f"eagleray-{os.getuid()}"
+    for _ in range(2):  # one folder for all servers of a user
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        set_place()
+        assert os.environ["RAY_TMPDIR"] == str(own)
+        assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o755)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ValueError, match="is not a folder of this user's alone; take it away"):
+        set_place()
+    own.rmdir()
+    own.symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder of this user's alone"):
+        set_place()
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
+    with pytest.raises(ValueError, match=r"/proc/nowhere/eagleray-.* cannot be made for Ray's files"):
+        set_place()

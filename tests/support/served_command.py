@@ -53,7 +53,7 @@ class ServedCommand:
                 [*SERVE, str(model), *OPTIONS, "--port", str(self.port), *words],
                 stdout=log,
                 stderr=log,
-                env=os.environ | mine,
+                env=os.environ | mine | (environment or {}),
                 start_new_session=True,
             )
         self.seen: dict[int, psutil.Process] = {}
