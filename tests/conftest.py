@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
+from eagleray.deploy.private_ray import set_token
 from eagleray.deploy.serve_environment import set_environment
 from eagleray.workers.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
+
+set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,8 @@ def demo_model_dir() -> Path:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster whose logical CPUs suffice for three ranks on any machine."""
+    import ray
+
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  or whatever else runs here slows the ranks
     set_environment()  # Ray Serve as `eagleray serve` has it
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -66,20 +66,29 @@ def test_no_key_is_seen_on_command_lines_in_logs_or_by_rays_processes(server: Se
 
 
 def test_the_guides_table_says_who_listens_and_nobody_else_does(server: ServedCommand) -> None:
-    row = re.compile(r"^\| `([^`]+)` \| (?:`--host`|loopback).*? \| (\d.*?) \|", re.MULTILINE)
-    promised: Counter[str] = Counter()
-    for name, ports in row.findall(GUIDE.read_text()):
-        numbers = [int(number) for number in re.findall(r"\d+", ports.replace("rank 0", ""))]
-        promised[name] += 2 * numbers[0] + numbers[1] if name == "ray::RankActor" else numbers[0]
+    row = re.compile(r"^\| `([^`]+)` \| (?:`--host`|loopback).*? \| (\d.*?) \| (.*) \|", re.MULTILINE)
+    family = server.family()
     found: Counter[str] = Counter()
     addresses = set()
-    for process in server.family():
+    for process in family:
         for connection in process.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 found[called(process, server)] += 1
                 addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
+    taken = taken_by_others(family)
+    promised: Counter[str] = Counter()
+    for name, ports, what in row.findall(GUIDE.read_text()):
+        numbers = [int(number) for number in re.findall(r"\d+", ports.replace("rank 0", ""))]
+        promised[name] += 2 * numbers[0] + numbers[1] if name == "ray::RankActor" else numbers[0]
+        promised[name] -= len(taken & {int(port) for port in re.findall(r" at (\d{5})", what)})
     assert found == promised
     assert addresses == {"127.0.0.1"}
+
+
+def taken_by_others(family: list[psutil.Process]) -> set[int]:
+    pids = {process.pid for process in family}
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return {connection.laddr.port for connection in listening if connection.pid not in pids}
 
 
 def called(process: psutil.Process, server: ServedCommand) -> str:

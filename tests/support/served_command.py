@@ -40,6 +40,7 @@ class ServedCommand:
 
     def __init__(self, model: Path, *words: str, environment: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+        others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # this process's Ray
         mine = {
             "RAY_ADDRESS": "local",
             "OMP_NUM_THREADS": "1",
@@ -53,7 +54,7 @@ class ServedCommand:
                 [*SERVE, str(model), *OPTIONS, "--port", str(self.port), *words],
                 stdout=log,
                 stderr=log,
-                env=os.environ | mine | (environment or {}),
+                env=others | mine | (environment or {}),
                 start_new_session=True,
             )
         self.seen: dict[int, psutil.Process] = {}
