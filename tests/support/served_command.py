@@ -40,7 +40,7 @@ class ServedCommand:
 
     def __init__(self, model: Path, *words: str, environment: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
-        others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # this process's Ray
+        others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of our own Ray
         mine = {
             "RAY_ADDRESS": "local",
             "OMP_NUM_THREADS": "1",
