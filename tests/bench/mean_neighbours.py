@@ -46,6 +46,7 @@ def template(**variables: Any) -> tuple[str, dict[str, Any]]:
 
 
 ROWS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+    "the least that clients cost": lambda: ("/v1/nothing", {}),
     "B1 64 stop texts of 3,900 characters": lambda: (
         COMPLETIONS,
         LONG | {"n": 64, "stop": [f"{number:02}" + "a" * 3900 for number in range(64)]},
