@@ -24,6 +24,7 @@ KEY = "sk-play"
 ENTER, ESCAPE = ("Enter", 13), ("Escape", 27)
 LAST = "[...document.querySelectorAll('.assistant')].at(-1)"
 IDLE = "running === null"
+ROOM = 20_000  # tokens, so that no answer ends before the page has seen it run
 
 
 class Recorder:
@@ -46,15 +47,15 @@ class Recorder:
 @pytest.fixture(scope="module")
 def recorder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Recorder, AsyncLLM]]:
     """The layers of `eagleray serve` that the page meets, and an address; the engine has one API key."""
-    path = write_tiny_model(tmp_path_factory.mktemp("tiny"))
-    llm = AsyncLLM(path, max_model_len=2000, block_size=16, kv_cache_bytes=4_000_000, threads_per_rank=1)
+    path = write_tiny_model(tmp_path_factory.mktemp("tiny"), ROOM)
+    llm = AsyncLLM(path, max_model_len=ROOM, block_size=16, kv_cache_bytes=4_000_000, threads_per_rank=1)
     metrics = Metrics()
 
     def text() -> bytes:
         metrics.look(llm.stats, idle=llm.num_requests == 0)
         return metrics.text()
 
-    recorder = Recorder(make_app(Served(llm, "tiny", 2000, created=0)))
+    recorder = Recorder(make_app(Served(llm, "tiny", ROOM, created=0)))
     app = Health(Figures(Playground(ApiKeys(recorder, [KEY])), text), lambda: None)
     with asgi_server(app, on_end=llm.close) as url:
         yield url, recorder, llm
@@ -118,7 +119,7 @@ def test_a_message_is_answered_with_what_the_engine_says(page: Page, recorder: t
 def test_an_answer_can_be_stopped_and_the_engine_stops_too(
     page: Page, recorder: tuple[str, Recorder, AsyncLLM], by_key: bool
 ) -> None:
-    ask(page, "Go on and on", max_tokens=1500, temperature=0)
+    ask(page, "Go on and on", max_tokens=ROOM - 100, temperature=0)
     page.wait_for(f"{LAST}?.innerText.length > 5")
     page.wait_for("look(), document.getElementById('load').textContent === '1 running · 0 waiting'")
     if by_key:
@@ -133,7 +134,7 @@ def test_an_answer_can_be_stopped_and_the_engine_stops_too(
 
 
 def test_what_the_server_refuses_is_shown_and_can_be_asked_again(page: Page) -> None:
-    ask(page, "Hello", max_tokens=5000)
+    ask(page, "Hello", max_tokens=2 * ROOM)
     page.wait_for(IDLE)
     assert "max_tokens" in page.evaluate(f"{LAST}.querySelector('.fault').textContent")
     assert page.evaluate("[turns.length, document.getElementById('prompt').value]") == [0, "Hello"]
