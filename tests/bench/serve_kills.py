@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import httpx
 
@@ -44,7 +45,10 @@ class Clients:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
         self._thread.start()
 
-    def stop(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._over = True
         self._thread.join()
 
@@ -82,13 +86,23 @@ class Clients:
 
 def case(command: ServedCommand, target: str, number: signal.Signals) -> dict[str, object]:
     """Send the signal to one process of that name, under streams, and wait until answers come again, or for the end."""
-    clients = Clients(command.url)
-    command.until(lambda: len([end for _, end in clients.ends if end == "whole"]) >= NUM_STREAMS, PATIENCE_S)
-    victim = random.choice(command.named(target))
-    before = len(complaints(command.log.read_text()))
-    begin = time.monotonic()
-    os.kill(victim.pid, number)
-    found: dict[str, object] = {"target": target, "signal": number.name}
+    with Clients(command.url) as clients:
+        command.until(lambda: len([end for _, end in clients.ends if end == "whole"]) >= NUM_STREAMS, PATIENCE_S)
+        victim = random.choice(command.named(target))
+        before = len(complaints(command.log.read_text()))
+        begin = time.monotonic()
+        os.kill(victim.pid, number)
+        found: dict[str, object] = {"target": target, "signal": number.name, **watched(command, clients, begin)}
+    found["outcomes"] = dict(Counter(end for moment, end in clients.ends if moment > begin))
+    found["said"] = complaints(command.log.read_text())[before:]
+    if command.process.poll() is not None:
+        found |= {"code": command.process.returncode, "left": command.left()}
+    return found
+
+
+def watched(command: ServedCommand, clients: Clients, begin: float) -> dict[str, object]:
+    """Whether and when answers came again, or the command ended."""
+    found: dict[str, object] = {}
     hit = begin + 1.0  # a stream that was whole just then had its last event on the way
     while time.monotonic() < begin + PATIENCE_S and command.process.poll() is None:
         command.family()
@@ -103,13 +117,7 @@ def case(command: ServedCommand, target: str, number: signal.Signals) -> dict[st
         time.sleep(0.1)
     else:
         found["hung" if command.process.poll() is None else "ended_s"] = round(time.monotonic() - begin, 1)
-    found["zombies"] = command.zombies()
-    clients.stop()
-    found["outcomes"] = dict(Counter(end for moment, end in clients.ends if moment > begin))
-    found["said"] = complaints(command.log.read_text())[before:]
-    if command.process.poll() is not None:
-        found |= {"code": command.process.returncode, "left": command.left()}
-    return found
+    return found | {"zombies": command.zombies()}
 
 
 def main() -> None:

@@ -112,7 +112,12 @@ class ServedCommand:
         return time.monotonic() - begin
 
     def zombies(self) -> list[str]:
-        return [process.name() for process in self.family() if process.status() == psutil.STATUS_ZOMBIE]
+        found = []
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):  # it has ended, and was reaped
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    found.append(process.name())
+        return found
 
     def own_folders(self) -> list[Path]:
         """Where HAProxy's files are, as far as there are any."""
