@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from eagleray.cluster.chat import achat_prompt
 from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_process
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
@@ -38,10 +39,13 @@ class AsyncLLM:
         tokenizer: str | Path | None = None,
         *,
         skip_tokenizer_init: bool = False,
+        generation_config: str = "auto",
         **options: Any,
     ) -> None:
         """As `LLM`: blocks until the engine is ready, and may be called before there is an event loop."""
-        engine, front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+        engine, front_end = launch(
+            model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options, generation_config=generation_config
+        )
         self._set_up(engine, front_end)
 
     @classmethod
@@ -59,6 +63,7 @@ class AsyncLLM:
         self._reader: asyncio.Task[None] | None = None  # runs from the first request on
         self._failure: str | None = None
         self._closed = False
+        self._owner = os.getpid()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -109,6 +114,7 @@ class AsyncLLM:
         output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
         group: str | None = None,
         tenant: str = "",
+        clip: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Cumulative outputs, or as `output_kind` says, the last one with `finished`.
 
@@ -118,12 +124,14 @@ class AsyncLLM:
 
         Running requests share the engine fairly: first the tenants, as a server has them, and then the groups of each.
         Requests of one `group` count as one; without it each is its own.
+
+        With `clip` one that asks for more tokens than the model has room for ends there, with finish_reason "length".
         """
         self._check_open()
         self._check_alive()
         params = sampling_params or self._front_end.default_params
         generation = self._front_end.prepare(
-            prompt, params, request_id, priority, output_kind, group=group, tenant=tenant
+            prompt, params, request_id, priority, output_kind, group=group, tenant=tenant, clip=clip
         )
         news = self._submit(generation)
         try:
@@ -267,6 +275,7 @@ class AsyncLLM:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this AsyncLLM is closed; make a new one")
+        check_process(self._owner)
 
     def _check_alive(self) -> None:
         if self._failure is not None:

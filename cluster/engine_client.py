@@ -61,7 +61,10 @@ class EngineClient:
         self._timer: asyncio.TimerHandle | None = None
         self._num_unheard = 0
         pid = info.core_pid if here else None
-        self._finalizer = weakref.finalize(self, _remove, core, room, pid)  # for an owner that forgets to close
+        self._owner = os.getpid()
+        self._finalizer = weakref.finalize(  # for an owner that forgets to close
+            self, _remove_if_owner, self._owner, core, room, pid
+        )
 
     @classmethod
     def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
@@ -195,8 +198,8 @@ class EngineClient:
         return news
 
     def close(self) -> None:
-        """End the engine and everything it started. Closing twice does nothing."""
-        if self._closed:
+        """End the engine and everything it started. Closing twice does nothing, nor does closing a forked copy."""
+        if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
         if self._dead is None:
@@ -263,6 +266,12 @@ class _Look:
             said = f"the engine core does not start: {in_words(pid)}"
             kill_if_stopped(pid)
             raise EngineStartError(said)
+
+
+def _remove_if_owner(owner: int, core: Any, room: Room, pid: int | None) -> None:
+    """Nothing in a process that was forked from the owner."""
+    if os.getpid() == owner:
+        _remove(core, room, pid)
 
 
 def _remove(core: Any, room: Room, pid: int | None = None) -> None:

@@ -1,5 +1,12 @@
 """What callers of the engine handle."""
 
+import os
+
+ALL_MASKED = (
+    "no token is left to draw: allowed_token_ids, bad_words and the stop tokens before min_tokens leave none here; "
+    "allow more"
+)
+
 
 class EngineStartError(RuntimeError):
     """The engine could not start: no room on the cluster, or a rank failed; the message is that rank's own."""
@@ -15,3 +22,12 @@ class EngineDeadError(RuntimeError):
 
 class EngineClosedError(EngineDeadError):
     """The engine was closed by its owner; whoever still asks it for something comes too late."""
+
+
+def check_process(owner: int) -> None:
+    """Raise `EngineClosedError` in a process that was forked from an engine's owner: sockets and threads stay there."""
+    if (here := os.getpid()) != owner:
+        raise EngineClosedError(
+            f"the engine belongs to process {owner}, from which this one, {here}, was forked; use it there, or make "
+            "one here"
+        )

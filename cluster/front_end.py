@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from eagleray.cluster.outputs import RequestOutputKind
 from eagleray.cluster.prompts import Prompt, num_to_take
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.stop_strings import StopStrings
-from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request
+from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request, sampling_of
 from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.workers.wire import Sampling
 
 MAX_PRIORITY = 2**31 - 1
 OnEnd = Callable[[Generation], None]
@@ -32,6 +34,16 @@ OnEnd = Callable[[Generation], None]
 
 def unwatched(_generation: Generation) -> None:
     """For those who do not want to hear of every request's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Tables that are made of parameters once for all prompts of a group, since they may be large."""
+
+    params: SamplingParams
+    group: str
+    sampling: Sampling
+    stop: StopStrings
 
 
 class FrontEnd:
@@ -59,6 +71,7 @@ class FrontEnd:
         self._seed = secrets.randbits(64) if seed is None else seed
         self._on_end = on_end
         self._heard = 0.0  # when the engine last said something, or began to have something to say
+        self._compiled: Compiled | None = None  # the last
         self._numbers = count()  # of requests
         self._next_id = 0  # of sequences, as the engine knows them
         self._generations: dict[str, Generation] = {}
@@ -88,8 +101,9 @@ class FrontEnd:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             within = f"from -{MAX_PRIORITY} to {MAX_PRIORITY}"
             raise ValueError(f"priority is {priority!r}; give a whole number {within}, of which lower ones run first")
-        if not isinstance(tenant, str) or not isinstance(group, str | None):
-            raise ValueError(f"tenant is {tenant!r} and group {group!r}; give text, or no group")
+        names: dict[str, object] = {"request_id": request_id or "", "group": group or "", "tenant": tenant}
+        if wrong := next((name for name, value in names.items() if not isinstance(value, str)), None):
+            raise ValueError(f"{wrong} is {names[wrong]!r}; give text")
         number = next(self._numbers)
         num_new = params.max_tokens or max(1, params.min_tokens)
         last = num_to_take(params.truncate_prompt_tokens, self._limits.max_model_len, num_new)
@@ -97,17 +111,19 @@ class FrontEnd:
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {params.stop!r}, but there is no tokenizer to make text; use stop_token_ids")
         request_id = str(number) if request_id is None else request_id
+        group = request_id if group is None else group
+        compiled = self._compile(params, group)
         request = engine_request(
             token_ids,
             params,
             self._limits,
+            compiled.sampling,
             first_id=self._next_id,
             derived_seed=derive_seed(self._seed, number),
             priority=priority,
-            group=request_id if group is None else group,
+            group=group,
             tenant=tenant,
             clip=clip,
-            bad_words=self._bad_words(params),
         )
         self._next_id += params.num_distinct
         return Generation(
@@ -120,7 +136,7 @@ class FrontEnd:
             request=request,
             completions=[
                 Completion(index=index, id=request.id + index, detokenizer=detokenizer)
-                for index, detokenizer in enumerate(self._detokenizers(token_ids, params))
+                for index, detokenizer in enumerate(self._detokenizers(token_ids, compiled))
             ],
         )
 
@@ -236,6 +252,14 @@ class FrontEnd:
             raise ValueError(f"the prompt is text, {prompt[:50]!r}, but there is no tokenizer; give token ids")
         return prompt, self.tokenizer.encode(prompt, last=last)
 
+    def _compile(self, params: SamplingParams, group: str) -> Compiled:
+        """What all requests of a group that have these very parameters share."""
+        compiled = self._compiled
+        if compiled is None or compiled.params is not params or compiled.group != group:
+            sampling = sampling_of(params, self._limits, self._bad_words(params))
+            self._compiled = compiled = Compiled(params, group, sampling, StopStrings(params.stop_strings))
+        return compiled
+
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         if not params.bad_words:
             return []
@@ -243,10 +267,11 @@ class FrontEnd:
             raise ValueError(f"bad_words is {params.bad_words!r}, but there is no tokenizer to know them by")
         return bad_word_token_ids(params.bad_words, self.tokenizer)
 
-    def _detokenizers(self, prompt_token_ids: list[int], params: SamplingParams) -> list[Detokenizer | None]:
+    def _detokenizers(self, prompt_token_ids: list[int], compiled: Compiled) -> list[Detokenizer | None]:
         """One for each sequence; what they share is made once."""
+        params = compiled.params
         if self.tokenizer is None or not params.detokenize:
             return [None] * params.num_distinct
         stream = TextStream(self.tokenizer, prompt_token_ids, params.skip_special_tokens)
-        stop, keep_stop = StopStrings(params.stop_strings), params.include_stop_str_in_output
-        return [Detokenizer(stream.copy(), stop, keep_stop=keep_stop) for _ in range(params.num_distinct)]
+        keep_stop = params.include_stop_str_in_output
+        return [Detokenizer(stream.copy(), compiled.stop, keep_stop=keep_stop) for _ in range(params.num_distinct)]

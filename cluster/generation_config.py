@@ -14,6 +14,20 @@ logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 MAX_EOS = 1000  # ends of a sequence, which go with every request
+NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
+UNHELD: dict[str, tuple[Any, ...]] = {  # what would change answers and is not there, with values that ask for nothing
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "epsilon_cutoff", "eta_cutoff"),
+            *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "force_words_ids"),
+            *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size"),
+            *("penalty_alpha", "sequence_bias", "stop_strings", "suppress_tokens", "token_healing", "top_h"),
+            "watermarking_config",
+        ),
+        NOTHING,
+    ),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), (None, 1)),
+}
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM's, but for its limit of tokens
 
 
@@ -38,23 +52,35 @@ def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
 def sampling_defaults(model: str | Path) -> dict[str, Any]:
     """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
 
-    As vLLM, this takes `do_sample: false` for no word on temperature. As transformers, it takes config.json, where
-    older models have them, if there is no generation_config.json. Raises `ValueError` for values out of range.
+    As transformers, this takes `do_sample: false` for greedy, and config.json, where older models have them, if there
+    is no generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
+    for what is not there.
     """
     file = Path(model) / FILE
     if not isfile(file):
         file = Path(model) / "config.json"
-    found = {name: value for name, value in read_object(file).items() if name in DEFAULTED and value is not None}
+    said = read_object(file)
+    found = {name: value for name, value in said.items() if name in DEFAULTED and value is not None}
+    if said.get("do_sample") is False:
+        found["temperature"] = 0.0
     try:
         SamplingParams(**found)
+        for name, nothing in UNHELD.items():
+            if (value := said.get(name)) not in nothing:
+                raise ValueError(f"{name} is {shown(value)}, which Eagleray does not have; take it out")
     except ValueError as error:
         raise ValueError(f"{file}: {error}; mend the file, or leave it alone with generation_config 'none'") from None
     return found
 
 
-def default_params(model: str | Path) -> SamplingParams:
-    """Of requests that bring no parameters at all. Raises `ValueError` for values out of range."""
-    return SamplingParams(**sampling_defaults(model))
+def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
+    """Of requests that bring no parameters at all: the model's with `auto`, with `none` those of `SamplingParams`.
+
+    Raises `ValueError` for another choice, and for a file that is wrong.
+    """
+    if choice not in ("auto", "none"):
+        raise ValueError(f"generation_config is {choice!r}; give 'auto' for the model's own sampling, or 'none'")
+    return SamplingParams(**(sampling_defaults(model) if choice == "auto" else {}))
 
 
 def chosen_defaults(model: str | Path, choice: str, overruled: Collection[str] = ()) -> dict[str, float]:

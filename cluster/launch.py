@@ -31,12 +31,13 @@ def launch(
     on_end: OnEnd = unwatched,
     on_progress: OnProgress | None = None,
     replica: int = 0,
+    generation_config: str = "auto",
 ) -> tuple[EngineClient, FrontEnd]:
     """Start an engine and wait for it, with a line on the terminal while that takes, or as `on_progress` has it.
 
     Without `room` the engine reserves its own; `on_end` hears of every request that has ended. Of several engines with
-    one seed each `replica` draws differently. What is wrong with the options or the tokenizer is said before anything
-    starts.
+    one seed each `replica` draws differently. `generation_config` is a choice of `default_params`. What is wrong with
+    the options or the small files is said before anything starts.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
@@ -51,7 +52,7 @@ def launch(
         tokenizer = model_dir(str(tokenizer))
     text = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or folder)
     eos = eos_token_ids(folder, text)
-    defaults = default_params(folder)
+    defaults = default_params(folder, generation_config)
     if text is not None:
         Thread(target=text.prepare, name="tokenizer").start()
     shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)

@@ -1,6 +1,7 @@
 """The offline front end: a list of prompts in, a list of outputs back in the same order."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 from eagleray.cluster.chat import chat_prompt
 from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
+from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError, check_process
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.generation import Generation
 from eagleray.cluster.launch import launch
@@ -52,16 +53,20 @@ class LLM:
         tokenizer: str | Path | None = None,
         *,
         skip_tokenizer_init: bool = False,
+        generation_config: str = "auto",
         **options: Any,
     ) -> None:
         """Start an engine; blocks until it is ready. `options` are `EngineConfig`'s.
 
         `model` is a directory, OWNER/NAME of the Hugging Face hub, or "demo"; `tokenizer` a directory or OWNER/NAME.
 
-        With `skip_tokenizer_init` prompts are token ids and outputs have no text.
+        With `skip_tokenizer_init` prompts are token ids and outputs have no text. Where `generate` gets no parameters,
+        the model's generation_config.json counts, or nothing of it if `generation_config` is "none".
         Raises `ValueError` for what the user gave and `EngineStartError` when the cluster or a rank fails.
         """
-        engine, front_end = launch(model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options)
+        engine, front_end = launch(
+            model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options, generation_config=generation_config
+        )
         self._set_up(engine, front_end)
 
     @classmethod
@@ -76,6 +81,7 @@ class LLM:
         self._front_end = front_end
         self._calls = count()  # of `generate`
         self._closed = False
+        self._owner = os.getpid()
         self._failure: str | None = None
         self._turn = Condition()  # guards all of this, and is notified of news
         self._receiver: int | None = None  # the thread that uses the engine now
@@ -191,6 +197,7 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
+        check_process(self._owner)
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, priority: int, group: str) -> Generation | RequestOutput:
         """A request that can run, or the output of one whose prompt does not fit."""

@@ -44,11 +44,11 @@ def num_to_take(truncate_prompt_tokens: int | None, max_model_len: int, num_new:
     return max(1, max_model_len - num_new) if truncate_prompt_tokens == -1 else truncate_prompt_tokens
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, name: str = "the text") -> None:
     """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
+            f"{name} holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
         ) from None

@@ -30,6 +30,7 @@ class Request:
     num_known_tokens: int  # those, and the ones sampled by steps in flight
     max_computed_tokens: int  # the last token of the longest output is never run
     stop_token_ids: frozenset[int]
+    num_listed: int  # numbers of its sampling's lists, which ranks are told with its row
 
     row: int | None = None  # None while it waits
     block_ids: list[int] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Request:
     def sequences(cls, front_end: FrontEndId, wire: EngineRequest, arrival: int, group: Group) -> "list[Request]":
         """All that were asked for together, the first of which has this `arrival`. They share what they begin with."""
         token_ids, hashes = array("i", wire.prompt_token_ids), list[bytes]()
-        stop_token_ids = frozenset(wire.sampling.stop_token_ids)
+        stop_token_ids, num_listed = frozenset(wire.sampling.stop_token_ids), wire.sampling.num_listed
         further = msgspec.structs.replace(wire.sampling, prompt_logprobs=None)
         samplings = [wire.sampling, *(msgspec.structs.replace(further, seed=seed) for seed in wire.seeds)]
         return [
@@ -67,6 +68,7 @@ class Request:
                 num_known_tokens=len(token_ids),
                 max_computed_tokens=len(token_ids) + wire.max_tokens - 1,
                 stop_token_ids=stop_token_ids,
+                num_listed=num_listed,
                 block_hashes=hashes,
                 shares_prompt=bool(wire.seeds),
             )

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+from eagleray.cluster.prompts import check_text
+
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same
@@ -110,6 +112,9 @@ class SamplingParams:
             raise ValueError(
                 f"stop is {self.stop!r} with detokenize False; stop strings need text, set detokenize to True"
             )
+        for name, texts in (("stop", self.stop_strings), ("bad_words", self.bad_words or ())):
+            for text in texts:
+                check_text(text, name)
         if self.bad_words is not None and not all(self.bad_words):
             raise ValueError("bad_words holds an empty string, which cannot be forbidden; leave it out")
         if len(self.bad_words or ()) > MAX_BAD_WORDS:

@@ -9,6 +9,7 @@ from operator import attrgetter, itemgetter
 
 from eagleray.cluster.block_pool import BlockPool
 from eagleray.cluster.caution import Caution
+from eagleray.cluster.errors import ALL_MASKED
 from eagleray.cluster.fairness import Fairness, Group, standing
 from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.plan import InFlight, Plan
@@ -324,7 +325,7 @@ class Scheduler:
             request = self._fairness.first(apart_from)
             if request is None or request.awaits_tokens or not self._admit(request, plan, plan.budget - kept):
                 break  # a preempted request waits for its tokens in flight; nobody overtakes
-            plan.num_told += len(request.token_ids)
+            plan.num_told += len(request.token_ids) + request.num_listed
             assert request.row is not None
             if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_slice_tokens:
                 apart_from.add(request.group)  # the budget ended its slice
@@ -392,6 +393,10 @@ class Scheduler:
                 continue
             if output.not_finite and row in output.not_finite:
                 news.append((request.front_end, self._end_not_finite(request)))
+                continue
+            if output.all_masked and row in output.all_masked:
+                tokens = Tokens(request.id, finish_reason="error", error=ALL_MASKED)
+                news.append((request.front_end, self._end(request, tokens)))
                 continue
             tokens = Tokens(request.id)
             if output.prompt_logprobs and row in output.prompt_logprobs:

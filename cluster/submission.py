@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from eagleray.cluster.errors import ContextLengthError
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
@@ -27,6 +29,7 @@ def engine_request(
     prompt_token_ids: Sequence[int],
     params: SamplingParams,
     limits: ModelLimits,
+    sampling: Sampling,
     *,
     first_id: int,
     derived_seed: int,
@@ -34,17 +37,17 @@ def engine_request(
     group: str = "",
     tenant: str = "",
     clip: bool = False,
-    bad_words: list[list[int]] | None = None,
 ) -> EngineRequest:
     """What is to run for the `n` sequences: one where all would be equal. Raises `ValueError` for what cannot run.
 
-    With `clip` more `max_tokens` than the model has room for are as many as it has.
+    `sampling` is that of `params`, but for the seed. With `clip` more `max_tokens` than the model has room for are as
+    many as it has.
     """
     seed = (derived_seed if params.seed is None else params.seed) & MAX_SEED
     return EngineRequest(
         id=first_id,
         prompt_token_ids=_packed(prompt_token_ids, limits),
-        sampling=_sampling(params, limits, seed, bad_words or []),
+        sampling=sampling if params.greedy else msgspec.structs.replace(sampling, seed=seed),
         max_tokens=_max_tokens(len(prompt_token_ids), params, limits, clip),
         priority=priority,
         seeds=[derive_seed(seed, index) for index in range(1, params.num_distinct)],
@@ -105,7 +108,11 @@ def _max_tokens(num_prompt_tokens: int, params: SamplingParams, limits: ModelLim
     return min(params.max_tokens or room, room)
 
 
-def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, bad_words: list[list[int]]) -> Sampling:
+def sampling_of(params: SamplingParams, limits: ModelLimits, bad_words: list[list[int]]) -> Sampling:
+    """How tokens are drawn, the same for every prompt but for the seed, which is not here.
+
+    `bad_words` are those of `params` as tokens. Raises `ValueError` for what the model cannot draw by.
+    """
     stop_token_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else limits.eos_token_ids)}
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         for token_id in getattr(params, name) or ():
@@ -113,12 +120,8 @@ def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, bad_words:
     for word in bad_words:
         for token_id in word:
             _check_token("bad_words", token_id, limits)
-    if params.min_tokens and params.allowed_token_ids and stop_token_ids.issuperset(params.allowed_token_ids):
-        raise ValueError(
-            f"allowed_token_ids {params.allowed_token_ids} are all stop tokens, none of which can be drawn before "
-            f"min_tokens {params.min_tokens}; allow another token or set min_tokens to 0"
-        )
-    shaping = {} if params.greedy else _shaping(params, seed)
+    _check_drawable(params, limits, stop_token_ids if params.min_tokens else set(), bad_words)
+    shaping = {} if params.greedy else _shaping(params)
     return Sampling(
         temperature=0.0 if params.greedy else float(params.temperature),
         presence_penalty=float(params.presence_penalty),
@@ -135,11 +138,25 @@ def _sampling(params: SamplingParams, limits: ModelLimits, seed: int, bad_words:
     )
 
 
-def _shaping(params: SamplingParams, seed: int) -> dict[str, Any]:
+def _check_drawable(
+    params: SamplingParams, limits: ModelLimits, stop_token_ids: set[int], bad_words: list[list[int]]
+) -> None:
+    """Raise `ValueError` if the first token could be none at all. `stop_token_ids` are those that it may not be."""
+    barred = stop_token_ids.union(word[0] for word in bad_words if len(word) == 1)
+    allowed = params.allowed_token_ids
+    if len(barred) < limits.vocab_size if allowed is None else not barred.issuperset(allowed):
+        return
+    names = ["bad_words"] * bool(bad_words) + [f"stop tokens before min_tokens {params.min_tokens}"] * bool(
+        stop_token_ids
+    )
+    which = "every token of the vocabulary is" if allowed is None else "allowed_token_ids are all"
+    raise ValueError(f"{which} among {' or '.join(names)}, so that nothing could be drawn; leave one of them out")
+
+
+def _shaping(params: SamplingParams) -> dict[str, Any]:
     """What only matters where chance decides."""
     return {
         "top_k": max(params.top_k, 0),
         "top_p": float(params.top_p),
         "min_p": float(params.min_p),
-        "seed": seed,
     }

@@ -23,7 +23,7 @@ def running_engine(config: EngineConfig, err: Console) -> "Iterator[AsyncLLM]":
     """Start an engine, with a line on the terminal while that takes; close it whatever happens."""
     with starting(config, err):
         from eagleray.cluster.async_llm import AsyncLLM  # takes a second or two, under the line that says so
-    engine = AsyncLLM(**asdict(config))
+    engine = AsyncLLM(**asdict(config), generation_config="none")  # the command asks for each parameter
     try:
         yield engine
     finally:
@@ -52,7 +52,7 @@ def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
     no_tokenizer = not (folder_of(config) / "tokenizer.json").is_file()
-    return launch(model, size, None, no_tokenizer, options)
+    return launch(model, size, None, no_tokenizer, options, generation_config="none")
 
 
 @contextmanager

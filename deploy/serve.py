@@ -181,7 +181,18 @@ def _launch(
 ) -> tuple[EngineClient, FrontEnd]:
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
-    return launch(model, size, None, False, options, room=room, on_end=metrics.end, on_progress=teller, replica=replica)
+    return launch(
+        model,
+        size,
+        None,
+        False,
+        options,
+        room=room,
+        on_end=metrics.end,
+        on_progress=teller,
+        replica=replica,
+        generation_config="none",  # the replica asks for the model's itself
+    )
 
 
 def _listen_here_only() -> None:

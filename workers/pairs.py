@@ -17,6 +17,7 @@ from torch import Tensor
 
 PAD = -(1 << 63)  # below the pair of every token
 NOT_FINITE = 0x7FFFFFFF  # the upper half of a pair that stands for a line which nothing can be drawn from
+MASKED = -0x7F800001  # the upper half of a masked token's pair, whose value is minus infinity; `PAD` has a lower one
 _LOW = 0xFFFFFFFF
 _GROUP_SIZES = (256, 64, 16)
 _CPU_BLOCK = 1 << 17  # elements; the temporaries of one block stay in a core's cache
@@ -56,9 +57,12 @@ def find_marks(logits: Tensor, first_id: int) -> Tensor:
     return torch.where(finite, PAD, (NOT_FINITE << 32) + _LOW - first_id)
 
 
-def unpack_host(pairs: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The token ids of pairs on the host, and which pairs are marks."""
-    return _LOW - (pairs & _LOW), (pairs >> 32) == NOT_FINITE
+def unpack_host(
+    pairs: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """The token ids of lines' best pairs on the host, which of these are marks, and which are of masked tokens."""
+    values = pairs >> 32
+    return _LOW - (pairs & _LOW), values == NOT_FINITE, values <= MASKED
 
 
 def best_pairs(values: Tensor, first_id: int) -> Tensor:

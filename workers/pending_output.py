@@ -42,10 +42,11 @@ class PendingOutput:
             self._copied.synchronize()
         if self._sampled is not None:
             order = np.argsort(self._rows)
-            token_ids, is_not_finite = unpack_host(self._pairs.numpy()[order])
+            token_ids, is_not_finite, is_masked = unpack_host(self._pairs.numpy()[order])
             self._output.token_ids = token_ids.astype(np.int32).tobytes()
             self._output.logprobs = self._sampled.logprobs
             self._output.not_finite = self._rows[order][is_not_finite].tolist()
+            self._output.all_masked = self._rows[order][is_masked].tolist()
         for row, entries in self._output.prompt_logprobs.items():
             if row not in self._output.not_finite and not _are_finite(entries):
                 self._output.not_finite.append(row)

@@ -14,7 +14,7 @@ The order of operations is that of vLLM's v1 engine, so that the same parameters
     probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id;
 10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`noise.py`). Equal sums go to the lower id.
 
-Where nothing is left to draw from, because everything is masked, the token is the lowest id, as arg-max has it.
+Where nothing is left to draw from, because everything is masked, the pair is a masked token's, and says so.
 Where a raw logit is NaN or infinite nothing is drawn: the row's pair says so, and its token means nothing.
 
 Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (`candidates.py`), and per-row sums and

@@ -31,6 +31,12 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None  # how many of the most likely tokens to report beside the sampled one
     prompt_logprobs: int | None = None
 
+    @property
+    def num_listed(self) -> int:
+        """Numbers in all of its lists."""
+        lists = (self.logit_bias, self.allowed_token_ids, self.stop_token_ids, *self.bad_words)
+        return sum(map(len, lists))
+
 
 class RowStart(msgspec.Struct, omit_defaults=True):
     """A request enters a row of the workers' tables, for the first time or again after preemption."""
@@ -90,6 +96,7 @@ class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
     not_finite: list[int] = []  # rows whose logits were NaN or infinite: their tokens mean nothing
+    all_masked: list[int] = []  # rows that may draw no token at all: likewise
     gpu_seconds: float = 0.0  # from its launch, or from the output before if that came later, to its output
     out_of_memory: str = ""  # why the step did not run; those after it do not either, up to a restart
 

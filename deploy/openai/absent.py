@@ -91,7 +91,9 @@ def without_nothing(body: dict[str, Any], fields: object, absent: Mapping[str, A
 
 
 def _is_nothing(value: Any, absent: Absent) -> bool:
-    """JSON's `true` is not its 1, as it is in Python."""
+    """JSON's `true` is not its 1, as it is in Python. Parts of an object that are null say nothing either."""
+    if isinstance(value, dict):
+        value = {name: part for name, part in value.items() if part is not None}
     return any(type(value) is type(each) and value == each for each in absent.accepted)
 
 

@@ -38,7 +38,7 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
     async with aclosing(outputs(served.engine, job, RequestOutputKind.FINAL_ONLY)) as news:
         async for number, output in news:
             count.add(number, output)
-    output, params, tokenizer = count.prompts[0], job.params[0], served.engine.tokenizer
+    output, params, tokenizer = count.prompts[0], job.params, served.engine.tokenizer
     whole = [_whole(sequence) for sequence in output.outputs]
 
     def reply(logprobs: list[ChatLogprobs | None]) -> ChatCompletion:
@@ -93,7 +93,7 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
             for sequence in output.outputs:
                 if (news := growth[sequence.index].take(sequence)) is not None:
                     so_far = {"usage": usage(output, growth[sequence.index].num_tokens)} if in_each else {}
-                    choice = _chunk_choice(request, sequence.index, news, job.params[0], served.engine.tokenizer)
+                    choice = _chunk_choice(request, sequence.index, news, job.params, served.engine.tokenizer)
                     yield chunk([choice], **so_far, **(_prompt_ids(request, output) if news.first else {}))
     if options.include_usage:
         yield chunk([], usage=count.usage())
@@ -110,8 +110,8 @@ async def _job(served: Served, request: ChatRequest) -> Job:
     params = chat_params(request, served.defaults)
     longest = None if request.truncate_prompt_tokens is None else MAX_TOKENIZED
     prompt = await conversation_prompt(served, request, longest)
-    served.limits.check_reply([prompt], [params])
-    return Job.of("chatcmpl", request, [prompt], [params])
+    served.limits.check_reply([prompt], params)
+    return Job.of("chatcmpl", request, [prompt], params)
 
 
 def _prompt_ids(request: ChatRequest, output: RequestOutput) -> dict[str, Any]:

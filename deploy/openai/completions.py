@@ -15,7 +15,7 @@ from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
-from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS, completion_params, prompt_only
+from eagleray.deploy.openai.sampling import completion_params, prompt_only
 from eagleray.deploy.openai.schema import CompletionRequest, StreamOptions
 from eagleray.deploy.openai.served import Served
 
@@ -32,7 +32,7 @@ async def completion(served: Served, request: CompletionRequest) -> Completion |
         choices = [choice for number, output in last for choice in reply.news(number, output)]
         return reply.part(choices, reply.usage())
 
-    if sum(log_probabilities(output, reply.job.params[number]) for number, output in last) > SMALL:
+    if sum(log_probabilities(output, reply.job.params) for _, output in last) > SMALL:
         return await asyncio.to_thread(lambda: written(whole(), []))
     return whole()
 
@@ -54,12 +54,9 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
     prompts = await completion_prompts(served, request)
-    rooms = [served.max_model_len - len(prompt["prompt_token_ids"]) for prompt in prompts]
-    rooms = [max(1, min(room, DEFAULT_MAX_TOKENS)) for room in rooms]  # all that their parameters depend on
-    params = {room: completion_params(request, room, served.defaults) for room in set(rooms)}
-    all_params, echo, ids = [params[room] for room in rooms], bool(request.echo), bool(request.return_token_ids)
-    served.limits.check_reply(prompts, all_params, echo=echo, ids=ids)
-    return Job.of("cmpl", request, prompts, [params[room] for room in rooms])
+    params = completion_params(request, served.defaults)
+    served.limits.check_reply(prompts, params, echo=bool(request.echo), ids=bool(request.return_token_ids))
+    return Job.of("cmpl", request, prompts, params, clip=request.max_tokens is None)
 
 
 class Reply:
@@ -109,7 +106,6 @@ class Reply:
         return found
 
     def _choice(self, index: int, number: int, output: RequestOutput, news: News) -> Choice:
-        params = self.job.params[number]
         text = "" if self._prompt_only else news.text
         if self._echo:
             token_ids = [] if self._prompt_only else news.token_ids
@@ -117,9 +113,9 @@ class Reply:
         return Choice(
             index=index,
             text=text,
-            logprobs=self._logprobs(index, params, output, news),
-            finish_reason=news.finish_reason,
-            stop_reason=news.stop_reason,
+            logprobs=self._logprobs(index, self.job.params, output, news),
+            finish_reason="length" if self._prompt_only and news.finish_reason else news.finish_reason,
+            stop_reason=None if self._prompt_only else news.stop_reason,
             **self._extensions(output, news),
         )
 
@@ -139,7 +135,7 @@ class Reply:
         """A choice's, made from its prompt's."""
         if index not in self._echoes:
             if number not in self._prompts:
-                prompt, skip = self.job.prompts[number], self.job.params[number].skip_special_tokens
+                prompt, skip = self.job.prompts[number], self.job.params.skip_special_tokens
                 self._prompts[number] = Echo(self._served.tokenizer, prompt, skip_special_tokens=skip)
             self._echoes[index] = self._prompts[number].copy()
         return self._echoes[index]

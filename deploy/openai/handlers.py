@@ -67,6 +67,9 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
             return ApiError(400, f"{path} is {shown(first.get('input'))}, but {absent.lack}; {wanted}", param=path)
         case "extra_forbidden":
             return _unknown_fields([_path(error) for error in errors if error["type"] == "extra_forbidden"])
+        case "string_unicode" if not path:
+            name = shown(first.get("input"))
+            return ApiError(400, f"the name of a field, {name}, holds what is no character; give UTF-8 text")
         case "missing" if path:
             return ApiError(400, f"{path} is missing; it is required", param=path)
     if not path:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from uuid import uuid4
 
 from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.errors import ALL_MASKED
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.admission import place_taken, tenant_asking
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.http_time import engine_time
+from eagleray.deploy.openai.limits import check_lists
 from eagleray.deploy.openai.merge import merged
 from eagleray.deploy.openai.replies import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
@@ -25,36 +27,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: prompts with their parameters, which differ in max_tokens at most."""
+    """One request: prompts, and the parameters of all."""
 
     id: str  # for the client, who may have chosen it
     unique: str  # for the engine
     prompts: list[TokensPrompt]
-    params: list[SamplingParams]
+    params: SamplingParams
     priority: int
+    clip: bool  # end where the model does, rather than refuse more tokens
 
     @classmethod
     def of(
-        cls, kind: str, request: GenerationRequest, prompts: list[TokensPrompt], params: list[SamplingParams]
+        cls,
+        kind: str,
+        request: GenerationRequest,
+        prompts: list[TokensPrompt],
+        params: SamplingParams,
+        *,
+        clip: bool = False,
     ) -> "Job":
         """Raises `ApiError`: 400 if it has too many choices, 429 if the queue has no places for them."""
-        num_choices, param = len(prompts) * params[0].n, "n" if params[0].n > 1 else "prompt"
+        num_choices, param = len(prompts) * params.n, "n" if params.n > 1 else "prompt"
         if num_choices > MAX_N:
-            message = f"{len(prompts)} prompts with n {params[0].n} are {num_choices} choices; ask for at most {MAX_N}"
+            message = f"{len(prompts)} prompts with n {params.n} are {num_choices} choices; ask for at most {MAX_N}"
             raise ApiError(400, message, param=param)
+        check_lists(params, num_choices)
         if (place := place_taken.get()) is not None:
             place.take_further(num_choices - 1, param)
         unique = uuid4().hex
-        job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0)
+        job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0, clip)
         told = {name: shown(value) for name in LOGGED if (value := getattr(request, name))}
         if told:
-            logger.info("%s is for %s", job.id, ", ".join(f"{name} {value}" for name, value in told.items()))
+            logger.info("%r is for %s", job.id, ", ".join(f"{name} {value}" for name, value in told.items()))
         return job
 
     @property
     def n(self) -> int:
         """Choices of each prompt."""
-        return self.params[0].n
+        return self.params.n
 
 
 async def outputs(
@@ -75,15 +85,15 @@ async def outputs(
 async def _outputs(
     engine: AsyncLLM, job: Job, number: int, kind: RequestOutputKind
 ) -> AsyncGenerator[RequestOutput, None]:
-    prompt, params, request_id = job.prompts[number], job.params[number], f"{job.unique}-{number}"
     stream = engine.generate(
-        prompt,
-        params,
-        request_id,
+        job.prompts[number],
+        job.params,
+        f"{job.unique}-{number}",
         priority=job.priority,
         output_kind=kind,
         group=job.unique,
         tenant=tenant_asking.get(),
+        clip=job.clip,
     )
     with bad_requests(FIELDS):
         async with aclosing(stream):
@@ -94,6 +104,8 @@ async def _outputs(
 
 
 def _check(sequence: CompletionOutput) -> None:
+    if sequence.error == ALL_MASKED:
+        raise ApiError(400, ALL_MASKED)
     if sequence.finish_reason == "error":
         raise ApiError(500, f"the engine failed: {sequence.error}", "server_error", code="engine_error")
     if sequence.finish_reason == "abort":

@@ -22,6 +22,7 @@ MAX_MESSAGES = 10_000  # and as many parts of their contents
 MAX_FIELDS = 100  # of one object, where more than all that there are must hold unknown ones
 MAX_CHARACTERS = 1_000_000  # of a text that is only to be counted: a second or so
 MAX_TOKENIZED = 500_000  # tokens of one
+MAX_LISTED = 1_000_000  # token ids, biases and letters of bad words that ranks are told, for each choice anew
 MAX_ECHOED = 1_000_000  # tokens of prompts in an answer
 MAX_LOGPROBS = 3_000_000  # in an answer: 20 beside a token's own for each of 140,000 tokens
 CHARACTERS_A_TOKEN = 32  # that a longer text than that may have for each token of a prompt, on average
@@ -79,7 +80,7 @@ class Limits:
     def check_reply(
         self,
         prompts: Sequence[TokensPrompt],
-        params: Sequence[SamplingParams],
+        params: SamplingParams,
         *,
         echo: bool = False,
         ids: bool = False,
@@ -89,14 +90,14 @@ class Limits:
         `echo` repeats a prompt for each choice, in log-probabilities, too, and `ids` its token ids.
         """
         num_echoed = num_logprobs = 0
-        for prompt, each in zip(prompts, params, strict=True):
+        for prompt in prompts:
             num_prompt = len(prompt["prompt_token_ids"])
-            num_repeated = each.n * num_prompt if echo else 0
-            num_new = each.n * (self.max_model_len - num_prompt if each.max_tokens is None else each.max_tokens)
-            num_echoed += num_repeated + (each.n * num_prompt if ids else 0)
-            num_logprobs += 0 if each.logprobs is None else (num_repeated + num_new) * (each.logprobs + 1)
-            if each.prompt_logprobs is not None and not echo:
-                num_logprobs += each.n * num_prompt * (each.prompt_logprobs + 1)
+            num_repeated = params.n * num_prompt if echo else 0
+            num_new = params.n * (self.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens)
+            num_echoed += num_repeated + (params.n * num_prompt if ids else 0)
+            num_logprobs += 0 if params.logprobs is None else (num_repeated + num_new) * (params.logprobs + 1)
+            if params.prompt_logprobs is not None and not echo:
+                num_logprobs += params.n * num_prompt * (params.prompt_logprobs + 1)
         if num_echoed > MAX_ECHOED:
             name = "echo" if echo else "return_token_ids"
             message = f"{name} would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
@@ -122,6 +123,16 @@ class Limits:
                 f"most {self.max_characters} characters; shorten it"
             )
             raise too_long(message)
+
+
+def check_lists(params: SamplingParams, num_choices: int) -> None:
+    """Raise `ApiError` 400 for more ids, biases and bad words than ranks should be told for all choices together."""
+    sizes = {name: len(getattr(params, name) or ()) for name in ("logit_bias", "allowed_token_ids", "stop_token_ids")}
+    sizes["bad_words"] = sum(map(len, params.bad_words or ()))
+    if (num_listed := num_choices * sum(sizes.values())) > MAX_LISTED:
+        longest = max(sizes, key=lambda name: sizes[name])
+        message = f"{longest} and the like are {num_listed} token ids, biases and letters for {num_choices} choices"
+        raise ApiError(400, f"{message}; lower n, or send fewer, {MAX_LISTED} at most", param=longest)
 
 
 def check_length(text: str) -> None:

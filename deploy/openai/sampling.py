@@ -35,8 +35,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 FIELDS = frozenset({*CompletionRequest.model_fields, *ChatRequest.model_fields})
 
 
-def completion_params(request: CompletionRequest, room: int, defaults: Defaults) -> SamplingParams:
-    """`room` is how many tokens the model holds after the prompt, `defaults` are the model's own.
+def completion_params(request: CompletionRequest, defaults: Defaults) -> SamplingParams:
+    """`defaults` are the model's own. Without max_tokens it is OpenAI's, which may be more than the model has room for.
 
     With `echo` and max_tokens 0, which asks for the prompt alone, the one token that is generated is to be dropped.
     """
@@ -46,7 +46,7 @@ def completion_params(request: CompletionRequest, room: int, defaults: Defaults)
         raise ApiError(400, message, param="best_of")
     max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = max(1, request.min_tokens or 0, min(DEFAULT_MAX_TOKENS, room))
+        max_tokens = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)
     if prompt_only(request):
         max_tokens = 1
     wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
@@ -106,4 +106,8 @@ def _biases(by_text: dict[str, float] | None) -> dict[int, float] | None:
         return None
     if odd := next((key for key in by_text if not (key.isascii() and key.isdigit() and len(key) <= 10)), None):
         raise ValueError(f"logit_bias has the key {shown(odd)}; give token ids as keys")
-    return {int(key): bias for key, bias in by_text.items()}
+    biases = {int(key): bias for key, bias in by_text.items()}
+    if len(biases) < len(by_text):
+        twice = next(key for key in by_text if key != str(int(key)))
+        raise ValueError(f"logit_bias has the key {shown(twice)} beside {int(twice)}; give each token id once")
+    return biases

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import torch
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import save_file
 
-from eagleray import LLM, AsyncLLM, EngineConfig, EngineDeadError, EngineStartError, RequestOutput, SamplingParams
+from eagleray import (
+    LLM,
+    AsyncLLM,
+    EngineClosedError,
+    EngineConfig,
+    EngineDeadError,
+    EngineStartError,
+    RequestOutput,
+    SamplingParams,
+)
 from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.front_end import FrontEnd
 from eagleray.cluster.resolve import worker_config
@@ -259,6 +269,25 @@ def test_four_threads_use_one_engine(llm: LLM) -> None:
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             assert list(pool.map(token_ids, range(4), timeout=60)) == one_by_one
+
+
+def test_a_forked_process_has_no_engine_and_harms_none(llm: LLM) -> None:
+    def in_child() -> bool:
+        with pytest.raises(EngineClosedError, match=rf"belongs to process {parent}, from which .* was forked"):
+            llm.generate([PROMPT], use_tqdm=False)
+        llm.close()
+        llm._engine._finalizer()  # type: ignore[attr-defined]  # as at the interpreter's end
+        return True
+
+    parent = os.getpid()
+    if (child := os.fork()) == 0:
+        code = 1
+        with suppress(BaseException):
+            code = 0 if in_child() else 1
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=5, temperature=0), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 5
 
 
 def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path: Path) -> None:

@@ -61,6 +61,29 @@ def test_a_priority_that_is_no_whole_number_is_refused(front_end: FrontEnd, prio
     front_end.prepare("Hello", SamplingParams(), priority=-3)
 
 
+@pytest.mark.parametrize("name", ["request_id", "group", "tenant"])
+def test_a_name_that_is_no_text_is_refused(front_end: FrontEnd, name: str) -> None:
+    names: dict[str, Any] = {name: 5}
+    with pytest.raises(ValueError, match=f"^{name} is 5; give text$"):
+        front_end.prepare("Hello", SamplingParams(), **names)
+
+
+def test_what_prompts_of_a_group_share_is_made_once(front_end: FrontEnd) -> None:
+    params = SamplingParams(stop=["x" * 200], bad_words=["Paris"], logit_bias={5: 1.0}, temperature=0)
+    first, second, other = (front_end.prepare(text, params, group=group) for text, group in ("ag", "bg", "ch"))
+    assert first.request.sampling is second.request.sampling
+    assert first.request.sampling is not other.request.sampling
+    assert first.request.sampling == other.request.sampling
+
+
+def test_a_list_that_was_changed_meanwhile_counts_for_the_next_group(front_end: FrontEnd) -> None:
+    params = SamplingParams(logit_bias={5: 1.0})
+    assert front_end.prepare("a", params).request.sampling.logit_bias == {5: 1.0}
+    assert params.logit_bias is not None
+    params.logit_bias[6] = 2.0
+    assert front_end.prepare("a", params).request.sampling.logit_bias == {5: 1.0, 6: 2.0}
+
+
 def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Hello")
     prompts: list[Prompt] = ["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids}]
@@ -100,7 +123,14 @@ def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenize
         ([5], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds the token id 49152"),
         ([5], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids holds the token id 49152"),
         ([5], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias holds the token id 49152"),
-        ([5], {"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids [2] are all stop tokens"),
+        ([5], {"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids are all among stop tokens before"),
+        ([5], {"allowed_token_ids": [A], "bad_words": ["a"]}, "allowed_token_ids are all among bad_words, so that"),
+        ([5], {"allowed_token_ids": [A, EOS], "bad_words": ["a"], "min_tokens": 1}, "among bad_words or stop tokens"),
+        (
+            [5],
+            {"stop_token_ids": list(range(VOCAB_SIZE)), "min_tokens": 2},
+            "every token of the vocabulary is among stop tokens before min_tokens 2, so that nothing could be drawn",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_and_leaves_nothing(

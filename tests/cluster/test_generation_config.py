@@ -4,8 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
-from eagleray.cluster.generation_config import DEFAULTED, chosen_defaults, drawable, eos_token_ids, sampling_defaults
+from eagleray.cluster.generation_config import (
+    DEFAULTED,
+    UNHELD,
+    chosen_defaults,
+    default_params,
+    drawable,
+    eos_token_ids,
+    sampling_defaults,
+)
+from eagleray.cluster.sampling_params import SamplingParams
 
 LLAMA = {  # Llama-3.1-8B-Instruct's, but for min_p
     "bos_token_id": 128000,
@@ -43,6 +53,45 @@ def test_config_json_counts_where_there_is_no_file_as_in_transformers(tmp_path: 
     (tmp_path / "config.json").write_text('{"temperature": 0.3, "model_type": "llama"}')
     assert sampling_defaults(tmp_path) == {"temperature": 0.3}
     assert sampling_defaults(written(tmp_path, "{}")) == {}
+
+
+LENGTHS = {"max_length", "max_new_tokens", "max_time", "num_return_sequences"}  # which requests say themselves
+WITH_BEAMS = {"early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups"}  # nothing without num_beams
+SAME_ANSWER = {  # how fast it comes, what comes with it, and what is for other kinds of models
+    *("use_mtp", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "renormalize_logits"),
+    *("remove_invalid_values", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "pad_token_id", "bos_token_id", "decoder_start_token_id", "is_assistant"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
+    *("target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile"),
+    *("continuous_batching_config", "low_memory", "prefill_chunk_size", "_from_model_config", "transformers_version"),
+}
+
+
+def test_whatever_transformers_reads_is_held_refused_or_changes_no_answer() -> None:
+    known = {*DEFAULTED, *UNHELD, "do_sample", "eos_token_id", *LENGTHS, *WITH_BEAMS, *SAME_ANSWER}
+    assert vars(GenerationConfig()).keys() <= known
+
+
+@pytest.mark.parametrize("name", UNHELD)
+def test_what_is_not_there_is_refused_unless_it_asks_for_nothing(tmp_path: Path, name: str) -> None:
+    for nothing in UNHELD[name]:
+        assert sampling_defaults(written(tmp_path, json.dumps({name: nothing}))) == {}
+    model = written(tmp_path, json.dumps({name: [[5]]}))
+    words = rf"generation_config\.json: {name} is \[\[5\]\], which Eagleray does not have; take it out; .* 'none'$"
+    with pytest.raises(ValueError, match=words):
+        default_params(model)
+    assert default_params(model, "none") == SamplingParams()
+
+
+def test_a_choice_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="generation_config is 'vllm'; give 'auto'"):
+        default_params(tmp_path, "vllm")
+
+
+def test_a_model_that_is_not_to_sample_is_greedy(tmp_path: Path) -> None:
+    assert sampling_defaults(written(tmp_path, '{"do_sample": false, "temperature": 0.7}')) == {"temperature": 0.0}
+    assert sampling_defaults(written(tmp_path, '{"do_sample": null, "temperature": 0.7}')) == {"temperature": 0.7}
 
 
 def test_an_end_that_no_model_can_draw_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

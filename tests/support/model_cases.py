@@ -98,7 +98,10 @@ GENERATION: dict[str, list[Any]] = {
     "top_k": [20, 0, None, -1, 1.5],
     "min_p": [0.1, None],
     "repetition_penalty": [1.1, None, 0.0],
-    "do_sample": [True, False],
+    "do_sample": [True, False, None],
+    "num_beams": [1, None, 4],
+    "suppress_tokens": [None, [], [5]],
+    "no_repeat_ngram_size": [0, 2],
 }
 
 Case = tuple[str, Callable[[Path], None]]

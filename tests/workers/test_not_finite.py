@@ -148,6 +148,17 @@ def test_it_ends_once_what_it_drew_is_not_finite(model: CausalLM, expected: list
     assert tokens_of_good(engine) == expected
 
 
+def test_one_that_may_draw_no_token_ends_alone(model: CausalLM, expected: list[list[int]]) -> None:
+    for sampling in SAMPLINGS:
+        engine = make_engine(model)
+        engine.add(100, [1, 2, 3], 8, **sampling, allowed_token_ids=[9], bad_words=[[9, 9, 9]])
+        add_good(engine)
+        engine.run()
+        assert (engine.token_ids(100), engine.finish_reason(100)) == ([9, 9], "error")
+        assert "no token is left to draw" in (engine.news[100][-1].error or "")
+        assert tokens_of_good(engine) == expected
+
+
 def test_whoever_gets_its_blocks_never_notices(model: CausalLM, expected: list[list[int]]) -> None:
     """All blocks were full of NaN, of requests that ended by themselves, and of some that left before they drew."""
     engine = make_engine(model)

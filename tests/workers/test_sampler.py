@@ -89,10 +89,13 @@ class Line:
     output: list[int] = field(default_factory=list)
 
 
-def sample(lines: list[Line], size: int = 1, odd: Sequence[int] = ()) -> tuple[list[int], dict[int, TokenLogprobs]]:
+def sample(
+    lines: list[Line], size: int = 1, odd: Sequence[int] = (), masked: Sequence[int] = ()
+) -> tuple[list[int], dict[int, TokenLogprobs]]:
     """The tokens of `lines`, in rows 0, 2, 4, …, after a check that all ranks agree; logprobs by line.
 
-    Nothing can be drawn for lines `odd`, and every rank must say so of those alone.
+    Nothing can be drawn for lines `odd`, whose logits are not finite, nor for `masked`, and every rank must say so of
+    those alone.
     """
     rows = [2 * line for line in range(len(lines))]
     max_rows, max_len = 2 * len(lines) + 3, 2 + max(len(line.prompt) + len(line.output) for line in lines)
@@ -117,8 +120,9 @@ def sample(lines: list[Line], size: int = 1, odd: Sequence[int] = ()) -> tuple[l
             [len(line.prompt) for line in lines],
             [len(line.prompt) + len(line.output) for line in lines],
         )
-        token_ids, is_mark = unpack_host(out.pairs.numpy())
+        token_ids, is_mark, is_masked = unpack_host(out.pairs.numpy())
         assert np.flatnonzero(is_mark).tolist() == list(odd)
+        assert np.flatnonzero(is_masked).tolist() == list(masked)
         return token_ids.tolist(), {row // 2: each for row, each in out.logprobs.items() if row // 2 not in odd}
 
     results = on_ranks(size, work)
@@ -396,10 +400,12 @@ class TestExtremes:
             lines = [Line(msgspec.structs.replace(kind, seed=seed), logits) for seed in range(30)]
             assert set(sample(lines, size)[0]) == {4, 650}
 
-    def test_with_nothing_left_the_token_is_the_lowest_id(self, size: int) -> None:
+    def test_with_nothing_left_every_rank_knows(self, size: int) -> None:
         kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.5}]
         nothing: dict[str, Any] = {"allowed_token_ids": [720], "stop_token_ids": [720], "min_tokens": 1}
-        assert sample([Line(Sampling(**kind, **nothing), flat()) for kind in kinds], size)[0] == [0] * 5
+        lines = [Line(Sampling(**kind, **others), flat()) for kind in kinds for others in (nothing, {})]
+        tokens = sample(lines, size, masked=range(0, 10, 2))[0]
+        assert tokens[1::2] == sample(lines[1::2], size)[0]
 
     @pytest.mark.parametrize("where", [0, 5, 650, 720, 999])
     @pytest.mark.parametrize("broken", [np.nan, -np.nan, np.inf, -np.inf])

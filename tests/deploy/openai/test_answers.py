@@ -288,6 +288,14 @@ def test_an_echo_alone_scores_the_prompt(tiny: Server) -> None:
     )
 
 
+def test_an_echo_alone_says_nothing_of_the_token_after_it(tiny: Server) -> None:
+    body = {"prompt": PROMPT, "temperature": 0.0, "return_token_ids": True}
+    told = post(tiny, "/v1/completions", max_tokens=1, ignore_eos=True, **body)["choices"][0]
+    for stop in ({"stop": [told["text"]]}, {"stop_token_ids": told["token_ids"]}):
+        alone = post(tiny, "/v1/completions", max_tokens=0, echo=True, **stop, **body)["choices"][0]
+        assert (alone["finish_reason"], alone["stop_reason"], alone["token_ids"]) == ("length", None, [])
+
+
 @pytest.mark.parametrize("as_stream", [False, True])
 @pytest.mark.parametrize("num_top", [0, 2])
 def test_logprobs_of_chats(tiny: Server, as_stream: bool, num_top: int) -> None:

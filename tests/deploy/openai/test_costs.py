@@ -88,6 +88,20 @@ def test_log_probabilities_are_counted_over_all_choices_and_tokens(server: Serve
         assert "8400000 log-probabilities" in refusal(server, path, **asked, **others, **kwargs)["message"]
 
 
+def test_lists_are_counted_over_all_choices(server: Server) -> None:
+    lists: dict[str, Any] = {
+        "allowed_token_ids": list(range(100)),
+        "logit_bias": dict.fromkeys(range(100), 1),
+        "stop_token_ids": list(range(50)),
+        "bad_words": ["x" * 40, "y" * 10],
+    }
+    for asked in ({"prompt": "a", "n": 3400}, {"prompt": ["a", "b"] * 17, "n": 100}):
+        error = refusal(server, "/v1/completions", **lists, **asked)
+        assert "1020000 token ids, biases and letters for 3400 choices" in error["message"]
+        assert error["param"] == "logit_bias"
+    assert post(server, "/v1/completions", prompt="a", n=10, max_tokens=1, **lists).status_code == 200
+
+
 def test_an_echo_is_counted_over_all_choices(server: Server) -> None:
     error = refusal(server, "/v1/completions", prompt="a" * 1000, echo=True, n=4000, max_tokens=1)
     assert error["param"] == "echo"

@@ -150,6 +150,15 @@ async def test_what_is_there_may_be_asked_for(ask: Ask, path: str, field: str) -
         assert status == 200, answer
 
 
+@pytest.mark.parametrize("form", [{"type": "text", "json_schema": None}, {"json_schema": None}])
+async def test_parts_that_are_null_ask_for_nothing(ask: Ask, form: dict[str, Any]) -> None:
+    for path, body in BODIES.items():
+        status, answer = await ask(path, **body, response_format=form)
+        assert status == 200, answer
+        status, answer = await ask(path, **body, response_format=form | {"type": "json_object"})
+        assert (status, answer["error"]["param"]) == (400, "response_format")
+
+
 async def test_options_of_streams(ask: Ask) -> None:
     for path, body in BODIES.items():
         for value in values(fields(TYPES[path])["stream_options"]):

@@ -257,9 +257,17 @@ def test_who_asks_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.Log
         more = post(tiny, "/v1/chat/completions", messages=MESSAGES, max_tokens=2, user="alice", **others)
         post(tiny, "/v1/completions", prompt=PROMPT, user="x" * 100_000)
     first, second, third = caplog.messages
-    assert first == f"{answer['id']} is for user 'alice'"
-    assert second == (f"{more['id']} is for user 'alice', safety_identifier 'b', session_id 'c', metadata {{'d': 'e'}}")
+    assert first == f"{answer['id']!r} is for user 'alice'"
+    told = "user 'alice', safety_identifier 'b', session_id 'c', metadata {'d': 'e'}"
+    assert second == f"{more['id']!r} is for {told}"
     assert len(third) < 200
+
+
+def test_a_name_of_a_request_writes_no_lines_of_its_own(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
+        answer = post(tiny, "/v1/completions", prompt=PROMPT, user="bob", request_id="x\nFAKE \x1b[31m")
+    assert answer["id"] == "cmpl-x\nFAKE \x1b[31m"
+    assert caplog.messages == [r"'cmpl-x\nFAKE \x1b[31m' is for user 'bob'"]
 
 
 def test_a_request_may_name_its_answer(tiny: Server) -> None:

@@ -107,6 +107,9 @@ BAD_BOTH: list[tuple[dict[str, Any], str | None]] = [
     ({"logit_bias": {"258": 1}}, "logit_bias"),
     ({"logit_bias": {"9" * 30: 1}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {"5": 1, "05": -1}}, "logit_bias"),
+    ({"stop": ["\udc00"]}, "stop"),
+    ({"stop": "a\udc00"}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"request_id": "x" * 129}, "request_id"),
     ({"metadata": ["a"]}, "metadata"),
@@ -211,6 +214,19 @@ def test_not_a_number_is_refused(tiny: Server) -> None:
 def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_remedy(tiny: Server) -> None:
     answer = httpx.post(tiny.url + "/v1/completions", content=json.dumps(COMPLETION))
     assert (answer.status_code, "content-type: application/json" in answer.text) == (400, True)
+
+
+def test_a_name_that_is_no_text_is_refused_as_such(tiny: Server) -> None:
+    error = refused(tiny, "/v1/completions", b'{"prompt": "a", "\\udc00": 1}')
+    assert "content-type" not in error["message"]
+    assert "name of a field" in error["message"]
+
+
+def test_an_answer_that_comes_to_where_nothing_may_follow_is_refused(tiny: Server) -> None:
+    (letter,) = httpx.post(tiny.url + "/tokenize", json={"prompt": "a"}).json()["tokens"]
+    asked = COMPLETION | {"allowed_token_ids": [letter], "bad_words": ["aaa"], "max_tokens": 5, "ignore_eos": True}
+    assert "no token is left to draw" in refused(tiny, "/v1/completions", asked)["message"]
+    assert httpx.post(tiny.url + "/v1/completions", json=asked | {"max_tokens": 2}).status_code == 200
 
 
 def test_tokens_that_the_tokenizer_has_not_are_refused(tiny: Server) -> None:
