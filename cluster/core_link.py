@@ -22,6 +22,7 @@ PING_S = 1.0
 WARN_S = 4.0  # silence that is told
 STOPPED_S = 30.0  # silence that ends the wait for a core that is stopped, which may be for a moment only
 MAX_SUBMIT_BYTES = 2**23  # of prompts in one message
+LISTED_BYTES = 16  # of an id with its bias, or of a seed, at most
 
 
 class CoreLink:
@@ -54,8 +55,9 @@ class CoreLink:
     def send(self, message: FrontEndMessage) -> None:
         """Hand a message to the core without waiting; one of many requests goes in several parts."""
         for part in _parts(message) if isinstance(message, Submit) else (message,):
-            self._num_sent += 1
-            self._peer.send(self._encode(part))
+            payload = self._encode(part)
+            self._num_sent += 1  # what cannot be encoded is not missed
+            self._peer.send(payload)
 
     def receive(self, timeout_s: float) -> EngineOutputs | None:
         """The next news, or None once the time is over."""
@@ -112,9 +114,10 @@ def _parts(message: Submit) -> list[Submit]:
     parts: list[list[EngineRequest]] = [[]]
     size = 0
     for request in message.requests:
-        if parts[-1] and size + len(request.prompt_token_ids) > MAX_SUBMIT_BYTES:
+        more = len(request.prompt_token_ids) + LISTED_BYTES * (request.sampling.num_listed + len(request.seeds))
+        if parts[-1] and size + more > MAX_SUBMIT_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(request)
-        size += len(request.prompt_token_ids)
+        size += more
     return [Submit(requests) for requests in parts]

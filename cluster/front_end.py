@@ -20,7 +20,7 @@ from eagleray.cluster.messages import (
     StopProfile,
 )
 from eagleray.cluster.outputs import RequestOutputKind
-from eagleray.cluster.prompts import Prompt, num_to_take
+from eagleray.cluster.prompts import Prompt, check_text, num_to_take
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.stop_strings import StopStrings
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request, sampling_of
@@ -101,9 +101,12 @@ class FrontEnd:
         if not isinstance(priority, int) or isinstance(priority, bool) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             within = f"from -{MAX_PRIORITY} to {MAX_PRIORITY}"
             raise ValueError(f"priority is {priority!r}; give a whole number {within}, of which lower ones run first")
-        names: dict[str, object] = {"request_id": request_id or "", "group": group or "", "tenant": tenant}
-        if wrong := next((name for name, value in names.items() if not isinstance(value, str)), None):
-            raise ValueError(f"{wrong} is {names[wrong]!r}; give text")
+        names: dict[str, object] = {"request_id": request_id, "group": group, "tenant": tenant}
+        for name, value in names.items():
+            if isinstance(value, str):
+                check_text(value, name)
+            elif value is not None or name == "tenant":
+                raise ValueError(f"{name} is {value!r}; give text")
         number = next(self._numbers)
         num_new = params.max_tokens or max(1, params.min_tokens)
         last = num_to_take(params.truncate_prompt_tokens, self._limits.max_model_len, num_new)
@@ -183,6 +186,7 @@ class FrontEnd:
         """
         if not str(directory):
             raise ValueError(f"directory is {directory!r}; name one for the traces, or '.' for the working directory")
+        check_text(str(directory), "directory")
         return StartProfile(next(self._profile_ids), str(Path(directory).expanduser().absolute()))
 
     def stop_profile(self) -> StopProfile:
@@ -239,8 +243,10 @@ class FrontEnd:
         """A prompt's text, where there is one, and its token ids, the `last` ones of more."""
         if isinstance(prompt, dict):
             given = dict[str, Any](prompt)
-            if given.get("prompt_token_ids") is not None:
-                return given.get("prompt"), list(given["prompt_token_ids"])[-last if last else 0 :]
+            if (ids := given.get("prompt_token_ids")) is not None:
+                if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+                    raise ValueError(f"prompt_token_ids is {ids!r}; give a list of token ids")
+                return given.get("prompt"), list(ids)[-last if last else 0 :]
             prompt = given.get("prompt", prompt)
         if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes):
             return None, list(prompt)[-last if last else 0 :]

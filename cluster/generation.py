@@ -81,7 +81,7 @@ class Generation:
     request: EngineRequest  # what the engine is to be sent
     completions: list[Completion]
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of the prompt's second token and later ones
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's second token and later ones
     num_cached_tokens: int | None = None
     arrival_time: float = field(default_factory=time.monotonic)
     first_token_time: float | None = None
@@ -99,7 +99,7 @@ class Generation:
         completion.take(news, self, eos_token_ids)
         self.changed[completion.index] = completion
         completion.begun = news.begun or completion.begun
-        self.prompt_logprobs += map(self.named, news.prompt_logprobs)
+        self.prompt_logprobs += news.prompt_logprobs
         if self.num_cached_tokens is None:
             self.num_cached_tokens = news.num_cached_tokens
         if news.token_ids and self.first_token_time is None:
@@ -135,7 +135,7 @@ class Generation:
         told, num_told = self.prompt_logprobs, len(self.prompt_logprobs)
         wanted = self.params.prompt_logprobs is not None
         output: RequestOutput = RequestOutput.made_later(
-            {"prompt_logprobs": lambda: [None, *told[:num_told]] if wanted else None},
+            {"prompt_logprobs": lambda: [None, *map(self.named, told[:num_told])] if wanted else None},
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from eagleray.cluster.errors import ContextLengthError
 from eagleray.cluster.messages import EngineRequest
@@ -75,7 +76,8 @@ def _packed(prompt_token_ids: Sequence[int], limits: ModelLimits) -> bytes:
     except (TypeError, OverflowError):
         odd = next(i for i in prompt_token_ids if not isinstance(i, int) or not -MAX_TOKEN_ID <= i <= MAX_TOKEN_ID)
         raise ValueError(f"the prompt holds {odd!r}; give token ids from 0 to {limits.vocab_size - 1}") from None
-    for token_id in (min(packed), max(packed)):
+    ids = np.frombuffer(packed, np.int32)
+    for token_id in (int(ids.min()), int(ids.max())):
         _check_token("the prompt", token_id, limits)
     return packed.tobytes()
 

@@ -50,6 +50,7 @@ class Tokenizer:
         self.spelling = Spelling(backend)
         self._texts: dict[int, str] = {}
         self._chat_templates = chat_templates
+        self._words: dict[str, bool] = {}  # that the usual one was asked for
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Self:
@@ -86,7 +87,10 @@ class Tokenizer:
 
     def chat_template_has(self, name: str) -> bool:
         """Whether the chat template has this word, as it has variables and the fields of messages that it uses."""
-        return re.search(rf"\b{re.escape(name)}\b", self._chat_templates.get("default", "")) is not None
+        if name not in self._words:  # few are asked for, and once for each message
+            template = self._chat_templates.get("default", "")
+            self._words[name] = re.search(rf"\b{re.escape(name)}\b", template) is not None
+        return self._words[name]
 
     def prepare(self) -> None:
         """Start the process that chat templates need, while others wait for something else."""

@@ -3,15 +3,16 @@
 Front ends check what users give, in words for users. This guards against front ends that do not.
 """
 
-from array import array
 from dataclasses import dataclass
+
+import numpy as np
 
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.sampling_params import MAX_SEED, RANGES
 from eagleray.workers.wire import Sampling
 
 MAX_PRIORITY = 2**31 - 1
-ITEM = array("i").itemsize
+ITEM = 4  # bytes of an int32
 _NAMES = [name for name in RANGES if hasattr(Sampling(), name)]
 
 
@@ -38,8 +39,8 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
         raise ValueError(f"priority is {request.priority}; send one from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     if not all(0 <= seed <= MAX_SEED for seed in request.seeds):
         raise ValueError("seeds holds one beyond 64 bits")
-    token_ids = array("i", prompt)
-    _check_ids("the prompt", (min(token_ids), max(token_ids)), limits)
+    token_ids = np.frombuffer(prompt, np.int32)
+    _check_ids("the prompt", (int(token_ids.min()), int(token_ids.max())), limits)
     _check_sampling(request.sampling, limits)
 
 
@@ -52,6 +53,11 @@ def _check_sampling(sampling: Sampling, limits: EngineLimits) -> None:
     if sampling.top_p == 0:
         raise ValueError("top_p is 0, so that nothing could be drawn")
     _check_ids("allowed_token_ids", sampling.allowed_token_ids, limits)
+    _check_ids("stop_token_ids", sampling.stop_token_ids, limits)
+    for word in sampling.bad_words:
+        if not word:
+            raise ValueError("bad_words holds a word of no token")
+        _check_ids("bad_words", word, limits)
     _check_ids("logit_bias", sampling.logit_bias, limits)
     if not all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()):
         raise ValueError("logit_bias holds a number beyond 100")

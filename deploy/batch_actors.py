@@ -18,6 +18,8 @@ from eagleray.deploy.batch_run import Replica
 
 logger = logging.getLogger(__name__)
 
+CLOSE_S = 30.0  # an engine that closes kills what does not end by itself; one whose process is stopped cannot
+
 
 class ReplicaActor:
     """A replica in a process of its own, which tokenises and makes text for its engine."""
@@ -82,8 +84,8 @@ class RemoteReplica:
 
     async def close(self) -> None:
         """End the engine; if its actor cannot, `kill` does."""
-        with suppress(ray.exceptions.RayError):
-            await self._actor.close.remote()
+        with suppress(ray.exceptions.RayError, TimeoutError):
+            await asyncio.wait_for(self._actor.close.remote(), CLOSE_S)
 
     def kill(self) -> None:
         """End the actor."""

@@ -1,5 +1,6 @@
 """The routes."""
 
+import asyncio
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -12,7 +13,7 @@ from eagleray.deploy.openai.connection import while_connected
 from eagleray.deploy.openai.description import describe, failures, streamed
 from eagleray.deploy.openai.events import EventStream
 from eagleray.deploy.openai.handlers import install_handlers
-from eagleray.deploy.openai.inputs import conversation_prompt, texts_tokens, token_strings, tokens_text
+from eagleray.deploy.openai.inputs import SHORT, conversation_prompt, texts_tokens, token_strings, tokens_text
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.replies import (
     ChatCompletion,
@@ -81,8 +82,12 @@ def token_routes(served: Served) -> APIRouter:
             (ids,) = await texts_tokens(served, [body.prompt], body.add_special_tokens, MAX_TOKENIZED)
         else:
             ids = (await conversation_prompt(served, body, MAX_TOKENIZED))["prompt_token_ids"]
-        strings = {"token_strs": token_strings(served, ids)} if body.return_token_strs else {}
-        return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids, **strings))
+
+        def whole() -> Response:
+            strings = {"token_strs": token_strings(served, ids)} if body.return_token_strs else {}
+            return _json(Tokens(count=len(ids), max_model_len=served.max_model_len, tokens=ids, **strings))
+
+        return whole() if len(ids) <= SHORT else await asyncio.to_thread(whole)
 
     @router.post("/detokenize", responses=failures())
     async def detokenize(body: DetokenizeRequest) -> Text:

@@ -12,7 +12,7 @@ from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOut
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -108,9 +108,10 @@ async def _job(served: Served, request: ChatRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
     params = chat_params(request, served.defaults)
+    take_places(params, 1)
     longest = None if request.truncate_prompt_tokens is None else MAX_TOKENIZED
     prompt = await conversation_prompt(served, request, longest)
-    served.limits.check_reply([prompt], params)
+    served.limits.check_reply([prompt], params, ids=bool(request.stream and request.return_token_ids))
     return Job.of("chatcmpl", request, [prompt], params)
 
 

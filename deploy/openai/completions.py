@@ -8,10 +8,9 @@ from contextlib import aclosing
 from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
-from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.echo import Echo
-from eagleray.deploy.openai.inputs import completion_prompts
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, usage
+from eagleray.deploy.openai.inputs import completion_prompts, prompts_of
+from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
@@ -53,9 +52,12 @@ async def completion_chunks(served: Served, request: CompletionRequest) -> Async
 async def _job(served: Served, request: CompletionRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
-    prompts = await completion_prompts(served, request)
     params = completion_params(request, served.defaults)
-    served.limits.check_reply(prompts, params, echo=bool(request.echo), ids=bool(request.return_token_ids))
+    given = prompts_of(request)
+    take_places(params, len(given))  # before anything slow
+    prompts = await completion_prompts(served, request, given, params)
+    echo, ids, stream = bool(request.echo), bool(request.return_token_ids), bool(request.stream)
+    served.limits.check_reply(prompts, params, echo=echo, ids=ids, stream=stream)
     return Job.of("cmpl", request, prompts, params, clip=request.max_tokens is None)
 
 
@@ -73,7 +75,8 @@ class Reply:
         self._growth: defaultdict[int, Growth] = defaultdict(Growth)
         self._prompts: dict[int, Echo] = {}
         self._echoes: dict[int, Echo] = {}  # of choices
-        self._offsets: dict[int, Offsets] = {}
+        self._contexts: dict[int, Offsets] = {}  # of prompts
+        self._offsets: dict[int, Offsets] = {}  # of choices
 
     def usage(self) -> Usage:
         """Of all that came."""
@@ -113,7 +116,7 @@ class Reply:
         return Choice(
             index=index,
             text=text,
-            logprobs=self._logprobs(index, self.job.params, output, news),
+            logprobs=self._logprobs(index, number, output, news),
             finish_reason="length" if self._prompt_only and news.finish_reason else news.finish_reason,
             stop_reason=None if self._prompt_only else news.stop_reason,
             **self._extensions(output, news),
@@ -140,17 +143,25 @@ class Reply:
             self._echoes[index] = self._prompts[number].copy()
         return self._echoes[index]
 
-    def _logprobs(self, index: int, params: SamplingParams, output: RequestOutput, news: News) -> TextLogprobs | None:
+    def _offsets_of(self, index: int, number: int, prompt_token_ids: list[int]) -> Offsets:
+        """A choice's, made from its prompt's."""
+        if index not in self._offsets:
+            if number not in self._contexts:
+                context, skip = [] if self._echo else prompt_token_ids, self.job.params.skip_special_tokens
+                tokenizer = self._served.engine.tokenizer
+                self._contexts[number] = Offsets(tokenizer, context, skip_special_tokens=skip)
+            self._offsets[index] = self._contexts[number].copy()
+        return self._offsets[index]
+
+    def _logprobs(self, index: int, number: int, output: RequestOutput, news: News) -> TextLogprobs | None:
         if news.logprobs is None:
             return None
         tokenizer = self._served.engine.tokenizer
-        if index not in self._offsets:
-            context = [] if self._echo else output.prompt_token_ids
-            self._offsets[index] = Offsets(tokenizer, context, skip_special_tokens=params.skip_special_tokens)
+        offsets = self._offsets_of(index, number, output.prompt_token_ids)
         token_ids = [] if self._prompt_only else news.token_ids
         entries: list[Entry | None] = [] if self._prompt_only else [*news.logprobs]
         if self._echo and news.first:
-            before = fewer(output.prompt_logprobs or [], params.logprobs or 0)
+            before = fewer(output.prompt_logprobs or [], self.job.params.logprobs or 0)
             token_ids, entries = output.prompt_token_ids + token_ids, before + entries
         as_ids = bool(self._request.return_tokens_as_token_ids)
-        return text_logprobs(token_ids, entries, self._offsets[index], tokenizer, as_ids=as_ids)
+        return text_logprobs(token_ids, entries, offsets, tokenizer, as_ids=as_ids)

@@ -3,11 +3,11 @@
 import asyncio
 
 from eagleray.cluster.prompts import TokensPrompt, num_to_take
+from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests, too_long
 from eagleray.deploy.openai.limits import MAX_TOKENIZED, check_length
 from eagleray.deploy.openai.messages import template_messages, template_variables
-from eagleray.deploy.openai.sampling import DEFAULT_MAX_TOKENS
 from eagleray.deploy.openai.schema import CompletionRequest, Conversation
 from eagleray.deploy.openai.served import Served
 from eagleray.deploy.openai.shown import shown
@@ -23,13 +23,19 @@ RESERVED = frozenset(  # what the template's renderer takes for itself
 )
 
 
-async def completion_prompts(served: Served, request: CompletionRequest) -> list[TokensPrompt]:
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     """One or several. Raises `ApiError` 400 for those that are empty."""
     prompts = _as_list(request.prompt)
     if not prompts or not all(prompts):
         raise ApiError(400, "prompt is empty; give it at least one token", param="prompt")
-    num_new = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens or 1
-    last = num_to_take(request.truncate_prompt_tokens, served.max_model_len, num_new)
+    return prompts
+
+
+async def completion_prompts(
+    served: Served, request: CompletionRequest, prompts: list[str | list[int]], params: SamplingParams
+) -> list[TokensPrompt]:
+    """The request's prompts as tokens, of which the last ones are taken where they are to be truncated."""
+    last = num_to_take(params.truncate_prompt_tokens, served.max_model_len, params.max_tokens or 1)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if not texts:
         return [{"prompt_token_ids": prompt[-last if last else 0 :]} for prompt in prompts if isinstance(prompt, list)]

@@ -46,14 +46,7 @@ class Job:
         *,
         clip: bool = False,
     ) -> "Job":
-        """Raises `ApiError`: 400 if it has too many choices, 429 if the queue has no places for them."""
-        num_choices, param = len(prompts) * params.n, "n" if params.n > 1 else "prompt"
-        if num_choices > MAX_N:
-            message = f"{len(prompts)} prompts with n {params.n} are {num_choices} choices; ask for at most {MAX_N}"
-            raise ApiError(400, message, param=param)
-        check_lists(params, num_choices)
-        if (place := place_taken.get()) is not None:
-            place.take_further(num_choices - 1, param)
+        """One that has its places in the queue (`take_places`)."""
         unique = uuid4().hex
         job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0, clip)
         told = {name: shown(value) for name in LOGGED if (value := getattr(request, name))}
@@ -65,6 +58,21 @@ class Job:
     def n(self) -> int:
         """Choices of each prompt."""
         return self.params.n
+
+
+def take_places(params: SamplingParams, num_prompts: int) -> None:
+    """Take a place in the queue for each choice.
+
+    Raises `ApiError`: 400 if there are too many, or too much that ranks would be told for each, 429 if the queue has no
+    places for them.
+    """
+    num_choices, param = num_prompts * params.n, "n" if params.n > 1 else "prompt"
+    if num_choices > MAX_N:
+        message = f"{num_prompts} prompts with n {params.n} are {num_choices} choices; ask for at most {MAX_N}"
+        raise ApiError(400, message, param=param)
+    check_lists(params, num_choices)
+    if (place := place_taken.get()) is not None:
+        place.take_further(num_choices - 1, param)
 
 
 async def outputs(

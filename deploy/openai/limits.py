@@ -18,13 +18,15 @@ from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
+MAX_ARGUMENTS = 100_000  # lists, objects and fields in the arguments of all calls of tools, which are JSON in texts
 MAX_MESSAGES = 10_000  # and as many parts of their contents
 MAX_FIELDS = 100  # of one object, where more than all that there are must hold unknown ones
 MAX_CHARACTERS = 1_000_000  # of a text that is only to be counted: a second or so
 MAX_TOKENIZED = 500_000  # tokens of one
 MAX_LISTED = 1_000_000  # token ids, biases and letters of bad words that ranks are told, for each choice anew
 MAX_ECHOED = 1_000_000  # tokens of prompts in an answer
-MAX_LOGPROBS = 3_000_000  # in an answer: 20 beside a token's own for each of 140,000 tokens
+MAX_LOGPROBS = 1_000_000  # in an answer: 20 beside a token's own for each of 47,000 tokens
+MAX_ECHOED_LOGPROBS = 100_000  # of prompts in a stream, whose events are written at one go
 CHARACTERS_A_TOKEN = 32  # that a longer text than that may have for each token of a prompt, on average
 NFC_FACTOR = 4  # characters that normalization makes one of, at most (Unicode's stability limits: U+1F82 is four)
 
@@ -84,24 +86,30 @@ class Limits:
         *,
         echo: bool = False,
         ids: bool = False,
+        stream: bool = False,
     ) -> None:
         """Raise `ApiError` 400 for an answer that may have too many log-probabilities, or repeats too much.
 
         `echo` repeats a prompt for each choice, in log-probabilities, too, and `ids` its token ids.
         """
-        num_echoed = num_logprobs = 0
+        num_echoed = num_logprobs = num_at_once = 0
         for prompt in prompts:
             num_prompt = len(prompt["prompt_token_ids"])
             num_repeated = params.n * num_prompt if echo else 0
             num_new = params.n * (self.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens)
             num_echoed += num_repeated + (params.n * num_prompt if ids else 0)
-            num_logprobs += 0 if params.logprobs is None else (num_repeated + num_new) * (params.logprobs + 1)
+            if params.logprobs is not None:
+                num_logprobs += (num_repeated + num_new) * (params.logprobs + 1)
+                num_at_once += num_repeated * (params.logprobs + 1) if stream else 0
             if params.prompt_logprobs is not None and not echo:
                 num_logprobs += params.n * num_prompt * (params.prompt_logprobs + 1)
         if num_echoed > MAX_ECHOED:
             name = "echo" if echo else "return_token_ids"
             message = f"{name} would repeat {num_echoed} tokens of prompts; lower n or send fewer, {MAX_ECHOED} at most"
             raise ApiError(400, message, param=name)
+        if num_at_once > MAX_ECHOED_LOGPROBS:
+            message = f"echo with logprobs would put {num_at_once} log-probabilities of prompts into a stream"
+            raise ApiError(400, f"{message}, {MAX_ECHOED_LOGPROBS} at most; set stream to false", param="echo")
         if num_logprobs > MAX_LOGPROBS:
             asked = f"{num_logprobs} log-probabilities may be in the answer, of all choices and tokens"
             raise ApiError(
@@ -141,17 +149,17 @@ def check_length(text: str) -> None:
         raise too_long(f"a text has {len(text)} characters; send at most {MAX_CHARACTERS} at once")
 
 
-def check_bytes(body: bytes) -> None:
+def check_bytes(body: bytes, most: int = MAX_PARTS, what: str = "the body has") -> None:
     """Raise `ApiError` 400 for JSON of too many parts, which would take long to read. Never holds others up."""
-    if sum(body.count(mark) for mark in (b"[", b"{", b":")) <= MAX_PARTS:  # in texts, too, so at most so many
+    if sum(body.count(mark) for mark in (b"[", b"{", b":")) <= most:  # in texts, too, so at most so many
         return
     in_text, num_parts = False, 0
     for found in MARKS.finditer(body):
         mark = found[0]
         if mark == b'"':
             in_text = not in_text
-        elif not in_text and len(mark) == 1 and (num_parts := num_parts + 1) > MAX_PARTS:
-            raise ApiError(400, f"the body has more than {MAX_PARTS} lists, objects and fields; send less")
+        elif not in_text and len(mark) == 1 and (num_parts := num_parts + 1) > most:
+            raise ApiError(400, f"{what} more than {most} lists, objects and fields; send less")
 
 
 def check_shape(body: object) -> None:
@@ -162,9 +170,11 @@ def check_shape(body: object) -> None:
     _check_num_fields(body, None)
     for name, value in body.items():
         check_depth(value, name)
+    _check_num_fields(body.get("chat_template_kwargs"), "chat_template_kwargs")
     if isinstance(messages := body.get("messages"), list):
         _check_num(len(messages), "messages", "messages")
         num_parts = 0
+        _check_arguments(messages)
         for index, message in enumerate(messages):
             where = f"messages.{index}"
             _check_num_fields(message, where)
@@ -173,6 +183,18 @@ def check_shape(body: object) -> None:
                 _check_num(num_parts, "messages", "parts of content")
                 for part in parts:
                     _check_num_fields(part, f"{where}.content")
+
+
+def _check_arguments(messages: list[Any]) -> None:
+    """Those of calls of tools are JSON of their own."""
+    texts = bytearray()
+    for message in messages:
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        for call in calls if isinstance(calls, list) else []:
+            called = call.get("function") if isinstance(call, dict) else None
+            if isinstance(called, dict) and isinstance(arguments := called.get("arguments"), str):
+                texts += arguments.encode("utf-8", "surrogatepass") + b"\n"
+    check_bytes(bytes(texts), MAX_ARGUMENTS, "arguments of tool_calls have")
 
 
 def check_depth(value: object, name: str | None) -> None:

@@ -1,6 +1,8 @@
 """Log-probabilities in the forms of the two endpoints."""
 
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 from eagleray.cluster.outputs import Logprob
 from eagleray.cluster.text_stream import TextStream
@@ -46,6 +48,12 @@ class Offsets:
     def __init__(self, tokenizer: Tokenizer | None, context: Sequence[int], *, skip_special_tokens: bool) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer, context, skip_special_tokens)
         self._num_characters = 0
+
+    def copy(self) -> Self:
+        """One for another choice."""
+        other = copy(self)
+        other._stream = None if self._stream is None else self._stream.copy()
+        return other
 
     def of(self, token_id: int) -> int:
         """Of the next token."""

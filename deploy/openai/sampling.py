@@ -48,6 +48,9 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
     if max_tokens is None:
         max_tokens = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)
     if prompt_only(request):
+        if request.min_tokens:
+            message = f"min_tokens is {shown(request.min_tokens)}, more than max_tokens 0; leave one of them out"
+            raise ApiError(400, message, param="min_tokens")
         max_tokens = 1
     wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
     most = max((each for each in wanted if each is not None), default=None)

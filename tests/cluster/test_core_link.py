@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from eagleray.cluster import core_link
@@ -164,6 +165,29 @@ def test_many_requests_go_in_messages_that_the_core_takes(core: Core, monkeypatc
         news = link.receive(10)
         assert news is not None
         ended |= {tokens.id for tokens in news.outputs if tokens.finish_reason == "length"}
+    link.close()
+
+
+def test_lists_and_seeds_count_for_the_length_of_a_message() -> None:
+    prompt = array("i", PROMPT).tobytes()
+    wishes = Sampling(logit_bias={2**31 - 1 - i: 0.1 for i in range(20_000)})
+    many = [EngineRequest(i, prompt, wishes, 2, seeds=[2**64 - 1] * 10_000) for i in range(100)]
+    parts = core_link._parts(Submit(many))
+    assert [request.id for part in parts for request in part.requests] == list(range(100))
+    assert max(len(msgspec.msgpack.encode(part)) for part in parts) <= core_link.MAX_SUBMIT_BYTES
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_message_that_cannot_be_made_is_not_missed(core: Core) -> None:
+    link = CoreLink(core.hub.endpoint, b"one", None, silence_limit_s=30)
+    with pytest.raises(UnicodeEncodeError):
+        link.send(Submit([EngineRequest(0, b"", Sampling(), 2, tenant="\udcff")]))
+    signs = 0
+    while signs < 3:  # it says, too, if it misses anything
+        signs += link.receive(0.02) is not None
+        link.look()
+    link.send(submit(1))
+    assert until_end(link) == generate(PROMPT, 20)
     link.close()
 
 

@@ -61,11 +61,28 @@ def test_a_priority_that_is_no_whole_number_is_refused(front_end: FrontEnd, prio
     front_end.prepare("Hello", SamplingParams(), priority=-3)
 
 
+@pytest.mark.parametrize("value", [5, 0, b"", False, [], 1.5])
 @pytest.mark.parametrize("name", ["request_id", "group", "tenant"])
-def test_a_name_that_is_no_text_is_refused(front_end: FrontEnd, name: str) -> None:
-    names: dict[str, Any] = {name: 5}
-    with pytest.raises(ValueError, match=f"^{name} is 5; give text$"):
+def test_a_name_that_is_no_text_is_refused(front_end: FrontEnd, name: str, value: Any) -> None:
+    names: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; give text")):
         front_end.prepare("Hello", SamplingParams(), **names)
+
+
+def test_a_name_that_cannot_be_sent_is_refused(front_end: FrontEnd) -> None:
+    for name in ("request_id", "group", "tenant"):
+        names: dict[str, Any] = {name: "a\udcff"}
+        with pytest.raises(ValueError, match=rf"^{name} holds .* at position 1, which is no character"):
+            front_end.prepare("Hello", SamplingParams(), **names)
+    with pytest.raises(ValueError, match=r"^directory holds"):
+        front_end.start_profile("/tmp/\udcff")
+
+
+def test_ids_that_are_no_list_are_refused(front_end: FrontEnd) -> None:
+    for wrong in (5, "abc", b"abc", {5}):
+        prompt: Any = {"prompt_token_ids": wrong}
+        with pytest.raises(ValueError, match=r"^prompt_token_ids is .*; give a list of token ids$"):
+            front_end.prepare(prompt, SamplingParams())
 
 
 def test_what_prompts_of_a_group_share_is_made_once(front_end: FrontEnd) -> None:

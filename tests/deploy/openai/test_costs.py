@@ -102,6 +102,32 @@ def test_lists_are_counted_over_all_choices(server: Server) -> None:
     assert post(server, "/v1/completions", prompt="a", n=10, max_tokens=1, **lists).status_code == 200
 
 
+def test_arguments_of_calls_are_counted_over_all_messages(server: Server) -> None:
+    calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": f"[{'[],' * 30_000}0]"}}]
+    messages = [*MESSAGES, *[{"role": "assistant", "tool_calls": calls}] * 4]
+    error = refusal(server, "/v1/chat/completions", messages=messages, chat_template_kwargs=USUAL)
+    assert "arguments of tool_calls have more than 100000 lists, objects and fields" in error["message"]
+
+
+def test_variables_of_a_template_are_not_many(server: Server) -> None:
+    variables = USUAL | {f"v{number}": 1 for number in range(100)}
+    error = refusal(server, "/v1/chat/completions", messages=MESSAGES, chat_template_kwargs=variables)
+    assert error["param"] == "chat_template_kwargs"
+
+
+def test_prompts_in_a_stream_have_few_log_probabilities(server: Server) -> None:
+    body: dict[str, Any] = {"prompt": "a" * 1000, "echo": True, "n": 10, "logprobs": 10, "max_tokens": 1}
+    error = refusal(server, "/v1/completions", **body, stream=True)
+    assert ("110000 log-probabilities of prompts" in error["message"], error["param"]) == (True, "echo")
+
+
+def test_a_stream_of_a_chat_repeats_no_prompt_too_often(server: Server) -> None:
+    messages = [{"role": "user", "content": "a" * 1000}]
+    body: dict[str, Any] = {"messages": messages, "n": 4000, "return_token_ids": True, "chat_template_kwargs": USUAL}
+    error = refusal(server, "/v1/chat/completions", **body, stream=True, max_tokens=1)
+    assert error["param"] == "return_token_ids"
+
+
 def test_an_echo_is_counted_over_all_choices(server: Server) -> None:
     error = refusal(server, "/v1/completions", prompt="a" * 1000, echo=True, n=4000, max_tokens=1)
     assert error["param"] == "echo"

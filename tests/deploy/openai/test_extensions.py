@@ -147,6 +147,15 @@ def test_as_much_of_a_prompt_as_fits_can_be_taken(tiny: Server, prompt: Any) -> 
     assert post(tiny, CHATS, **long, ignore_eos=True)["usage"]["prompt_tokens"] == size - 9
 
 
+def test_what_is_echoed_of_a_long_prompt_is_what_the_model_saw(tiny: Server) -> None:
+    asked = {"prompt": "ab" * 2000, "truncate_prompt_tokens": -1, "min_tokens": 100, "return_token_ids": True}
+    whole = post(tiny, "/v1/completions", **asked, echo=True, ignore_eos=True)
+    (choice,) = whole["choices"]
+    assert whole["usage"]["prompt_tokens"] == len(choice["prompt_token_ids"])
+    assert len(choice["prompt_token_ids"]) + len(choice["token_ids"]) == tiny.served.max_model_len
+    assert choice["text"].startswith("ab" * (len(choice["prompt_token_ids"]) // 2))
+
+
 @pytest.mark.parametrize("wrong", [0, -2, 2**31])
 def test_a_truncation_to_nothing_is_refused_by_name(tiny: Server, wrong: int) -> None:
     for path, body in BODIES.items():
