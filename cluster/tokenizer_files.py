@@ -40,7 +40,6 @@ def build_tokenizer(folder: Path) -> Any:
     try:
         found = _class(chosen).from_pretrained(str(folder))
         found.backend_tokenizer.encode(UNUSUAL)
-        return found
     except Exception as error:  # of every kind, since the files may hold anything
         if isinstance(error, ImportError | MemoryError):
             raise
@@ -50,6 +49,17 @@ def build_tokenizer(folder: Path) -> Any:
             f"{folder / 'tokenizer.json'} cannot be read as a tokenizer{others}: {type(error).__name__}: "
             f"{str(error)[:300]}; fetch the files again"
         ) from error
+    _check_decoding(folder, found)
+    return found
+
+
+def _check_decoding(folder: Path, theirs: Any) -> None:
+    """Raise `ValueError` where transformers would take spaces out of decoded texts, for which streams have no way."""
+    is_bpe = type(theirs.backend_tokenizer.model).__name__ == "BPE"
+    for_bpe = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    if theirs.clean_up_tokenization_spaces and (not is_bpe or getattr(theirs, for_bpe)):
+        key = for_bpe if is_bpe else "clean_up_tokenization_spaces"
+        raise _wrong(folder / "tokenizer_config.json", key, True, "false")
 
 
 def _class(name: str | None) -> Any:

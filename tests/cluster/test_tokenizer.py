@@ -198,6 +198,24 @@ def test_a_value_that_is_none_is_refused_by_file_and_key(
         Tokenizer.from_dir(tmp_path)
 
 
+def test_texts_that_transformers_would_clean_up_are_refused_by_key(tmp_path: Path) -> None:
+    unigram = tmp_path / "unigram"
+    unigram.mkdir()
+    pieces = [("<unk>", 0.0), *((piece, -1.0) for piece in "▁abc.")]
+    Backend(models.Unigram(pieces, unk_id=0)).save(str(unigram / "tokenizer.json"))
+    small_tokenizer().save_pretrained(bpe := tmp_path / "bpe")
+    even_so = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    for folder, config, key in (
+        (unigram, {"clean_up_tokenization_spaces": True}, "clean_up_tokenization_spaces"),
+        (bpe, {"clean_up_tokenization_spaces": True, even_so: True}, even_so),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key} is True; false is needed"):
+            Tokenizer.from_dir(folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {key: False}))
+        Tokenizer.from_dir(folder)
+
+
 @pytest.mark.parametrize("template", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
 def test_templates_in_files_of_their_own_are_found(tmp_path: Path, template: str) -> None:
     small_tokenizer(chat_template="usual").save_pretrained(tmp_path)

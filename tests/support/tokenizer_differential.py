@@ -47,8 +47,8 @@ def theirs(folder: Path) -> dict[str, Any]:
     return {
         "ids": ids,
         "bare ids": [found(text, add_special_tokens=False)["input_ids"] for text in TEXTS],
-        "text": [_decode(found, of_text, False) for of_text in ids],
-        "text without special tokens": [_decode(found, of_text, True) for of_text in ids],
+        "text": [found.decode(of_text, skip_special_tokens=False) for of_text in ids],
+        "text without special tokens": [found.decode(of_text, skip_special_tokens=True) for of_text in ids],
         "end": found.eos_token_id,
         "start": found.bos_token_id,
         "ends": True,
@@ -58,11 +58,6 @@ def theirs(folder: Path) -> dict[str, Any]:
             for options in OPTIONS
         ],
     }
-
-
-def _decode(tokenizer: Any, ids: list[int], skip: bool) -> Any:
-    """Without what transformers does for WordPiece, where words were cut apart; a stream of tokens cannot know it."""
-    return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
 
 def _chat(render: Any, options: dict[str, Any], refusal: type[Exception]) -> Any:
