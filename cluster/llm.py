@@ -177,7 +177,9 @@ class LLM:
         return self._profile(self._front_end.stop_profile())
 
     def close(self) -> None:
-        """End the engine. Closing twice does nothing."""
+        """End the engine. Closing twice does nothing, nor does closing a forked copy, whose lock nobody may let go."""
+        if os.getpid() != self._owner:
+            return
         with self._turn:
             self._closed = True
             if self._receiver is not None:  # another thread's, or this one's, which a signal brought here
