@@ -21,7 +21,7 @@ from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.wire_check import EngineLimits
 from eagleray.workers.channel import Hub, Peer
 from eagleray.workers.reporter import Reporter
-from eagleray.workers.wire import Profile, Profiled, RankReport, Step, StepOutput
+from eagleray.workers.wire import Profile, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
 
 BLOCK_SIZE = 4
@@ -58,9 +58,9 @@ class ReportingExecutor:
         launched = time.monotonic()
         self._reporter.report(Slow(self._rank.run(message), self._step_s), launched)
 
-    def receive(self) -> StepOutput | list[Profiled] | None:
+    def receive(self) -> StepOutput | None:
         message = self._hub.receive()
-        return None if message is None else msgspec.msgpack.decode(message[1], type=RankReport)
+        return None if message is None else msgspec.msgpack.decode(message[1], type=StepOutput)
 
     def suspects(self) -> str:
         return ""
