@@ -68,7 +68,7 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
     return reply([_logprobs(request, news, params, tokenizer) for news in whole])
 
 
-async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[ChatCompletionChunk, None]:
+async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[list[ChatCompletionChunk], None]:
     """What is new, choice by choice. Raises as `chat_completion`. Leaving the iteration aborts what runs."""
     job = await _job(served, request)
     created, count = int(time.time()), Count()
@@ -90,13 +90,17 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[Ch
     async with aclosing(outputs(served.engine, job, RequestOutputKind.DELTA)) as news_of_all:
         async for number, output in news_of_all:
             count.add(number, output)
+            chunks = []
             for sequence in output.outputs:
                 if (news := growth[sequence.index].take(sequence)) is not None:
                     so_far = {"usage": usage(output, growth[sequence.index].num_tokens)} if in_each else {}
                     choice = _chunk_choice(request, sequence.index, news, job.params, served.engine.tokenizer)
-                    yield chunk([choice], **so_far, **(_prompt_ids(request, output) if news.first else {}))
+                    ids = _prompt_ids(request, output) if news.first else {}
+                    chunks.append(chunk([choice], **so_far, **ids))
+            if chunks:
+                yield chunks
     if options.include_usage:
-        yield chunk([], usage=count.usage())
+        yield [chunk([], usage=count.usage())]
 
 
 def _tier(request: ChatRequest) -> dict[str, Any]:

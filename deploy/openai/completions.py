@@ -36,17 +36,18 @@ async def completion(served: Served, request: CompletionRequest) -> Completion |
     return whole()
 
 
-async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[Completion, None]:
-    """What is new, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
+async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[list[Completion], None]:
+    """What is new of a prompt, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
     options = request.stream_options or StreamOptions()
     reply = Reply(served, request, await _job(served, request))
     async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.DELTA)) as news:
         async for number, output in news:
             reply.count.add(number, output)
-            for choice in reply.news(number, output):
-                yield reply.part([choice], reply.usage_of(choice, output) if options.continuous_usage_stats else None)
+            in_each = options.continuous_usage_stats
+            if choices := reply.news(number, output):
+                yield [reply.part([choice], reply.usage_of(choice, output) if in_each else None) for choice in choices]
     if options.include_usage:
-        yield reply.part([], reply.usage())
+        yield [reply.part([], reply.usage())]
 
 
 async def _job(served: Served, request: CompletionRequest) -> Job:
