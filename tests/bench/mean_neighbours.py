@@ -67,7 +67,7 @@ ROWS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "B8 a template that counts far": lambda: template(far=100_000),
     "B8 a template that writes much": lambda: template(times=10**9),
     "B10 ids of a lone byte": lambda: (COMPLETIONS, LONG | {"prompt": [200], "max_tokens": 100}),
-    "B log-probabilities": lambda: (COMPLETIONS, LONG | {"logprobs": 20, "n": 16}),
+    "B log-probabilities": lambda: (COMPLETIONS, LONG | {"logprobs": 20, "n": 11}),
     "B whole answers with log-probabilities": lambda: (
         CHAT,
         {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20, "n": 16, "max_tokens": 100, "ignore_eos": True},
