@@ -12,8 +12,8 @@ from eagleray.cluster.messages import EngineInfo
 from eagleray.cluster.resolve import check_model, worker_config
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.wire_check import EngineLimits
-from eagleray.workers.channel import Endpoint, Hub
-from eagleray.workers.priority import run_at_normal_priority
+from eagleray.workers.protocol.channel import Endpoint, Hub
+from eagleray.workers.protocol.priority import run_at_normal_priority
 
 
 class CoreActor:

@@ -14,7 +14,7 @@ import zmq
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.messages import EngineOutputs, EngineRequest, FrontEndMessage, Ping, Submit
 from eagleray.cluster.process_state import DEAD, STOPPED, in_words, state_of
-from eagleray.workers.channel import Endpoint, Peer
+from eagleray.workers.protocol.channel import Endpoint, Peer
 
 logger = logging.getLogger(__name__)
 

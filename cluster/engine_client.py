@@ -27,9 +27,9 @@ from eagleray.cluster.resolve import check_model
 from eagleray.cluster.signals import kill
 from eagleray.cluster.start_report import capacity
 from eagleray.cluster.start_watch import StartWatch
-from eagleray.workers.channel import milliseconds
-from eagleray.workers.socket_directory import remove_left_behind, socket_place
-from eagleray.workers.started import PROCESSES, RAY, READY, OnProgress, Progress, unheard
+from eagleray.workers.protocol.channel import milliseconds
+from eagleray.workers.protocol.socket_directory import remove_left_behind, socket_place
+from eagleray.workers.protocol.startup import PROCESSES, RAY, READY, OnProgress, Progress, unheard
 
 logger = logging.getLogger(__name__)
 

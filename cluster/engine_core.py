@@ -29,8 +29,8 @@ from eagleray.cluster.request import FrontEndId
 from eagleray.cluster.scheduler import News, Scheduler
 from eagleray.cluster.vital_signs import LOOK_S
 from eagleray.cluster.wire_check import EngineLimits, check_request
-from eagleray.workers.channel import Hub, PeerGoneError, milliseconds
-from eagleray.workers.wire import StepOutput
+from eagleray.workers.protocol.channel import Hub, PeerGoneError, milliseconds
+from eagleray.workers.protocol.messages import StepOutput
 
 logger = logging.getLogger(__name__)
 

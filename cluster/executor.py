@@ -20,10 +20,19 @@ from eagleray.cluster.resolve import check_capacity, check_memory
 from eagleray.cluster.start_report import StartReport
 from eagleray.cluster.vital_signs import LOOK_S, VitalSigns
 from eagleray.workers.actor import RankActor
-from eagleray.workers.channel import Endpoint, Hub, PeerGoneError, milliseconds
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.started import Loaded, RankHost, Ready
-from eagleray.workers.wire import Beat, Goodbye, Profile, Profiled, RankMessage, RankReport, Step, StepOutput
+from eagleray.workers.protocol.channel import Endpoint, Hub, PeerGoneError, milliseconds
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import (
+    Beat,
+    Goodbye,
+    Profile,
+    Profiled,
+    RankMessage,
+    RankReport,
+    Step,
+    StepOutput,
+)
+from eagleray.workers.protocol.startup import Loaded, RankHost, Ready
 
 GOODBYE_S = 2.0  # how long ranks may take to end by themselves
 

@@ -26,7 +26,7 @@ from eagleray.cluster.stop_strings import StopStrings
 from eagleray.cluster.submission import ModelLimits, derive_seed, engine_request, sampling_of
 from eagleray.cluster.text_stream import TextStream
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
 
 MAX_PRIORITY = 2**31 - 1
 OnEnd = Callable[[Generation], None]

@@ -16,7 +16,7 @@ from eagleray.cluster.outputs import (
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.step_clock import Begun, Spent
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.workers.wire import TokenLogprobs
+from eagleray.workers.protocol.messages import TokenLogprobs
 
 Logprobs = dict[int, Logprob]
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from eagleray.workers.channel import MAX_DROPPED_AT_ONCE, Hub
+from eagleray.workers.protocol.channel import MAX_DROPPED_AT_ONCE, Hub
 
 logger = logging.getLogger(__name__)
 

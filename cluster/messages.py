@@ -4,8 +4,8 @@ import msgspec
 
 from eagleray.cluster.start_report import StartReport
 from eagleray.cluster.step_clock import Begun, Spent
-from eagleray.workers.channel import Endpoint
-from eagleray.workers.wire import Sampling, TokenLogprobs
+from eagleray.workers.protocol.channel import Endpoint
+from eagleray.workers.protocol.messages import Sampling, TokenLogprobs
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="request"):

@@ -30,7 +30,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.cluster.process_state import descendants
 from eagleray.cluster.signals import end_on_sigterm, kill
-from eagleray.workers.socket_directory import MAX_PATH
+from eagleray.workers.protocol.socket_directory import MAX_PATH
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from eagleray.cluster.request import Request
-from eagleray.workers.wire import RowStart
+from eagleray.workers.protocol.messages import RowStart
 
 # One request's part of a step: (request, row, first position, whether it samples).
 # A bare tuple, because 256 are made while the ranks wait.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from eagleray.cluster.messages import ProfileAnswer, StartProfile, StopProfile
 from eagleray.cluster.request import FrontEndId
-from eagleray.workers.wire import Profile, Profiled
+from eagleray.workers.protocol.messages import Profile, Profiled
 
 
 class Profiling:

@@ -10,7 +10,7 @@ from eagleray.cluster.block_pool import ROOT, hash_block
 from eagleray.cluster.fairness import Group
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.step_clock import NOTHING, Begun, Spent, StepClock
-from eagleray.workers.wire import RowStart, Sampling, TokenLogprobs
+from eagleray.workers.protocol.messages import RowStart, Sampling, TokenLogprobs
 
 FrontEndId = bytes
 

@@ -11,9 +11,9 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.weight_formats import find_format
-from eagleray.workers.config import WorkerConfig
 from eagleray.workers.model_dir import DEMO, is_of_hub, model_dir
-from eagleray.workers.started import RankHost
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.startup import RankHost
 
 CPU_BLOCK_SIZE = 16
 CUDA_BLOCK_SIZE = 128  # FlashAttention-3 reads pages of this size fastest

@@ -15,7 +15,7 @@ from eagleray.cluster.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.plan import InFlight, Plan
 from eagleray.cluster.request import FrontEndId, Request
 from eagleray.cluster.step_clock import StepClock
-from eagleray.workers.wire import Step, StepOutput
+from eagleray.workers.protocol.messages import Step, StepOutput
 
 logger = logging.getLogger(__name__)
 

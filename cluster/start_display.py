@@ -12,19 +12,19 @@ from rich.filesize import pick_unit_and_suffix
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.workers import started
 from eagleray.workers.model_dir import public_name
+from eagleray.workers.protocol import startup
 
 
 @contextmanager
-def shown_start(config: EngineConfig, console: Console) -> Iterator[started.OnProgress]:
+def shown_start(config: EngineConfig, console: Console) -> Iterator[startup.OnProgress]:
     """Show that an engine starts, and the progress given to the function that this yields.
 
     The line is gone once the start is ready or has failed, so that what is written next has a line of its own. On what
     is no terminal nothing is shown.
     """
     if not console.file.isatty():
-        yield started.unheard
+        yield startup.unheard
         return
     with ExitStack() as shown:
         file = console.file
@@ -72,8 +72,8 @@ def _begin(line: Progress, name: str, phase: str) -> None:
     line.add_task(phase, total=None, name=name, size="")
 
 
-def _show(shown: ExitStack, line: Progress, name: str, progress: started.Progress) -> None:
-    if progress.phase == started.READY:
+def _show(shown: ExitStack, line: Progress, name: str, progress: startup.Progress) -> None:
+    if progress.phase == startup.READY:
         shown.close()
         return
     if progress.phase != line.tasks[0].description:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from eagleray.workers.started import GRAPHS, WEIGHTS, Loaded, Ready
+from eagleray.workers.protocol.startup import GRAPHS, WEIGHTS, Loaded, Ready
 
 
 class StartReport(msgspec.Struct, frozen=True):

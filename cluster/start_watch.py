@@ -9,8 +9,8 @@ import zmq
 from eagleray.cluster.calls import Calls
 from eagleray.cluster.inbox import Inbox
 from eagleray.cluster.vital_signs import LOOK_S
-from eagleray.workers.channel import Hub, milliseconds
-from eagleray.workers.started import PHASES, PROCESSES, OnProgress, Progress
+from eagleray.workers.protocol.channel import Hub, milliseconds
+from eagleray.workers.protocol.startup import PHASES, PROCESSES, OnProgress, Progress
 
 
 class StartWatch:

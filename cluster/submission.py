@@ -12,7 +12,7 @@ from eagleray.cluster.errors import ContextLengthError
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
 from eagleray.cluster.words import counted
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
 
 MAX_TOKEN_ID = 2**31 - 1  # ids travel as int32
 

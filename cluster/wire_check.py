@@ -9,7 +9,7 @@ import numpy as np
 
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.sampling_params import MAX_SEED, RANGES
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
 
 MAX_PRIORITY = 2**31 - 1
 ITEM = 4  # bytes of an int32

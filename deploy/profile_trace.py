@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.workers.wire import TRACE_NUM_STEPS
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
 
 ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})  # categories; a CUDA graph's kernels come one by one
 ON_HOST = frozenset({"cpu_op"})

@@ -31,7 +31,7 @@ from eagleray.deploy.serve_progress import forget, latest, shown_serve
 from eagleray.deploy.server_link import News, ServerEnd
 from eagleray.deploy.server_start import ANSWER, IMPORTS, RAY, REPLICA, SERVE, Laps, line, open_here, replica_parts
 from eagleray.deploy.supervisor import supervised
-from eagleray.workers.started import READY, OnProgress, Progress
+from eagleray.workers.protocol.startup import READY, OnProgress, Progress
 
 if TYPE_CHECKING:
     from ray.serve import Application

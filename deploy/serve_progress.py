@@ -12,7 +12,7 @@ from rich.console import Console
 
 from eagleray.cluster.start_display import shown_start, size_of
 from eagleray.deploy.serve_args import ServeArgs
-from eagleray.workers.started import READY, OnProgress, Progress
+from eagleray.workers.protocol.startup import READY, OnProgress, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from types import FrameType
 from eagleray.deploy.health_probes import HealthProbe
 from eagleray.deploy.process_tree import POLL_S, STOPPED, ZOMBIE, adopt_orphans, descendants, end_descendants, state
 from eagleray.deploy.server_link import CommandEnd, News, ServerEnd, Watched, linked
-from eagleray.workers.socket_directory import remove_left_behind
+from eagleray.workers.protocol.socket_directory import remove_left_behind
 
 logger = logging.getLogger(__name__)
 

@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import ray
 
-from eagleray.workers.channel import Endpoint, Peer
-from eagleray.workers.config import WorkerConfig
 from eagleray.workers.heartbeat import Heartbeat
 from eagleray.workers.model_dir import is_of_hub, model_dir
-from eagleray.workers.priority import run_at_normal_priority
-from eagleray.workers.reporter import Reporter
-from eagleray.workers.start_teller import StartTeller
-from eagleray.workers.started import FETCHING, GRAPHS, JOINING, MEMORY_PROFILE, WEIGHTS, Loaded, RankHost, Ready
-from eagleray.workers.wire import Goodbye, Profile, RankMessage
+from eagleray.workers.output_sender import Reporter
+from eagleray.workers.protocol.channel import Endpoint, Peer
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import Goodbye, Profile, RankMessage
+from eagleray.workers.protocol.priority import run_at_normal_priority
+from eagleray.workers.protocol.startup import (
+    FETCHING,
+    GRAPHS,
+    JOINING,
+    MEMORY_PROFILE,
+    WEIGHTS,
+    Loaded,
+    RankHost,
+    Ready,
+)
+from eagleray.workers.startup_reporter import StartTeller
 
 if TYPE_CHECKING:
-    from eagleray.workers.step_guard import StepGuard
+    from eagleray.workers.oom_guard import StepGuard
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
 CUDA_ENVIRONMENT = {
@@ -71,8 +80,8 @@ class RankActor:
         import torch
 
         import eagleray.models.loader
-        import eagleray.workers.memory
-        import eagleray.workers.step_guard  # noqa: F401
+        import eagleray.workers.kv_capacity
+        import eagleray.workers.oom_guard  # noqa: F401
         from eagleray.parallel.network import open_store
         from eagleray.workers.fit import memory_bytes, needed_bytes
 
@@ -113,7 +122,7 @@ class RankActor:
 
         from eagleray.models.loader import load_model
         from eagleray.parallel.group import init_tp_group
-        from eagleray.workers.memory import num_blocks_that_fit
+        from eagleray.workers.kv_capacity import num_blocks_that_fit
         from eagleray.workers.out_of_memory import explained
 
         self._teller.begin(JOINING)
@@ -146,8 +155,8 @@ class RankActor:
         return Loaded(num_blocks, seconds, sum(weights.nbytes for weights in self._model.parameters()))
 
     def _worker(self, num_blocks: int) -> "tuple[StepGuard, Ready]":
+        from eagleray.workers.oom_guard import StepGuard
         from eagleray.workers.out_of_memory import explained
-        from eagleray.workers.step_guard import StepGuard
         from eagleray.workers.worker import Worker
 
         begin = time.monotonic()

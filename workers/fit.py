@@ -7,8 +7,8 @@ import torch
 from eagleray.models.config import ModelConfig
 from eagleray.models.loader import build_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.memory import CPU_KV_CACHE_BYTES
+from eagleray.workers.kv_capacity import CPU_KV_CACHE_BYTES
+from eagleray.workers.protocol.config import WorkerConfig
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 

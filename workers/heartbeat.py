@@ -5,8 +5,8 @@ from threading import Event, Thread
 
 import msgspec
 
-from eagleray.workers.channel import Endpoint, Peer
-from eagleray.workers.wire import Beat
+from eagleray.workers.protocol.channel import Endpoint, Peer
+from eagleray.workers.protocol.messages import Beat
 
 BEAT_S = 0.5
 

@@ -5,10 +5,10 @@ from math import isfinite
 import numpy as np
 import torch
 
-from eagleray.workers.pairs import unpack_host
+from eagleray.workers.protocol.messages import StepOutput, TokenLogprobs
 from eagleray.workers.rows import IntArray
-from eagleray.workers.sampler import SampleOutput
-from eagleray.workers.wire import StepOutput, TokenLogprobs
+from eagleray.workers.sampling.packed_pairs import unpack_host
+from eagleray.workers.sampling.sampler import SampleOutput
 
 
 class PendingOutput:

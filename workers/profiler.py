@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from eagleray.workers.wire import TRACE_NUM_STEPS, Profile, Profiled
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, Profile, Profiled
 
 logger = logging.getLogger(__name__)
 

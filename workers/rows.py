@@ -8,10 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eagleray.workers.context import AttentionMetadata
-from eagleray.workers.staging import Staging
+from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.pinned_copy import Staging
+from eagleray.workers.protocol.messages import RowStart, Step
 from eagleray.workers.triton_here import CAN_IMPORT
-from eagleray.workers.wire import RowStart, Step
 
 if CAN_IMPORT:
     from eagleray.workers import row_kernels

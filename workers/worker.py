@@ -8,20 +8,20 @@ from torch import Tensor
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.attention import backend_name, choose_backend, reference_attention
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
-from eagleray.workers.decode_backend import DecodeBackends
-from eagleray.workers.decode_graphs import DecodeGraphs, batch_sizes
-from eagleray.workers.kv_cache import KVCache
-from eagleray.workers.mixed_graphs import MixedGraphs, token_counts
-from eagleray.workers.pairs import marks_of, unpack_ids
+from eagleray.workers.attention.backends import DecodeBackends
+from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.attention.kv_cache import KVCache
+from eagleray.workers.attention.reference import backend_name, choose_backend, reference_attention
+from eagleray.workers.graphs.decode import DecodeGraphs, batch_sizes
+from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
 from eagleray.workers.pending_output import PendingOutput
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import Step, StepOutput, TokenLogprobs
 from eagleray.workers.rows import Batch, IntArray, Rows, Slices
-from eagleray.workers.sampler import SampleOutput, Sampler
-from eagleray.workers.sampling_table import SamplingTable
+from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
+from eagleray.workers.sampling.sampler import SampleOutput, Sampler
+from eagleray.workers.sampling.table import SamplingTable
 from eagleray.workers.triton_here import runs_triton
-from eagleray.workers.wire import Step, StepOutput, TokenLogprobs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
 

@@ -25,15 +25,15 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import reference_attention
-from eagleray.workers.context import AttentionMetadata
-from eagleray.workers.decode_attention import (
+from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.attention.decode import (
     LaunchConstants,
     allocate_workspace,
     attend_planned,
     launch_constants,
     plan_decode,
 )
+from eagleray.workers.attention.reference import reference_attention
 
 BYTES_PER_SECOND = 4.3e12  # of a device copy on an H200
 L2_BYTES = 50 << 20

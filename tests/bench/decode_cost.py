@@ -21,9 +21,9 @@ from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.kv_cache import block_bytes
-from eagleray.workers.wire import RowStart, Sampling, Step
+from eagleray.workers.attention.kv_cache import block_bytes
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -24,11 +24,11 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import reference_attention
-from eagleray.workers.context import AttentionBackend, AttentionMetadata
-from eagleray.workers.flash_attention import flash_attention
-from eagleray.workers.flash_attention import supports as flash_supports
-from eagleray.workers.slice_attention import LaunchConstants, launch_constants, slice_attention
+from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata
+from eagleray.workers.attention.flash import flash_attention
+from eagleray.workers.attention.flash import supports as flash_supports
+from eagleray.workers.attention.reference import reference_attention
+from eagleray.workers.attention.varlen import LaunchConstants, launch_constants, slice_attention
 
 BLOCK_SIZE = 128
 DEVICE = torch.device("cuda")

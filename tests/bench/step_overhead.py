@@ -25,8 +25,8 @@ import msgspec
 
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.channel import Endpoint, Hub, Peer
-from eagleray.workers.wire import Sampling, Step, StepOutput
+from eagleray.workers.protocol.channel import Endpoint, Hub, Peer
+from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
 
 BLOCK_SIZES = (128, 16)  # as on CUDA and on CPU; one request in so many gets a block in each step
 PROMPT_TOKENS = 100

@@ -16,8 +16,8 @@ from eagleray.cluster.core_link import CoreLink
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.messages import EngineOutputs, EngineRequest, Submit
 from eagleray.cluster.process_state import state_of
-from eagleray.workers.channel import Hub
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.channel import Hub
+from eagleray.workers.protocol.messages import Sampling
 from support.toy_core import Core
 from support.toy_rank import generate
 
@@ -193,11 +193,11 @@ def test_a_message_that_cannot_be_made_is_not_missed(core: Core) -> None:
 
 def test_a_peer_that_is_stopped_for_long_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """With heartbeats as between nodes, a hundred times faster, it would be dropped."""
-    monkeypatch.setattr("eagleray.workers.channel.HEARTBEAT_MS", 20)
-    monkeypatch.setattr("eagleray.workers.channel.SILENT_MS", 40)
+    monkeypatch.setattr("eagleray.workers.protocol.channel.HEARTBEAT_MS", 20)
+    monkeypatch.setattr("eagleray.workers.protocol.channel.SILENT_MS", 40)
     hub = Hub()
     echo = (
-        "import sys\nfrom eagleray.workers.channel import Endpoint, Peer\n"
+        "import sys\nfrom eagleray.workers.protocol.channel import Endpoint, Peer\n"
         "peer = Peer(Endpoint(sys.argv[1], token=sys.argv[2].encode()), b'echo')\n"
         "peer.send(b'here')\n"
         "while True: peer.send(peer.receive())\n"

@@ -20,7 +20,7 @@ from eagleray.cluster.messages import (
     StopProfile,
     Submit,
 )
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
 from support.toy_core import Core
 from support.toy_rank import VOCAB_SIZE, generate
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_counted_and_logged_once(core: Core, caplog: pyte
 
 
 def test_a_message_longer_than_any_of_ours_ends_its_senders_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eagleray.workers.channel.MAX_BYTES", 10_000)
+    monkeypatch.setattr("eagleray.workers.protocol.channel.MAX_BYTES", 10_000)
     core = Core()
     bad, good = core.front_end(b"bad"), core.front_end(b"good")
     good.submit(0, [1, 2], max_tokens=100)

@@ -37,8 +37,8 @@ from eagleray.cluster.submission import ModelLimits
 from eagleray.models.config import ModelConfig
 from eagleray.models.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.started import FETCHING, PHASES, WEIGHTS, Progress
-from eagleray.workers.wire import TRACE_NUM_STEPS
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
+from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 

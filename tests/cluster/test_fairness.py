@@ -19,7 +19,7 @@ from eagleray.cluster.fairness import Group, Tenant
 from eagleray.cluster.messages import EngineRequest
 from eagleray.cluster.request import Request
 from eagleray.cluster.scheduler import MAX_TOLD, Scheduler
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate
 

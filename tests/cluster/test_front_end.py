@@ -18,7 +18,7 @@ from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.workers.wire import TokenLogprobs
+from eagleray.workers.protocol.messages import TokenLogprobs
 
 EOS = 2
 VOCAB_SIZE = 49_152

@@ -19,9 +19,9 @@ from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.step_clock import StepClock
 from eagleray.cluster.submission import ModelLimits
 from eagleray.cluster.wire_check import EngineLimits
-from eagleray.workers.channel import Hub, Peer
-from eagleray.workers.reporter import Reporter
-from eagleray.workers.wire import Profile, Step, StepOutput
+from eagleray.workers.output_sender import Reporter
+from eagleray.workers.protocol.channel import Hub, Peer
+from eagleray.workers.protocol.messages import Profile, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
 
 BLOCK_SIZE = 4

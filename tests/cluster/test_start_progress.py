@@ -16,9 +16,9 @@ from rich.console import Console
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.start_watch import AllRanks
-from eagleray.workers.channel import Hub
-from eagleray.workers.start_teller import StartTeller
-from eagleray.workers.started import GRAPHS, JOINING, PHASES, PROCESSES, READY, WEIGHTS, Progress
+from eagleray.workers.protocol.channel import Hub
+from eagleray.workers.protocol.startup import GRAPHS, JOINING, PHASES, PROCESSES, READY, WEIGHTS, Progress
+from eagleray.workers.startup_reporter import StartTeller
 from support.screen import screen
 
 CONFIG = EngineConfig(model="/models/tiny [b]{0}", tensor_parallel_size=2)

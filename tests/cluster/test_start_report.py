@@ -1,7 +1,7 @@
 """The lines about a start, made of what each rank measured."""
 
 from eagleray.cluster.start_report import StartReport, capacity
-from eagleray.workers.started import Loaded, Ready
+from eagleray.workers.protocol.startup import Loaded, Ready
 
 LOADED = [
     Loaded(100, {"joining": 1.0, "weights": 4.0, "memory profile": 1.5}, 16_000_000_000),

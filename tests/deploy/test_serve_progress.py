@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from eagleray.deploy.serve_progress import Lines
-from eagleray.workers.started import READY, WEIGHTS, Progress
+from eagleray.workers.protocol.startup import READY, WEIGHTS, Progress
 
 
 class Heard(logging.Handler):

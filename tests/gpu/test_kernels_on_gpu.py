@@ -17,13 +17,13 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import triton
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import backend_name, choose_backend, reference_attention
-from eagleray.workers.context import AttentionBackend
-from eagleray.workers.decode_attention import launch_constants
-from eagleray.workers.decode_backend import DecodeBackend
-from eagleray.workers.flash_attention import flash_attention
-from eagleray.workers.flash_attention import supports as flash_supports
-from eagleray.workers.slice_attention import slice_attention
+from eagleray.workers.attention.backends import DecodeBackend
+from eagleray.workers.attention.context import AttentionBackend
+from eagleray.workers.attention.decode import launch_constants
+from eagleray.workers.attention.flash import flash_attention
+from eagleray.workers.attention.flash import supports as flash_supports
+from eagleray.workers.attention.reference import backend_name, choose_backend, reference_attention
+from eagleray.workers.attention.varlen import slice_attention
 from support.attention_requests import Requests
 from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 from support.gpu import needs_gpus
@@ -188,7 +188,7 @@ def test_sinks_of_single_tokens(backend: Any) -> None:
 
 def test_kernels_are_compiled_ahead_without_a_launch() -> None:
     from eagleray.models import kernels  # these import Triton, which is not everywhere
-    from eagleray.workers.compile_ahead import compile_ahead
+    from eagleray.workers.graphs.compile_ahead import compile_ahead
 
     compiled: list[object] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **known: compiled.append(known)

@@ -10,8 +10,8 @@ import torch
 
 from eagleray import AsyncLLM, SamplingParams
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.kv_cache import block_bytes
+from eagleray.workers.attention.kv_cache import block_bytes
+from eagleray.workers.protocol.config import WorkerConfig
 from support.gpu import needs_gpus
 from support.mixed_requests import MixedRequest, mixed_requests
 from support.rank_pool import RunRanks

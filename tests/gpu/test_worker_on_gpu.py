@@ -18,10 +18,10 @@ from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.sampler import Sampler
-from eagleray.workers.sampling_table import SamplingTable
-from eagleray.workers.wire import Sampling, Step, StepOutput
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
+from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.table import SamplingTable
 from eagleray.workers.worker import Worker
 from support.gpu import needs_gpus
 from support.inline_engine import InlineEngine

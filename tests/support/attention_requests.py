@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import eagleray.workers.attention  # noqa: F401  implements the op
+import eagleray.workers.attention.reference  # noqa: F401  implements the op
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
 
 BLOCK_SIZE = 4
 METADATA_TENSORS = ("query_start_loc", "seq_lens", "slot_mapping", "block_table")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import reference_attention
-from eagleray.workers.context import AttentionMetadata
-from eagleray.workers.decode_attention import LaunchConstants, allocate_workspace, decode_attention
+from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.attention.decode import LaunchConstants, allocate_workspace, decode_attention
+from eagleray.workers.attention.reference import reference_attention
 
 FINE, COARSE = 1 << 20, 0  # for lanes: always chunks, always sections
 

@@ -15,9 +15,9 @@ from eagleray.models.loader import load_model
 from eagleray.parallel.exchange import MAX_ROWS, has_owners
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.actor import CUDA_ENVIRONMENT
-from eagleray.workers.channel import Endpoint, Hub, Peer
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.wire import Step, StepOutput
+from eagleray.workers.protocol.channel import Endpoint, Hub, Peer
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import Step, StepOutput
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.mixed_requests import run_all

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from eagleray.cluster.messages import EngineRequest, Tokens
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.wire import Sampling, Step, StepOutput
+from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
 
 ME = b"front end"
 

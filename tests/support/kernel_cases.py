@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from eagleray.models import kernels
 from eagleray.models.layers import rotate
 from eagleray.parallel import skinny
-from eagleray.workers import kv_kernels
+from eagleray.workers.attention import kv_kernels
 
 # Against float32: of its own rounding, or of results, and of one product's factor, that are rounded to 8 bits.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-6}

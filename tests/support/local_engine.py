@@ -8,7 +8,7 @@ from collections import deque
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.messages import Abort, EngineOutputs, RequestMessage, Submit, Tokens
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.workers.wire import StepOutput
+from eagleray.workers.protocol.messages import StepOutput
 from support.toy_rank import ToyRank
 
 ME = b"front end"

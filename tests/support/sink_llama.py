@@ -16,7 +16,7 @@ from eagleray.models.loader import load_model
 from eagleray.models.registry import ARCHITECTURES
 from eagleray.parallel.group import TPGroup
 from eagleray.workers import worker
-from eagleray.workers.config import WorkerConfig
+from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.triton_here import INTERPRETED
 from support.inline_engine import InlineEngine
 
@@ -54,7 +54,7 @@ def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: boo
         with patch.object(worker, "runs_triton", lambda device: False):
             return _run(tp, path, prompts)
     assert INTERPRETED
-    from eagleray.workers.slice_attention import slice_attention  # the interpreter only
+    from eagleray.workers.attention.varlen import slice_attention  # the interpreter only
 
     with patch.object(worker, "choose_backend", lambda *layer: slice_attention):  # as on GPUs
         return _run(tp, path, prompts)

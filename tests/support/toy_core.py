@@ -24,8 +24,8 @@ from eagleray.cluster.messages import (
 )
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.wire_check import EngineLimits
-from eagleray.workers.channel import Hub, Peer
-from eagleray.workers.wire import Profile, Profiled, Sampling, Step, StepOutput
+from eagleray.workers.protocol.channel import Hub, Peer
+from eagleray.workers.protocol.messages import Profile, Profiled, Sampling, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4

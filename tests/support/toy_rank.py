@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
-from eagleray.workers.wire import RowStart, Step, StepOutput, TokenLogprobs
+from eagleray.workers.protocol.messages import RowStart, Step, StepOutput, TokenLogprobs
 
 VOCAB_SIZE = 50
 

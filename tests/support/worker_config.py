@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from eagleray.workers.config import WorkerConfig
+from eagleray.workers.protocol.config import WorkerConfig
 
 
 def worker_config(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers import attention, flash_attention
-from eagleray.workers.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
+from eagleray.workers.attention import flash, reference
+from eagleray.workers.attention.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
 from support.attention_requests import Requests
 
 NO_MARKS = torch.zeros(0, dtype=torch.int8)  # finite numbers mark nothing
@@ -49,16 +49,16 @@ def test_sinks_join_the_softmax(name: str) -> None:
 
 def test_flash_attention_is_not_for_layers_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were a Hopper GPU with its package here."""
-    monkeypatch.setattr(flash_attention, "flash_attn_interface", object())
+    monkeypatch.setattr(flash, "flash_attn_interface", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     cuda = torch.device("cuda")
-    assert flash_attention.supports(spec(), torch.bfloat16, cuda)
-    assert not flash_attention.supports(spec(has_sinks=True), torch.bfloat16, cuda)
+    assert flash.supports(spec(), torch.bfloat16, cuda)
+    assert not flash.supports(spec(has_sinks=True), torch.bfloat16, cuda)
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "window and soft cap"])
 def test_a_slice_longer_than_what_is_attended_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr(reference, "_QUERIES_AT_ONCE", 4)
     requests = Requests([(21, 30), (1, 5), (4, 4)], SPECS[name])
     torch.testing.assert_close(requests.run(), requests.expected(), atol=1e-5, rtol=1e-5)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.workers.channel import Hub, Peer
+from eagleray.workers.protocol.channel import Hub, Peer
 
 HUB_ELSEWHERE = """
 import time
-from eagleray.workers.channel import Hub
+from eagleray.workers.protocol.channel import Hub
 hub = Hub()
 print(hub.endpoint.address, flush=True)
 time.sleep(100)

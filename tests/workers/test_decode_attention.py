@@ -15,8 +15,8 @@ if not RUNS_KERNELS:
         run_in_interpreter(__file__)
 
 else:
-    from eagleray.workers import decode_attention as ours
-    from eagleray.workers.decode_attention import LaunchConstants, allocate_workspace, decode_attention
+    from eagleray.workers.attention import decode as ours
+    from eagleray.workers.attention.decode import LaunchConstants, allocate_workspace, decode_attention
     from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 
     @pytest.fixture(autouse=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eagleray.workers.decode_graphs import batch_sizes
-from eagleray.workers.memory import graph_bytes, probe_sizes
+from eagleray.workers.graphs.decode import batch_sizes
+from eagleray.workers.kv_capacity import graph_bytes, probe_sizes
 from eagleray.workers.out_of_memory import explained, is_out_of_memory
 
 CPU = torch.device("cpu")

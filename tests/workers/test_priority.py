@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import os, threading
 from pathlib import Path
-from eagleray.workers.priority import run_at_normal_priority
+from eagleray.workers.protocol.priority import run_at_normal_priority
 over = threading.Event()
 thread = threading.Thread(target=over.wait)
 thread.start()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eagleray.workers.profiler import RankProfiler
-from eagleray.workers.wire import TRACE_NUM_STEPS, Profile, Profiled
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, Profile, Profiled
 
 
 def profiler() -> RankProfiler:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.rows import Batch, Rows
-from eagleray.workers.wire import RowStart, Sampling, Step
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")

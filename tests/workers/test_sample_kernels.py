@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.noise import log_exponential, mixed_seed, random_bits, row_keys
-from eagleray.workers.pairs import marks_of, pack, unpack, unpack_ids
-from eagleray.workers.sampler import Sampler
-from eagleray.workers.sampling_table import SamplingTable
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.sampling.gumbel import log_exponential, mixed_seed, random_bits, row_keys
+from eagleray.workers.sampling.packed_pairs import marks_of, pack, unpack, unpack_ids
+from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.table import SamplingTable
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -27,27 +27,27 @@ else:
     import triton
     import triton.language as tl
 
-    from eagleray.workers import sample_kernels
-    from eagleray.workers.sample_kernels import best_plain_pairs
+    from eagleray.workers.sampling import kernels
+    from eagleray.workers.sampling.kernels import best_plain_pairs
 
     @triton.jit
     def noise_kernel(seeds, positions, bits, logs, first_id, num: tl.constexpr):
         line = tl.program_id(0)
-        key = sample_kernels.row_key(tl.load(seeds + line), tl.load(positions + line))
+        key = kernels.row_key(tl.load(seeds + line), tl.load(positions + line))
         columns = tl.arange(0, num)
-        x = sample_kernels.random_bits(key, first_id + columns)
+        x = kernels.random_bits(key, first_id + columns)
         tl.store(bits + line * num + columns, x.to(tl.int32, bitcast=True))
-        tl.store(logs + line * num + columns, sample_kernels.log_exponential(x))
+        tl.store(logs + line * num + columns, kernels.log_exponential(x))
 
     @triton.jit
     def log_exponential_kernel(bits, logs, num: tl.constexpr):
         columns = tl.arange(0, num)
-        tl.store(logs + columns, sample_kernels.log_exponential(tl.load(bits + columns)))
+        tl.store(logs + columns, kernels.log_exponential(tl.load(bits + columns)))
 
     @triton.jit
     def tanh_kernel(x, y, num: tl.constexpr):
         columns = tl.arange(0, num)
-        tl.store(y + columns, sample_kernels.tanh(tl.load(x + columns)))
+        tl.store(y + columns, kernels.tanh(tl.load(x + columns)))
 
     def test_noise_has_the_same_bits_and_nearly_the_same_logarithms() -> None:
         seeds = torch.tensor([mixed_seed(seed) for seed in (0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1)])
@@ -135,7 +135,7 @@ else:
         logits = some_logits(num_lines, 2500, torch.float32).clamp(max=2.0)  # greedy rows have many ties
         expected = expected_ids(logits, samplings)
         for enough in (1, 2048):
-            monkeypatch.setattr(sample_kernels, "ENOUGH_PROGRAMS", enough)
+            monkeypatch.setattr(kernels, "ENOUGH_PROGRAMS", enough)
             assert unpack_ids(draw(logits, samplings)).tolist() == expected
 
     def test_pairs_of_odd_values_are_those_of_pack() -> None:

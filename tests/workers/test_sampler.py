@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.pairs import unpack_host
-from eagleray.workers.sampler import Sampler
-from eagleray.workers.sampling_table import SamplingTable
-from eagleray.workers.wire import Sampling, TokenLogprobs
+from eagleray.workers.protocol.messages import Sampling, TokenLogprobs
+from eagleray.workers.sampling.packed_pairs import unpack_host
+from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.table import SamplingTable
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.noise import add_gumbel_, mixed_seed, random_bits, row_keys
-from eagleray.workers.pairs import PAD, best_pairs, pack, top_pairs, unpack
-from eagleray.workers.sampler import Sampler
-from eagleray.workers.sampling_table import SamplingTable
-from eagleray.workers.wire import Sampling
+from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.sampling.gumbel import add_gumbel_, mixed_seed, random_bits, row_keys
+from eagleray.workers.sampling.packed_pairs import PAD, best_pairs, pack, top_pairs, unpack
+from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.table import SamplingTable
 
 
 def ids(start: int, stop: int) -> Tensor:

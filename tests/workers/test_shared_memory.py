@@ -14,8 +14,8 @@ from eagleray.models.attention import AttentionSpec  # noqa: E402
 from eagleray.parallel import skinny  # noqa: E402
 from eagleray.parallel.overlap import LAUNCH  # noqa: E402
 from eagleray.parallel.shared_memory import HOPPER  # noqa: E402
-from eagleray.workers import decode_attention  # noqa: E402
-from eagleray.workers.decode_attention_kernels import attend_kernel  # noqa: E402
+from eagleray.workers.attention import decode  # noqa: E402
+from eagleray.workers.attention.decode_kernels import attend_kernel  # noqa: E402
 
 DEVICE = torch.device("cpu")
 RESERVED = 1 << 10  # bytes of a multiprocessor that no program can have
@@ -45,9 +45,9 @@ def compiled_bytes(kernel: Any, capability: int, constants: dict[str, Any], **op
 )
 def test_decode_attention_fits(monkeypatch: pytest.MonkeyPatch, have: int, capability: int, head_size: int) -> None:
     """With one request, which takes the largest tiles."""
-    monkeypatch.setattr(decode_attention, "shared_memory", lambda device: have)
+    monkeypatch.setattr(decode, "shared_memory", lambda device: have)
     spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=head_size, scale=1.0)
-    launch = decode_attention.launch_constants(spec, 1, DEVICE)
+    launch = decode.launch_constants(spec, 1, DEVICE)
     constants = {
         "KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": 16, "HEAD_SIZE": head_size, "HEAD_PAD": head_size, "BLOCK_SIZE": 128,
         "TILE": launch.tile, "HAS_CAP": False, "HAS_SINKS": False, "PDL": capability >= 90, "sinks": None,

@@ -23,8 +23,8 @@ else:
     from eagleray.models.attention import AttentionSpec
     from eagleray.models.loader import checkpoint_pieces, load_model
     from eagleray.parallel.group import TPGroup
-    from eagleray.workers.attention import reference_attention
-    from eagleray.workers.decode_backend import DecodeBackend, MixedBackend
+    from eagleray.workers.attention.backends import DecodeBackend, MixedBackend
+    from eagleray.workers.attention.reference import reference_attention
     from support import sink_llama
     from support.attention_requests import Requests
     from support.sink_llama import Run

@@ -19,8 +19,8 @@ if not RUNS_KERNELS:
 
 else:
     from eagleray.models.attention import AttentionSpec
-    from eagleray.workers.context import AttentionMetadata
-    from eagleray.workers.slice_attention import LaunchConstants, slice_attention
+    from eagleray.workers.attention.context import AttentionMetadata
+    from eagleray.workers.attention.varlen import LaunchConstants, slice_attention
     from support.attention_requests import Requests
     from support.decode_batch import SPECS, TOLERANCE, spec
 

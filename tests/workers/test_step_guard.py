@@ -17,8 +17,8 @@ from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.step_guard import StepGuard
-from eagleray.workers.wire import Step
+from eagleray.workers.oom_guard import StepGuard
+from eagleray.workers.protocol.messages import Step
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.worker_config import worker_config

@@ -15,8 +15,8 @@ from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.memory import num_blocks_that_fit, run_largest_step
+from eagleray.workers.kv_capacity import num_blocks_that_fit, run_largest_step
+from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.worker_config import worker_config

@@ -21,7 +21,7 @@ from torch import Tensor
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import shared_memory
-from eagleray.workers.decode_attention_kernels import (
+from eagleray.workers.attention.decode_kernels import (
     CHUNKS,
     FIELDS,
     MAX_SECTIONS,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.context import AttentionMetadata
+from eagleray.workers.attention.context import AttentionMetadata
 
 try:
     import flash_attn_interface  # which registers the operator

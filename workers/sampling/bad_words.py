@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagleray.workers.staging import to_device
+from eagleray.workers.pinned_copy import to_device
 
 ANY, NONE = -1, -2  # before a word that is shorter than others, and before the first generated token
 

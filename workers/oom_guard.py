@@ -8,8 +8,8 @@ import msgspec
 import torch
 
 from eagleray.workers.out_of_memory import explain, is_out_of_memory, release_unused
-from eagleray.workers.reporter import Pending
-from eagleray.workers.wire import Step, StepOutput
+from eagleray.workers.output_sender import Pending
+from eagleray.workers.protocol.messages import Step, StepOutput
 from eagleray.workers.worker import Worker
 
 REMEDY = (

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eagleray.workers.bad_words import BadWords
-from eagleray.workers.noise import mixed_seed
-from eagleray.workers.staging import to_device
-from eagleray.workers.wire import Sampling
+from eagleray.workers.pinned_copy import to_device
+from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.sampling.bad_words import BadWords
+from eagleray.workers.sampling.gumbel import mixed_seed
 
 MIN_TEMPERATURE = 1e-5  # below, a request is greedy
 NO_TOP_K = (1 << 31) - 1  # more than any vocabulary holds

@@ -14,7 +14,7 @@ torch has no full unsigned integers, so numbers are kept in signed ones that wra
 import torch
 from torch import Tensor
 
-from eagleray.workers.pairs import line_blocks
+from eagleray.workers.sampling.packed_pairs import line_blocks
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.pairs import merge, top_pairs, unpack
-from eagleray.workers.wire import TokenLogprobs
+from eagleray.workers.protocol.messages import TokenLogprobs
+from eagleray.workers.sampling.packed_pairs import merge, top_pairs, unpack
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import msgspec
 
-from eagleray.workers.channel import Endpoint, Peer
-from eagleray.workers.wire import StepOutput
+from eagleray.workers.protocol.channel import Endpoint, Peer
+from eagleray.workers.protocol.messages import StepOutput
 
 
 class Pending(Protocol):

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.models.layers import rotate
-from eagleray.workers.context import AttentionBackend, AttentionMetadata, current_layer, scratch
-from eagleray.workers.flash_attention import flash_attention, supports
+from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, current_layer, scratch
+from eagleray.workers.attention.flash import flash_attention, supports
 
 if torch.cuda.is_available():  # Triton comes with torch for CUDA, and with no other
-    from eagleray.workers import kv_kernels, slice_attention
+    from eagleray.workers.attention import kv_kernels, varlen
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
 
@@ -37,8 +37,8 @@ def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device
     """The fastest implementation that computes such a layer on this device."""
     if supports(spec, dtype, device):
         return flash_attention
-    if device.type == "cuda" and slice_attention.supports(spec, dtype):
-        return slice_attention.slice_attention
+    if device.type == "cuda" and varlen.supports(spec, dtype):
+        return varlen.slice_attention
     return reference_attention
 
 

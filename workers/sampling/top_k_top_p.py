@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.noise import log_exponential
-from eagleray.workers.pairs import PAD, line_blocks, merge, pack, top_pairs, unpack
-from eagleray.workers.sampling_table import NO_TOP_K
+from eagleray.workers.sampling.gumbel import log_exponential
+from eagleray.workers.sampling.packed_pairs import PAD, line_blocks, merge, pack, top_pairs, unpack
+from eagleray.workers.sampling.table import NO_TOP_K
 
 INITIAL_WIDTH = 256
 _WIDENING = 8

@@ -30,20 +30,20 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.candidates import Restriction, draw_restricted
-from eagleray.workers.logit_edits import add_bias_, allow_only_, mask_
-from eagleray.workers.logprobs import LogprobTensors, token_logprobs
-from eagleray.workers.noise import add_gumbel_, row_keys
-from eagleray.workers.pairs import best_pairs, find_marks, unpack_ids
-from eagleray.workers.penalties import penalise
-from eagleray.workers.sampling_table import NO_TOP_K, PLAIN, Feature, SamplingTable
-from eagleray.workers.staging import to_device
+from eagleray.workers.pinned_copy import to_device
+from eagleray.workers.protocol.messages import TokenLogprobs
+from eagleray.workers.sampling.gumbel import add_gumbel_, row_keys
+from eagleray.workers.sampling.logit_edits import add_bias_, allow_only_, mask_
+from eagleray.workers.sampling.logprobs import LogprobTensors, token_logprobs
+from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, unpack_ids
+from eagleray.workers.sampling.penalties import penalise
+from eagleray.workers.sampling.table import NO_TOP_K, PLAIN, Feature, SamplingTable
+from eagleray.workers.sampling.top_k_top_p import Restriction, draw_restricted
 from eagleray.workers.triton_here import CAN_IMPORT
-from eagleray.workers.wire import TokenLogprobs
 
 IntArray = npt.NDArray[np.int64]
 if CAN_IMPORT:
-    from eagleray.workers.sample_kernels import best_plain_pairs
+    from eagleray.workers.sampling.kernels import best_plain_pairs
 
 
 @dataclass(frozen=True)

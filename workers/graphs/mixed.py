@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eagleray.workers.capture import Replay, capture
-from eagleray.workers.context import AttentionMetadata
+from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import Batch
 from eagleray.workers.triton_here import CAN_IMPORT
 
 if CAN_IMPORT:
-    from eagleray.workers.compile_ahead import compile_ahead
+    from eagleray.workers.graphs.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)
 

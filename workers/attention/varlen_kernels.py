@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.workers.decode_attention_kernels import find_blocks, soft_capped
+from eagleray.workers.attention.decode_kernels import find_blocks, soft_capped
 
 _SEARCHED = tl.constexpr(256)  # requests that are looked at together
 

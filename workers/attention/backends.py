@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.context import AttentionBackend, AttentionMetadata
+from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata
 from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
 
 if CAN_IMPORT:
-    from eagleray.workers.decode_attention import allocate_workspace, attend_planned, plan_decode
+    from eagleray.workers.attention.decode import allocate_workspace, attend_planned, plan_decode
 
 HEAD_SIZES = (64, 96, 128, 256)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from eagleray.workers.socket_directory import NAME, make_socket_directory
+from eagleray.workers.protocol.socket_directory import NAME, make_socket_directory
 
 logger = logging.getLogger(__name__)
 

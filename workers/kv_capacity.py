@@ -8,12 +8,12 @@ import torch
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.config import WorkerConfig
-from eagleray.workers.decode_graphs import batch_sizes
-from eagleray.workers.kv_cache import block_bytes
-from eagleray.workers.mixed_graphs import token_counts
+from eagleray.workers.attention.kv_cache import block_bytes
+from eagleray.workers.graphs.decode import batch_sizes
+from eagleray.workers.graphs.mixed import token_counts
 from eagleray.workers.out_of_memory import GIB, describe_use, explained, release_unused
-from eagleray.workers.wire import RowStart, Sampling, Step
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
 
 CPU_KV_CACHE_BYTES = 1 << 30

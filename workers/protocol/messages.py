@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from eagleray.workers.started import Ready
+from eagleray.workers.protocol.startup import Ready
 
 TRACE_NUM_STEPS = "eagleray_num_steps"  # top-level key of a profile's trace
 

@@ -4,8 +4,8 @@ import time
 
 import msgspec
 
-from eagleray.workers.channel import Endpoint, Peer
-from eagleray.workers.started import Progress
+from eagleray.workers.protocol.channel import Endpoint, Peer
+from eagleray.workers.protocol.startup import Progress
 
 PAUSE_S = 0.1  # between counts of one phase
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import shared_memory
-from eagleray.workers.context import AttentionMetadata
-from eagleray.workers.slice_attention_kernels import slice_attend_kernel
+from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.attention.varlen_kernels import slice_attend_kernel
 
 HEAD_SIZES = (64, 96, 128, 256)
 _LOG2_E = log2(2.718281828459045)

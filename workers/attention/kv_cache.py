@@ -9,7 +9,7 @@ from eagleray.models.attention import AttentionSpec
 from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
 
 if CAN_IMPORT:
-    from eagleray.workers import kv_kernels
+    from eagleray.workers.attention import kv_kernels
 
 
 def block_bytes(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:

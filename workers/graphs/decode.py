@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagleray.workers.capture import Replay, capture
+from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import IntArray, Rows
 from eagleray.workers.triton_here import CAN_IMPORT
 
 if CAN_IMPORT:
-    from eagleray.workers.compile_ahead import compile_ahead
+    from eagleray.workers.graphs.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)
 

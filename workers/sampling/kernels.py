@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.parallel.overlap import LAUNCH, OVERLAP
-from eagleray.workers import pairs as of_pairs
+from eagleray.workers.sampling import packed_pairs
 
 LARGEST_TILE, SMALLEST_TILE = 1024, 128  # columns that a program reads at once
 FEW_PROGRAMS = 100  # fewer leave most of the GPU idle
@@ -21,7 +21,7 @@ ENOUGH_PROGRAMS = 2048  # of four warps, that is about as many as the GPU runs a
 _LOW = tl.constexpr(0xFFFFFFFF)
 _UNIT = tl.constexpr(2.0**-31 * (1 - 2.0**-24))
 _LOWEST = tl.constexpr(-(1 << 31))
-_NOT_FINITE = tl.constexpr(of_pairs.NOT_FINITE)
+_NOT_FINITE = tl.constexpr(packed_pairs.NOT_FINITE)
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def best_plain_pairs(
     """
     num_lines, share = logits.shape
     tile, tiles, chunks = _cut(num_lines, share)
-    pairs = torch.full((num_lines,), of_pairs.PAD, dtype=torch.int64, device=logits.device)
+    pairs = torch.full((num_lines,), packed_pairs.PAD, dtype=torch.int64, device=logits.device)
     _draw_kernel[(num_lines, chunks)](
         logits,
         logits.stride(0),
