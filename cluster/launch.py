@@ -16,7 +16,7 @@ from eagleray.cluster.resolve import folder_of, found
 from eagleray.cluster.start_display import shown_start
 from eagleray.cluster.submission import ModelLimits, derive_seed
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.workers.model_dir import is_of_hub, model_dir
+from eagleray.models.loading.model_dir import is_of_hub, model_dir
 from eagleray.workers.protocol.startup import OnProgress
 
 

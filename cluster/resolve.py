@@ -10,8 +10,8 @@ from eagleray.cluster.cluster_address import cluster_address
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
 from eagleray.models.config import ModelConfig, check_tp
-from eagleray.models.weight_formats import find_format
-from eagleray.workers.model_dir import DEMO, is_of_hub, model_dir
+from eagleray.models.loading.model_dir import DEMO, is_of_hub, model_dir
+from eagleray.models.loading.weight_formats import find_format
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.startup import RankHost
 

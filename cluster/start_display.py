@@ -12,7 +12,7 @@ from rich.filesize import pick_unit_and_suffix
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.workers.model_dir import public_name
+from eagleray.models.loading.model_dir import public_name
 from eagleray.workers.protocol import startup
 
 

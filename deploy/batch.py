@@ -20,7 +20,7 @@ from eagleray.deploy.batch_progress import BatchProgress
 from eagleray.deploy.batch_run import BatchRun, Replica
 from eagleray.deploy.batch_storage import Places
 from eagleray.deploy.engine import starting
-from eagleray.workers.model_dir import public_name
+from eagleray.models.loading.model_dir import public_name
 
 WINDOWS = 2  # rows in flight for each that an engine runs, so that it always has some to choose from
 

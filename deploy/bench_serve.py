@@ -24,8 +24,8 @@ from eagleray.deploy.metrics import serving_figures, spread
 from eagleray.deploy.prompts import Task, in_chat
 from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import due_times, random_prompts
-from eagleray.workers.demo_model import NAME
-from eagleray.workers.model_dir import DEMO
+from eagleray.models.loading.demo_model import NAME
+from eagleray.models.loading.model_dir import DEMO
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}

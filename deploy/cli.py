@@ -16,8 +16,8 @@ from typing import Any, TextIO
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
 from eagleray.deploy.arguments import Parser, nearest
 from eagleray.deploy.ending import TERMINATED, ending_on_sigterm
-from eagleray.workers.demo_model import DemoModelError, demo_model
-from eagleray.workers.hub import FetchError
+from eagleray.models.loading.demo_model import DemoModelError, demo_model
+from eagleray.models.loading.hub import FetchError
 
 FAILED = 1  # the engine, or one of the requests
 MISUSED = 2  # what was asked for cannot be

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from eagleray.cluster.config import EngineConfig
 from eagleray.deploy.api_keys import check_keys, key_digest, keys_of_file
 from eagleray.deploy.openai.origins import ANY, check_origin
-from eagleray.workers.model_dir import public_name
+from eagleray.models.loading.model_dir import public_name
 
 SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
 

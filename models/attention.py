@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eagleray.parallel.piece import Piece, region
+from eagleray.parallel.weight_shard import Piece, region
 
 torch.library.define(
     "eagleray::attention",

@@ -12,9 +12,9 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from eagleray.models.architectures import ARCHITECTURES, MODEL_TYPES
 from eagleray.models.json_file import flag, fraction, number, read_object, shown, whole
-from eagleray.models.registry import ARCHITECTURES, MODEL_TYPES
-from eagleray.parallel.shares import share, share_heads
+from eagleray.parallel.sharding import share, share_heads
 
 _DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says nothing
     "rms_norm_eps": 1e-6,

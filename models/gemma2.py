@@ -9,7 +9,7 @@ from eagleray.models.decoder import CausalLM, DecoderLayer
 from eagleray.models.layers import GatedMLP, RMSNorm
 from eagleray.models.llama import LlamaAttention
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.piece import Piece, region
+from eagleray.parallel.weight_shard import Piece, region
 
 
 class GemmaRMSNorm(RMSNorm):

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from eagleray.models.config import ModelConfig, RopeConfig
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from eagleray.parallel.piece import Piece, parameter, region
-from eagleray.parallel.shares import share_columns
+from eagleray.parallel.sharding import share_columns
+from eagleray.parallel.weight_shard import Piece, parameter, region
 
 if torch.cuda.is_available():
     from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
-    from eagleray.parallel import exchange, skinny
+    from eagleray.parallel import low_latency_reduce, skinny
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add all ranks' parts `x` to the residual stream; return the norm of the sum, and the sum."""
         if x.is_cuda and self.fused:
-            if self.tp.size > 1 and x.shape[0] <= exchange.MAX_ROWS:
+            if self.tp.size > 1 and x.shape[0] <= low_latency_reduce.MAX_ROWS:
                 return self.tp.sum_norm(x, residual, self.weight, self.eps)
             return kernels.add_rms_norm(self.tp.add_up(x), residual, self.weight, self.eps)
         x = self.tp.all_reduce(x)

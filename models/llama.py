@@ -10,7 +10,7 @@ from eagleray.models.decoder import CausalLM, DecoderLayer
 from eagleray.models.layers import GatedMLP, RMSNorm
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import QKVParallelLinear, RowParallelLinear, head_columns
-from eagleray.parallel.shares import share_heads
+from eagleray.parallel.sharding import share_heads
 
 
 class LlamaAttention(nn.Module):

@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import linear
-from eagleray.parallel.piece import Piece, parameter, region
-from eagleray.parallel.shares import share_columns
+from eagleray.parallel.sharding import share_columns
+from eagleray.parallel.weight_shard import Piece, parameter, region
 
 
 class VocabParallelHead(nn.Module):

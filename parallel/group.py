@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.nn import functional as F
 
-from eagleray.parallel.mesh import MAX_BYTES, Mesh
 from eagleray.parallel.network import interface_of, own_address
-from eagleray.parallel.symmetric import SymmetricMemory
+from eagleray.parallel.symmetric_memory import SymmetricMemory
+from eagleray.parallel.tcp_gather import MAX_BYTES, Mesh
 
 logger = logging.getLogger(__name__)
 

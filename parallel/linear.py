@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.piece import Piece, parameter, region
-from eagleray.parallel.shares import HeadShare, share_columns
+from eagleray.parallel.sharding import HeadShare, share_columns
+from eagleray.parallel.weight_shard import Piece, parameter, region
 
 if torch.cuda.is_available():
     from eagleray.parallel import skinny  # Triton comes with torch for CUDA, and with no other

@@ -9,7 +9,7 @@ import pytest
 
 from eagleray.deploy.private_ray import set_token
 from eagleray.deploy.serve_environment import set_environment
-from eagleray.workers.demo_model import demo_model
+from eagleray.models.loading.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
 
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this

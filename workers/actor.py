@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import ray
 
+from eagleray.models.loading.model_dir import is_of_hub, model_dir
 from eagleray.workers.heartbeat import Heartbeat
-from eagleray.workers.model_dir import is_of_hub, model_dir
 from eagleray.workers.output_sender import Reporter
 from eagleray.workers.protocol.channel import Endpoint, Peer
 from eagleray.workers.protocol.config import WorkerConfig
@@ -79,7 +79,7 @@ class RankActor:
         self._set_environment()
         import torch
 
-        import eagleray.models.loader
+        import eagleray.models.loading.loader
         import eagleray.workers.kv_capacity
         import eagleray.workers.oom_guard  # noqa: F401
         from eagleray.parallel.network import open_store
@@ -120,7 +120,7 @@ class RankActor:
         import torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        from eagleray.models.loader import load_model
+        from eagleray.models.loading.loader import load_model
         from eagleray.parallel.group import init_tp_group
         from eagleray.workers.kv_capacity import num_blocks_that_fit
         from eagleray.workers.out_of_memory import explained

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from eagleray.models.config import ModelConfig
-from eagleray.models.loader import build_model
+from eagleray.models.loading.loader import build_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.kv_capacity import CPU_KV_CACHE_BYTES
 from eagleray.workers.protocol.config import WorkerConfig

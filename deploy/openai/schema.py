@@ -1,7 +1,7 @@
 """What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would change an answer and be ignored.
 
 None, JSON's null, stands for a field's default everywhere, be that the model's own. What asks for nothing is dropped
-(`absent.py`). `SamplingParams` checks ranges and words the errors.
+(`unsupported_fields.py`). `SamplingParams` checks ranges and words the errors.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ import torch
 
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
-from eagleray.models.loader import load_model
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.attention.kv_cache import block_bytes
 from eagleray.workers.protocol.config import WorkerConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 from eagleray import LLM, SamplingParams
 from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.workers.demo_model import demo_model
+from eagleray.models.loading.demo_model import demo_model
 
 NUM_NEW_TOKENS = 64
 NUM_PROMPTS = 16

@@ -29,7 +29,7 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.machine import hardware, versions
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.deploy.serve_environment import set_environment
-from eagleray.workers.model_dir import model_dir
+from eagleray.models.loading.model_dir import model_dir
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from eagleray.cluster.resolve import worker_config
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.cluster.submission import ModelLimits
 from eagleray.models.config import ModelConfig
-from eagleray.models.loader import checkpoint_pieces, load_model
+from eagleray.models.loading.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
 from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress

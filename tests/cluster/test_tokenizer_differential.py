@@ -11,7 +11,7 @@ from transformers.models.auto.tokenization_auto import (
 )
 
 from eagleray.cluster.tokenizer_files import OVERRULED, REGISTERED
-from eagleray.models.registry import MODEL_TYPES
+from eagleray.models.architectures import MODEL_TYPES
 from support.differential import Tally
 from support.tokenizer_differential import run_tokenizer_case
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.workers.demo_model import DemoModelError, demo_model
+from eagleray.models.loading.demo_model import DemoModelError, demo_model
 from support.rank_pool import RunRanks, rank_pool
 
 

@@ -1,7 +1,7 @@
 """Sums over GPUs: the same bits on all ranks, and no further from the exact sum than rounding explains.
 
-Sizes lie on both sides of every threshold in `parallel/symmetric.py`: where one shot becomes two, where NCCL takes
-over, and where a message cannot be cut into words for each rank.
+Sizes lie on both sides of every threshold in `parallel/symmetric_memory.py`: where one shot becomes two, where NCCL
+takes over, and where a message cannot be cut into words for each rank.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from eagleray.parallel.symmetric import MAX_BYTES, ONE_SHOT_BYTES
+from eagleray.parallel.symmetric_memory import MAX_BYTES, ONE_SHOT_BYTES
 from support.gpu import needs_gpus
 from support.rank_pool import RunRanks
 

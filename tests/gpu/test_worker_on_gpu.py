@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
-from eagleray.models.loader import load_model
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Sampling, Step, StepOutput

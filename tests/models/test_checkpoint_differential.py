@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.models.registry import ARCHITECTURES, MODEL_TYPES
+from eagleray.models.architectures import ARCHITECTURES, MODEL_TYPES
 from support.differential import Tally
 from support.model_cases import FAMILIES
 from support.model_differential import run_model_case

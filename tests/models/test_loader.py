@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagleray.models import checkpoint
 from eagleray.models.decoder import CausalLM
-from eagleray.models.loader import checkpoint_pieces, load_model
+from eagleray.models.loading import checkpoint
+from eagleray.models.loading.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup
 
 CONFIG = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
-from eagleray.models.loader import checkpoint_pieces, load_model
+from eagleray.models.loading.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup
 from support import sink_llama
 from support.random_checkpoint import make_model

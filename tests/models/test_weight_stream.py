@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eagleray.models.weight_stream import WeightStream
-from eagleray.parallel.piece import Piece
+from eagleray.models.loading.weight_stream import WeightStream
+from eagleray.parallel.weight_shard import Piece
 
 CPU = torch.device("cpu")
 TENSORS = {

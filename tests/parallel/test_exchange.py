@@ -33,28 +33,30 @@ def residual_of(call: int) -> Tensor | None:
 
 def run_rank(rank: int, memory: list[list[Tensor]], results: Any) -> None:
     """Every call in turn; `memory` holds the inboxes of all ranks, for sums and for pairs."""
-    from eagleray.parallel import exchange
+    from eagleray.parallel import low_latency_reduce
 
-    exchange.MAX_ROWS_AT_ONCE, exchange.MAX_ROWS = AT_ONCE, MAX_ROWS
+    low_latency_reduce.MAX_ROWS_AT_ONCE, low_latency_reduce.MAX_ROWS = AT_ONCE, MAX_ROWS
 
-    def inboxes(own: list[Tensor], lines: int, words: int) -> exchange.Inboxes:
+    def inboxes(own: list[Tensor], lines: int, words: int) -> low_latency_reduce.Inboxes:
         pointers = torch.tensor([tensor.data_ptr() for tensor in own])
         epochs = torch.zeros(max(lines, MAX_ROWS), dtype=torch.int32)
-        return exchange.Inboxes(rank, len(own), lines, words, own[rank], pointers, epochs)
+        return low_latency_reduce.Inboxes(rank, len(own), lines, words, own[rank], pointers, epochs)
 
-    for_sums = inboxes(memory[0], exchange.lines_of_sums(len(memory[0])), SIZE // 2)
-    for_pairs = inboxes(memory[1], *exchange.lines_of_pairs(max(PAIRS)))
+    for_sums = inboxes(memory[0], low_latency_reduce.lines_of_sums(len(memory[0])), SIZE // 2)
+    for_pairs = inboxes(memory[1], *low_latency_reduce.lines_of_pairs(max(PAIRS)))
     weight = random(98, 0, SIZE)
     outs = []
     for call, rows in enumerate(ROWS):
-        normed, total = exchange.sum_norm(for_sums, random(rank, call, rows, SIZE), residual_of(call), weight, EPS)
+        normed, total = low_latency_reduce.sum_norm(
+            for_sums, random(rank, call, rows, SIZE), residual_of(call), weight, EPS
+        )
         outs.append((normed.clone().numpy(), total.clone().numpy()))
-    best = [exchange.highest(for_pairs, random_pairs(rank, call, n)).numpy() for call, n in enumerate(PAIRS)]
+    best = [low_latency_reduce.highest(for_pairs, random_pairs(rank, call, n)).numpy() for call, n in enumerate(PAIRS)]
     results.put((rank, outs, best))
 
 
 def run_all(size: int) -> list[tuple[list[Any], list[Any]]]:
-    from eagleray.parallel.exchange import lines_of_pairs
+    from eagleray.parallel.low_latency_reduce import lines_of_pairs
 
     lines, words = lines_of_pairs(max(PAIRS))
     shapes = (2 * size * (AT_ONCE + 2 * MAX_ROWS) * SIZE // 2, 2 * size * lines * words)  # room enough
@@ -78,7 +80,7 @@ if not INTERPRETED:
 else:
 
     def test_programs_have_a_number_of_warps_that_triton_takes() -> None:
-        from eagleray.parallel.exchange import num_warps
+        from eagleray.parallel.low_latency_reduce import num_warps
 
         assert {num_warps(hidden) for hidden in range(64, 16385, 64)} == {4, 8, 16}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(file for room in ("parallel", "models", "workers") for file in (ROOT / room).glob("*.py"))
+FILES = sorted(file for room in ("parallel", "models", "workers") for file in (ROOT / room).rglob("*.py"))
 
 
 def launches(source: str) -> dict[int, bool]:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, head_columns
-from eagleray.parallel.piece import HasPieces
-from eagleray.parallel.shares import share_columns, share_heads
+from eagleray.parallel.sharding import share_columns, share_heads
+from eagleray.parallel.weight_shard import HasPieces
 
 SIZES = [1, 2, 3, 4, 6]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from eagleray.parallel.mesh import MAX_BYTES, Mesh
+from eagleray.parallel.tcp_gather import MAX_BYTES, Mesh
 
 
 @contextmanager

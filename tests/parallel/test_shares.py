@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagleray.parallel.shares import share, share_columns, share_heads
+from eagleray.parallel.sharding import share, share_columns, share_heads
 
 
 def test_eight_units_on_three_ranks() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.cluster.scheduler import Scheduler
-from eagleray.models.loader import load_model
-from eagleray.parallel.exchange import MAX_ROWS, has_owners
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.low_latency_reduce import MAX_ROWS, has_owners
 from eagleray.workers.actor import CUDA_ENVIRONMENT
 from eagleray.workers.protocol.channel import Endpoint, Hub, Peer
 from eagleray.workers.protocol.config import WorkerConfig

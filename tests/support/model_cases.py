@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from eagleray.models.registry import MODEL_TYPES
+from eagleray.models.architectures import MODEL_TYPES
 from support.random_checkpoint import make_model
 
 FAMILIES = sorted(MODEL_TYPES.values())

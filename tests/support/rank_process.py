@@ -22,7 +22,7 @@ import eagleray.workers.attention.reference  # noqa: F401  implements the op
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.models.layers import RMSNorm, Rotary
-from eagleray.models.loader import load_model
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
 from eagleray.workers.attention.context import AttentionMetadata, LayerContext, forward_context
 from support.sink_llama import run_worker  # and its family

@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 
 from eagleray.cluster.scheduler import Scheduler
+from eagleray.models.architectures import ARCHITECTURES
 from eagleray.models.config import _FAMILY_KEYS
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
-from eagleray.models.loader import load_model
-from eagleray.models.registry import ARCHITECTURES
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers import worker
 from eagleray.workers.protocol.config import WorkerConfig

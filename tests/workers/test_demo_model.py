@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagleray.cluster.generation_config import sampling_defaults
-from eagleray.workers.demo_model import NAME, DemoModelError, cache_dir, demo_model
-from eagleray.workers.model_dir import model_dir
+from eagleray.models.loading.demo_model import NAME, DemoModelError, cache_dir, demo_model
+from eagleray.models.loading.model_dir import model_dir
 
 
 def test_it_knows_the_capital_of_france(demo_model_dir: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_an_earlier_version_made_is_finished_without_a_network(empty_cache:
 
 def test_the_command_line_needs_no_torch_for_it(demo_model_dir: Path) -> None:
     program = (
-        "import sys\nfrom eagleray.workers.demo_model import demo_model\n"
+        "import sys\nfrom eagleray.models.loading.demo_model import demo_model\n"
         "assert str(demo_model()) == sys.argv[1]\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(demo_model_dir)], check=True)

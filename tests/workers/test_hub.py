@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from eagleray.workers.hub import FetchError
-from eagleray.workers.model_dir import model_dir
+from eagleray.models.loading.hub import FetchError
+from eagleray.models.loading.model_dir import model_dir
 from support.hub_server import HubServer, Repository, files_of, hub_server
 from support.tiny_model import write_tiny_model
 
 NAME = "some-body/Tiny-1.5_B"
 PROGRAM = """
 import sys
-from eagleray.workers.model_dir import model_dir
+from eagleray.models.loading.model_dir import model_dir
 try:
     print(model_dir(sys.argv[1], weights=True))
 except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import torch
 
 from eagleray.cluster.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
-from eagleray.models.loader import load_model
+from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine

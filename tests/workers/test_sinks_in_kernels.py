@@ -21,7 +21,7 @@ if not INTERPRETED:
 
 else:
     from eagleray.models.attention import AttentionSpec
-    from eagleray.models.loader import checkpoint_pieces, load_model
+    from eagleray.models.loading.loader import checkpoint_pieces, load_model
     from eagleray.parallel.group import TPGroup
     from eagleray.workers.attention.backends import DecodeBackend, MixedBackend
     from eagleray.workers.attention.reference import reference_attention

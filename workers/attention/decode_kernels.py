@@ -1,6 +1,6 @@
 """Triton kernels of decode attention: who does what (`plan_kernel`), the attention itself, and the sum of its parts.
 
-How a request's keys are cut, and why its result does not depend on the batch: see `decode_attention.py`.
+How a request's keys are cut, and why its result does not depend on the batch: see `decode.py`.
 """
 
 # Kernels are compiled by Triton, which has no types.

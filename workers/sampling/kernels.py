@@ -1,7 +1,8 @@
 """The next token of plain rows, greedy or random and nothing else, in one pass over the logits; in Triton.
 
-It reads this rank's logits once, in the model's precision, and leaves each line's best (value, id) pair as `pairs.py`
-packs it. The noise is that of `noise.py`: the same integers, and logarithms within a few units in the last place.
+It reads this rank's logits once, in the model's precision, and leaves each line's best (value, id) pair as
+`packed_pairs.py` packs it. The noise is that of `gumbel.py`: the same integers, and logarithms within a few
+units in the last place.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -116,8 +117,8 @@ def best_plain_pairs(
 
     Line i belongs to `rows[i]` of `temperatures` [rows] float32 and mixed `seeds` [rows] int64, and `num_tokens[i]` is
     the position that is drawn for. A temperature of 0 is greedy. With `soft_cap`, logits are first bent to
-    `soft_cap * tanh(logit / soft_cap)`. A line with a logit that is not finite has the mark of `pairs.py`. Nothing is
-    asked of the host, so graphs may capture it.
+    `soft_cap * tanh(logit / soft_cap)`. A line with a logit that is not finite has the mark of `packed_pairs.py`.
+    Nothing is asked of the host, so graphs may capture it.
     """
     num_lines, share = logits.shape
     tile, tiles, chunks = _cut(num_lines, share)

@@ -12,12 +12,12 @@ The order of operations is that of vLLM's v1 engine, so that the same parameters
  8. min-p drops tokens less likely than `min_p` times the likeliest;
  9. top-k keeps the k likeliest, top-p the shortest prefix of those that holds `top_p` of their renormalised
     probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id;
-10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`noise.py`). Equal sums go to the lower id.
+10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`gumbel.py`). Equal sums go to the lower id.
 
 Where nothing is left to draw from, because everything is masked, the pair is a masked token's, and says so.
 Where a raw logit is NaN or infinite nothing is drawn: the row's pair says so, and its token means nothing.
 
-Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (`candidates.py`), and per-row sums and
+Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (`top_k_top_p.py`), and per-row sums and
 maxima. The last exchange is a maximum over integers, so all ranks end with the same tokens whatever their rounding.
 """
 
@@ -50,7 +50,7 @@ if CAN_IMPORT:
 class SampleOutput:
     """One token per line, the same on every rank."""
 
-    pairs: Tensor  # [n] int64, as in `pairs.py`; they say, too, which rows nothing could be drawn for
+    pairs: Tensor  # [n] int64, as in `packed_pairs.py`; they say, too, which rows nothing could be drawn for
     logprob_tensors: LogprobTensors | None = None  # of the rows that ask
     num_logprobs: dict[int, int] = field(default_factory=dict)  # of the same rows, in order: how many they ask for
 
@@ -111,7 +111,7 @@ class Sampler:
 
         `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
         `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.
-        `marks` [n] say which logits are not finite, if somebody has looked (`pairs.py`).
+        `marks` [n] say which logits are not finite, if somebody has looked (`packed_pairs.py`).
         """
         if marks is None:
             marks = find_marks(logits, self._share.start)

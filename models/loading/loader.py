@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from eagleray.models import dummy
-from eagleray.models.checkpoint import Checkpoint
+from eagleray.models.architectures import model_class
 from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.decoder import CausalLM
-from eagleray.models.registry import model_class
-from eagleray.models.weight_stream import WeightStream
+from eagleray.models.loading import dummy
+from eagleray.models.loading.checkpoint import Checkpoint
+from eagleray.models.loading.weight_stream import WeightStream
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.piece import HasPieces, Piece
+from eagleray.parallel.weight_shard import HasPieces, Piece
 
 LOAD_FORMATS = ("safetensors", "dummy")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

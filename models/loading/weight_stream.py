@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eagleray.parallel.piece import Piece
+from eagleray.parallel.weight_shard import Piece
 
 DTYPES = {
     "F64": torch.float64,

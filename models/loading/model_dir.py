@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from eagleray.workers.demo_model import NAME, demo_model
-from eagleray.workers.hub import fetch, is_repository
+from eagleray.models.loading.demo_model import NAME, demo_model
+from eagleray.models.loading.hub import fetch, is_repository
 
 DEMO = "demo"
 

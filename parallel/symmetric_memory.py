@@ -1,8 +1,8 @@
 """Collectives of small messages between GPUs of one node, over memory that all ranks reach (torch symmetric memory).
 
-Few numbers go through inboxes (`exchange.py`). More are added up by torch's kernels. One-shot: each rank reads
-everybody's message and adds it up. Two-shot: each rank adds up its part and reads the other parts. None of them uses
-NVLink multicast or threads of its own.
+Few numbers go through inboxes (`low_latency_reduce.py`). More are added up by torch's kernels. One-shot: each rank
+reads everybody's message and adds it up. Two-shot: each rank adds up its part and reads the other parts. None of them
+uses NVLink multicast or threads of its own.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 if torch.cuda.is_available():
-    from eagleray.parallel import exchange  # Triton comes with torch for CUDA, and with no other
+    from eagleray.parallel import low_latency_reduce  # Triton comes with torch for CUDA, and with no other
 
 DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels add up
 ONE_SHOT_BYTES = 256 * 1024  # measured on four H200: beyond it two shots are faster
@@ -28,11 +28,13 @@ class SymmetricMemory:
         self._device = device
         self._buffer = symm_mem.empty(MAX_BYTES, dtype=torch.uint8, device=device)
         symm_mem.rendezvous(self._buffer, group.group_name)
-        self._pairs = self._inboxes(*exchange.lines_of_pairs(MAX_PAIRS))
-        self._rows: dict[int, exchange.Inboxes] = {}  # by the words of a row; made on first use, before any graph
+        self._pairs = self._inboxes(*low_latency_reduce.lines_of_pairs(MAX_PAIRS))
+        self._rows: dict[
+            int, low_latency_reduce.Inboxes
+        ] = {}  # by the words of a row; made on first use, before any graph
 
-    def _inboxes(self, lines: int, words: int) -> "exchange.Inboxes":
-        return exchange.Inboxes.join(self._group, lines, words, self._device)
+    def _inboxes(self, lines: int, words: int) -> "low_latency_reduce.Inboxes":
+        return low_latency_reduce.Inboxes.join(self._group, lines, words, self._device)
 
     def takes(self, x: Tensor, op: str) -> bool:
         """Whether the kernels reduce such a message: pairs, or a small sum cut into 16-byte words for each rank."""
@@ -43,7 +45,7 @@ class SymmetricMemory:
     def all_reduce(self, x: Tensor, op: str) -> Tensor:
         """The sum or maximum over all ranks, bitwise equal on all of them."""
         if op == "max":
-            return exchange.highest(self._pairs, x)
+            return low_latency_reduce.highest(self._pairs, x)
         return self._one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else self._two_shot(x).clone()
 
     def add_up(self, x: Tensor) -> None:
@@ -66,11 +68,15 @@ class SymmetricMemory:
 
     def takes_norm(self, x: Tensor) -> bool:
         """Whether `sum_norm` works on such rows."""
-        return x.shape[0] <= exchange.MAX_ROWS and x.dtype in (torch.bfloat16, torch.float16) and x.shape[1] % 8 == 0
+        return (
+            x.shape[0] <= low_latency_reduce.MAX_ROWS
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and x.shape[1] % 8 == 0
+        )
 
     def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `TPGroup.sum_norm`."""
         words = x.shape[1] // 2
         if words not in self._rows:
-            self._rows[words] = self._inboxes(exchange.lines_of_sums(self._group.size()), words)
-        return exchange.sum_norm(self._rows[words], x, residual, weight, eps)
+            self._rows[words] = self._inboxes(low_latency_reduce.lines_of_sums(self._group.size()), words)
+        return low_latency_reduce.sum_norm(self._rows[words], x, residual, weight, eps)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from eagleray.parallel.piece import Piece
+from eagleray.parallel.weight_shard import Piece
 
 STD = 0.02
 _CHUNK = 1 << 24  # values at a time, to bound memory

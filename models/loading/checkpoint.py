@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eagleray.models.json_file import read_object, shown
-from eagleray.models.weight_formats import INDEX, SINGLE, find_format
-from eagleray.models.weight_stream import WeightStream
-from eagleray.parallel.piece import Piece
+from eagleray.models.loading.weight_formats import INDEX, SINGLE, find_format
+from eagleray.models.loading.weight_stream import WeightStream
+from eagleray.parallel.weight_shard import Piece
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

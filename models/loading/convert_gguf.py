@@ -1,4 +1,4 @@
-"""`python -m eagleray.workers.convert_gguf model.gguf folder`: a GGUF file becomes safetensors, tokenizer and configs.
+"""Convert a GGUF file: `python -m eagleray.models.loading.convert_gguf model.gguf folder`.
 
 A process of its own, since it needs torch and the command line does not.
 """
