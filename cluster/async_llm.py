@@ -9,18 +9,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from eagleray.cluster.chat import achat_prompt
-from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_process
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
+from eagleray.cluster.core.engine_link import EngineLink
+from eagleray.cluster.core.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
+from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_process, counted
+from eagleray.cluster.frontend.chat import achat_prompt
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.prompts import Message, Prompt
+from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
-from eagleray.cluster.prompts import Message, Prompt
+from eagleray.cluster.runtime.launch import launch
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.cluster.words import counted
 
 logger = logging.getLogger(__name__)
 

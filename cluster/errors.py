@@ -31,3 +31,8 @@ def check_process(owner: int) -> None:
             f"the engine belongs to process {owner}, from which this one, {here}, was forked; use it there, or make "
             "one here"
         )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 token`, `2 tokens`."""
+    return f"{number} {noun}{'s' * (number != 1)}"

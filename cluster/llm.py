@@ -10,13 +10,8 @@ from threading import Condition, get_ident
 from types import TracebackType
 from typing import Any, Self
 
-from eagleray.cluster.chat import chat_prompt
-from eagleray.cluster.engine_link import EngineLink
-from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError, check_process
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.launch import launch
-from eagleray.cluster.messages import (
+from eagleray.cluster.core.engine_link import EngineLink
+from eagleray.cluster.core.messages import (
     Abort,
     EngineOutputs,
     EngineStats,
@@ -25,12 +20,16 @@ from eagleray.cluster.messages import (
     StopProfile,
     Submit,
 )
+from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError, check_process, counted
+from eagleray.cluster.frontend.chat import chat_prompt
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.progress_bar import BatchProgress
+from eagleray.cluster.frontend.prompts import Message, Prompt, conversations, prompt_list
+from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from eagleray.cluster.progress import BatchProgress
-from eagleray.cluster.prompts import Message, Prompt, conversations, prompt_list
+from eagleray.cluster.runtime.launch import launch
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
-from eagleray.cluster.words import counted
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from eagleray.cluster.prompts import check_text
+from eagleray.cluster.frontend.prompts import check_text
 
 MAX_LOGPROBS = 20
 GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line

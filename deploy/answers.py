@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from eagleray.cluster.errors import counted
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput
-from eagleray.cluster.words import counted
 from eagleray.deploy.figures import num_output_tokens
 from eagleray.deploy.prompts import Task
 

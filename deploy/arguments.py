@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
-from eagleray.cluster.generation_config import DEFAULTED, chosen_defaults
-from eagleray.cluster.resolve import check_model, found
+from eagleray.cluster.frontend.generation_config import DEFAULTED, chosen_defaults
+from eagleray.cluster.runtime.resolve import check_model, found
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.options import add_options, given
 

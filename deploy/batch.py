@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.generation_config import chosen_defaults
-from eagleray.cluster.resolve import folder_of
+from eagleray.cluster.frontend.generation_config import chosen_defaults
+from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.batch_input import Survey, read_lines, survey
 from eagleray.deploy.batch_journal import Done, Identity, Journal, read_identity, sidecar

@@ -8,10 +8,10 @@ from typing import Any
 
 import ray
 
-from eagleray.cluster.calls import describe
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
-from eagleray.cluster.placement import choose_device, connect, rank_resources
+from eagleray.cluster.runtime.actor_calls import describe
+from eagleray.cluster.runtime.placement import choose_device, connect, rank_resources
 from eagleray.deploy.batch_engine import EngineReplica
 from eagleray.deploy.batch_rows import Answer
 from eagleray.deploy.batch_run import Replica

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.front_end import MAX_PRIORITY
+from eagleray.cluster.frontend.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch_replica import AppReplica
 from eagleray.deploy.batch_rows import Answer

@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from eagleray.cluster.words import counted
+from eagleray.cluster.errors import counted
 
 LOG_EVERY_S = 30.0  # counted from the first row on
 

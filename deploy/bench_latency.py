@@ -12,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.resolve import check_model
+from eagleray.cluster.runtime.resolve import check_model
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.bench_arguments import bench_params
 from eagleray.deploy.engine import measured_engine

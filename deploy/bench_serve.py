@@ -14,8 +14,8 @@ import httpx
 import numpy as np
 from rich.console import Console
 
-from eagleray.cluster.prompts import Message
-from eagleray.cluster.words import counted
+from eagleray.cluster.errors import counted
+from eagleray.cluster.frontend.prompts import Message
 from eagleray.deploy.bench_arguments import SAMPLED_BY, bench_params, goodput_limits
 from eagleray.deploy.bench_lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench_views import rates_table, requests_bar, times_table

@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.prompts import Prompt
-from eagleray.cluster.resolve import check_model, folder_of
-from eagleray.cluster.words import counted
+from eagleray.cluster.errors import counted
+from eagleray.cluster.frontend.prompts import Prompt
+from eagleray.cluster.runtime.resolve import check_model, folder_of
 from eagleray.deploy.arguments import engine_config
 from eagleray.deploy.bench_arguments import bench_params, goodput_limits
 from eagleray.deploy.bench_lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
@@ -72,8 +72,8 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
         return [task.prompt for task in tasks]
     if not chat_templates(config, wanted=True if any(task.messages for task in tasks) else None):
         return [task.prompt for task in tasks]
-    from eagleray.cluster.chat import chat_prompt  # these take a second, which only such a file needs
-    from eagleray.cluster.tokenizer import Tokenizer
+    from eagleray.cluster.frontend.chat import chat_prompt  # these take a second, which only such a file needs
+    from eagleray.cluster.frontend.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_dir(folder_of(config))
     chats = (in_chat(task, None) for task in tasks)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from eagleray.cluster.prompts import Message
-from eagleray.cluster.resolve import folder_of
+from eagleray.cluster.frontend.prompts import Message
+from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.answers import printable
 from eagleray.deploy.arguments import CHAT_SAMPLING, check_sampling, engine_config, sampling_params

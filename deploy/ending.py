@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from eagleray.cluster.process_state import descendants
-from eagleray.cluster.signals import kill
+from eagleray.cluster.runtime.process_state import descendants
+from eagleray.cluster.runtime.signals import kill
 
 TERMINATED = 128 + signal.SIGTERM  # as shells have it
 GRACE_S = 5.0  # to close engines and let go of files

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.resolve import folder_of
-from eagleray.cluster.start_display import shown_start
+from eagleray.cluster.runtime.resolve import folder_of
+from eagleray.cluster.runtime.start_display import shown_start
 
 if TYPE_CHECKING:
     from eagleray.cluster.async_llm import AsyncLLM
-    from eagleray.cluster.engine_client import EngineClient
-    from eagleray.cluster.front_end import FrontEnd
+    from eagleray.cluster.frontend.front_end import FrontEnd
+    from eagleray.cluster.runtime.engine_client import EngineClient
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
     A directory without a tokenizer will do: prompts are token ids then.
     """
     with starting(config, err):
-        from eagleray.cluster.launch import launch  # noqa: F401  # as above
+        from eagleray.cluster.runtime.launch import launch  # noqa: F401  # as above
     engine, front_end = launch_as(config)
     try:
         yield engine, front_end
@@ -47,7 +47,7 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
 
 def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
     """`launch` for a config. A directory without a tokenizer will do: prompts are token ids then."""
-    from eagleray.cluster.launch import launch
+    from eagleray.cluster.runtime.launch import launch
 
     options = asdict(config)
     model, size = options.pop("model"), options.pop("tensor_parallel_size")
@@ -70,7 +70,7 @@ def chat_templates(config: EngineConfig, wanted: bool | None) -> bool:
     """
     if wanted is False:
         return False
-    from eagleray.cluster.tokenizer import Tokenizer  # late, since only some commands need it
+    from eagleray.cluster.frontend.tokenizer import Tokenizer  # late, since only some commands need it
 
     has_template = Tokenizer.from_dir(folder_of(config)).has_chat_template
     if wanted and not has_template:

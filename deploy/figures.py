@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from eagleray.cluster.errors import counted
 from eagleray.cluster.outputs import RequestOutput
-from eagleray.cluster.words import counted
 
 
 @dataclass(frozen=True)

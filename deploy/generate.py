@@ -11,7 +11,7 @@ from rich.console import Console
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.outputs import RequestOutput
-from eagleray.cluster.resolve import folder_of
+from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.answers import Answer, as_json
 from eagleray.deploy.arguments import check_sampling, engine_config, sampling_params

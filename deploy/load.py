@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eagleray.cluster.messages import Abort, Submit
-from eagleray.cluster.prompts import Prompt
+from eagleray.cluster.core.messages import Abort, Submit
+from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.metrics import RequestTimes
 
 if TYPE_CHECKING:
-    from eagleray.cluster.engine_link import EngineLink
-    from eagleray.cluster.front_end import FrontEnd
-    from eagleray.cluster.generation import Generation
+    from eagleray.cluster.core.engine_link import EngineLink
+    from eagleray.cluster.frontend.front_end import FrontEnd
+    from eagleray.cluster.frontend.request_state import Generation
 
 WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 

@@ -22,8 +22,8 @@ from eagleray.deploy.record import check_writable, record, write
 from eagleray.deploy.workload import random_prompts
 
 if TYPE_CHECKING:
-    from eagleray.cluster.engine_client import EngineClient
-    from eagleray.cluster.front_end import FrontEnd
+    from eagleray.cluster.frontend.front_end import FrontEnd
+    from eagleray.cluster.runtime.engine_client import EngineClient
 
 NUM_TOP = 15  # kernels to show
 NUMBERS_WIDTH = 40  # of their columns, with the lines between

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.resolve import check_model
-from eagleray.cluster.scheduler import headroom
+from eagleray.cluster.core.scheduler import headroom
+from eagleray.cluster.runtime.resolve import check_model
 
 if TYPE_CHECKING:
-    from eagleray.cluster.messages import EngineInfo
+    from eagleray.cluster.runtime.engine_info import EngineInfo
 
 logger = logging.getLogger(__name__)
 

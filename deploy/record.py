@@ -12,7 +12,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.deploy.machine import hardware, versions
 
 if TYPE_CHECKING:
-    from eagleray.cluster.messages import EngineInfo
+    from eagleray.cluster.runtime.engine_info import EngineInfo
 
 OF_THE_ENGINE = ("max_model_len", "vocab_size", "block_size", "num_blocks", "device", "dtype")
 

@@ -20,13 +20,13 @@ from starlette.types import ASGIApp
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.engine_client import EngineClient
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation_config import chosen_defaults
-from eagleray.cluster.launch import launch
-from eagleray.cluster.placement import Room, choose_device, rank_resources, room_here
-from eagleray.cluster.resolve import folder_of, found
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.generation_config import chosen_defaults
+from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.launch import launch
+from eagleray.cluster.runtime.placement import Room, choose_device, rank_resources, room_here
+from eagleray.cluster.runtime.resolve import folder_of, found
 from eagleray.deploy.openai.admission import RETRY_AFTER_S, ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.http_time import HttpTime

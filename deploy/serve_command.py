@@ -18,8 +18,8 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from eagleray.cluster.cluster_address import LOCAL, cluster_address
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
+from eagleray.cluster.runtime.ray_address import LOCAL, cluster_address
 from eagleray.deploy.cli import guarded
 from eagleray.deploy.engine import quiet_ray
 from eagleray.deploy.haproxy import HIDE_ROUTES
@@ -101,7 +101,7 @@ def _on_ray(args: ServeArgs, link: ServerEnd, laps: Laps, show: OnProgress) -> I
     """Join or start Ray for as long as the server runs; gives whether it ends with it."""
     import ray
 
-    from eagleray.cluster.placement import connect
+    from eagleray.cluster.runtime.placement import connect
 
     quiet_ray()
     laps.end(IMPORTS)

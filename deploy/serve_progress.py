@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import msgspec
 from rich.console import Console
 
-from eagleray.cluster.start_display import shown_start, size_of
+from eagleray.cluster.runtime.start_display import shown_start, size_of
 from eagleray.deploy.serve_args import ServeArgs
 from eagleray.workers.protocol.startup import READY, OnProgress, Progress
 

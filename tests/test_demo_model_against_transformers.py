@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eagleray import LLM, SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 
 NEAR_TIE = 1e-3
 NUM_NEW_TOKENS = 64

@@ -18,11 +18,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("parallel", "models", "workers", "cluster", "deploy")  # each may import itself and those before it
 RAY_FILES = {  # where actors are placed, called and watched, and all of deploy/
-    "cluster/calls.py",
-    "cluster/core_actor.py",
-    "cluster/engine_client.py",
-    "cluster/executor.py",
-    "cluster/placement.py",
+    "cluster/runtime/actor_calls.py",
+    "cluster/runtime/core_actor.py",
+    "cluster/runtime/engine_client.py",
+    "cluster/runtime/ray_executor.py",
+    "cluster/runtime/placement.py",
     "workers/actor.py",
 }
 FOREIGN_WORDS = frozenset({"cache", "caches", "cached", "caching", "metadata", "ray"})  # in parallel/ and models/
@@ -144,7 +144,7 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (imports_absolutely, "deploy/x.py", "import cluster.config"),
     (cluster_without_torch, "cluster/x.py", "import torch"),
     (cluster_without_torch, "cluster/x.py", "def f():\n    from torch.distributed import Store"),
-    (ray_where_actors_are_placed, "cluster/scheduler.py", "import ray"),
+    (ray_where_actors_are_placed, "cluster/core/scheduler.py", "import ray"),
     (ray_where_actors_are_placed, "workers/worker.py", "def f():\n    from ray.util import placement_group"),
     (speaks_of_tokens_only, "models/x.py", "kv_cache = 1"),
     (speaks_of_tokens_only, "models/x.py", "class AttentionMetadata: ..."),

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eagleray.cluster.words import counted
+from eagleray.cluster.errors import counted
 from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.limits import MAX_CHARACTERS

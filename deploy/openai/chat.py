@@ -8,9 +8,9 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.inputs import conversation_prompt
 from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written

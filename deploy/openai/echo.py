@@ -3,9 +3,9 @@
 from copy import copy
 from typing import Self
 
-from eagleray.cluster.prompts import TokensPrompt
-from eagleray.cluster.text_stream import LOST, TextStream
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.prompts import TokensPrompt
+from eagleray.cluster.frontend.text_stream import LOST, TextStream
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 
 
 class Echo:

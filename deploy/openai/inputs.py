@@ -2,9 +2,9 @@
 
 import asyncio
 
-from eagleray.cluster.prompts import TokensPrompt, num_to_take
+from eagleray.cluster.frontend.prompts import TokensPrompt, num_to_take
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, bad_requests, too_long
 from eagleray.deploy.openai.limits import MAX_TOKENIZED, check_length
 from eagleray.deploy.openai.messages import template_messages, template_variables

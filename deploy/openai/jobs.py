@@ -8,8 +8,8 @@ from uuid import uuid4
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import ALL_MASKED
+from eagleray.cluster.frontend.prompts import TokensPrompt
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
-from eagleray.cluster.prompts import TokensPrompt
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.admission import place_taken, tenant_asking
 from eagleray.deploy.openai.errors import ApiError, bad_requests

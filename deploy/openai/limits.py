@@ -9,10 +9,10 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from eagleray.cluster.prompts import TokensPrompt
+from eagleray.cluster.frontend.prompts import TokensPrompt
+from eagleray.cluster.frontend.token_bytes import BYTE_OF
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
-from eagleray.cluster.token_bytes import BYTE_OF
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError, too_long
 from eagleray.deploy.openai.shown import MAX_SHOWN, cut
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Self
 
+from eagleray.cluster.frontend.text_stream import TextStream
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import Logprob
-from eagleray.cluster.text_stream import TextStream
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.openai.replies import (
     ChatLogprobs,
     PromptLogprob,

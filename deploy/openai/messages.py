@@ -7,9 +7,9 @@ fields of the client's own. These go to the template; what says nothing does not
 import json
 from typing import Any
 
-from eagleray.cluster.chat import joined
-from eagleray.cluster.prompts import Message
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.chat import joined
+from eagleray.cluster.frontend.prompts import Message
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.ranges import ROLES
 from eagleray.deploy.openai.schema import ChatMessage, ChatRequest, Conversation

@@ -9,8 +9,8 @@ from prometheus_client import Gauge as PrometheusGauge
 from prometheus_client import Histogram as PrometheusHistogram
 from ray.util import metrics as ray_metrics
 
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.messages import EngineStats
+from eagleray.cluster.core.messages import EngineStats
+from eagleray.cluster.frontend.request_state import Generation
 from eagleray.deploy.server_start import START_METRIC
 
 TIME_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, WrapValidator
 
-from eagleray.cluster.front_end import MAX_PRIORITY
+from eagleray.cluster.frontend.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_SEED, MIN_SEED, RANGES
 
 MAX_STOP_STRINGS = 64

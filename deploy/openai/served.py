@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.limits import Limits
 from eagleray.deploy.openai.shown import shown

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray import LLM, SamplingParams
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.models.loading.demo_model import demo_model
 
 NUM_NEW_TOKENS = 64

@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.placement import connect
+from eagleray.cluster.runtime.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.machine import hardware, versions
 from eagleray.deploy.serve_args import ServeArgs

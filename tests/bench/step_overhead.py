@@ -23,8 +23,8 @@ from multiprocessing import get_context
 
 import msgspec
 
-from eagleray.cluster.messages import EngineRequest
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.messages import EngineRequest
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.workers.protocol.channel import Endpoint, Hub, Peer
 from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from eagleray.cluster.bad_words import MAX_TABLE, bad_word_token_ids
-from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.frontend.bad_words import MAX_TABLE, bad_word_token_ids
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import MAX_BAD_CHARACTERS, MAX_BAD_WORDS, SamplingParams
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
 
 LIMITS = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
 

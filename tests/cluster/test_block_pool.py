@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from eagleray.cluster.block_pool import ROOT, BlockPool, hash_block
+from eagleray.cluster.core.block_pool import ROOT, BlockPool, hash_block
 
 NUM_BLOCKS = 6
 

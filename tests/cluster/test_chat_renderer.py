@@ -12,8 +12,8 @@ import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from eagleray.cluster.chat import with_texts
-from eagleray.cluster.chat_renderer import ChatRenderer
+from eagleray.cluster.frontend.chat import with_texts
+from eagleray.cluster.frontend.chat_renderer import ChatRenderer
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 USUAL = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -127,7 +127,7 @@ def test_another_process_takes_the_place_of_one_that_was_killed(which: str) -> N
 def test_the_process_ends_with_the_one_that_started_it() -> None:
     program = (
         "import os, psutil\n"
-        "from eagleray.cluster.chat_renderer import ChatRenderer\n"
+        "from eagleray.cluster.frontend.chat_renderer import ChatRenderer\n"
         "renderer = ChatRenderer()\n"
         "renderer.render('x', [{'role': 'user', 'content': ''}], {})\n"
         "print(*(each.pid for each in psutil.Process().children(recursive=True)), flush=True)\n"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.cluster.cluster_address import IN_A_JOB, answers, cluster_address
+from eagleray.cluster.runtime.ray_address import IN_A_JOB, answers, cluster_address
 from support.cluster_process import running_cluster
 from support.free_port import free_port
 
 CONNECT = """
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
-from eagleray.cluster.placement import connect
+from eagleray.cluster.runtime.placement import connect
 try:
     connect(EngineConfig(model="x"))
 except (EngineStartError, ValueError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.resolve import check_model, worker_config
+from eagleray.cluster.runtime.resolve import check_model, worker_config
 from eagleray.models.config import ModelConfig
 
 

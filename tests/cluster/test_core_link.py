@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from eagleray.cluster import core_link
-from eagleray.cluster.core_link import CoreLink
+from eagleray.cluster.core.messages import EngineOutputs, EngineRequest, Submit
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import EngineOutputs, EngineRequest, Submit
-from eagleray.cluster.process_state import state_of
+from eagleray.cluster.runtime import core_link
+from eagleray.cluster.runtime.core_link import CoreLink
+from eagleray.cluster.runtime.process_state import state_of
 from eagleray.workers.protocol.channel import Hub
 from eagleray.workers.protocol.messages import Sampling
 from support.toy_core import Core
@@ -141,7 +141,7 @@ def test_a_core_that_was_only_stopped_for_a_while_goes_on(caplog: pytest.LogCapt
 def test_a_front_end_that_was_away_gives_the_core_a_new_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
     now = 100.0
-    monkeypatch.setattr("eagleray.cluster.core_link.time.monotonic", lambda: now)
+    monkeypatch.setattr("eagleray.cluster.runtime.core_link.time.monotonic", lambda: now)
     link = CoreLink(hub.endpoint, b"one", None, silence_limit_s=20)
     now = 1000.0  # stopped, or busy with other things
     link.look()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
-from eagleray.cluster.detokenizer import Detokenizer
-from eagleray.cluster.stop_strings import StopStrings
-from eagleray.cluster.text_stream import TextStream
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.detokenizer import Detokenizer
+from eagleray.cluster.frontend.stop_strings import StopStrings
+from eagleray.cluster.frontend.text_stream import TextStream
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 
 TEXTS = [
     "Plain English, with 12345 and punctuation.",

@@ -10,8 +10,7 @@ import msgspec
 import pytest
 import zmq
 
-from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import (
+from eagleray.cluster.core.messages import (
     Abort,
     EngineRequest,
     ProfileAnswer,
@@ -20,6 +19,7 @@ from eagleray.cluster.messages import (
     StopProfile,
     Submit,
 )
+from eagleray.cluster.errors import EngineDeadError
 from eagleray.workers.protocol.messages import Sampling
 from support.toy_core import Core
 from support.toy_rank import VOCAB_SIZE, generate

@@ -29,11 +29,11 @@ from eagleray import (
     RequestOutput,
     SamplingParams,
 )
-from eagleray.cluster.engine_client import EngineClient
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.resolve import worker_config
-from eagleray.cluster.scheduler import Scheduler
-from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.core.scheduler import Scheduler
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.resolve import worker_config
 from eagleray.models.config import ModelConfig
 from eagleray.models.loading.loader import checkpoint_pieces, load_model
 from eagleray.parallel.group import TPGroup

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagleray.cluster.fairness import Group, Tenant
-from eagleray.cluster.messages import EngineRequest
-from eagleray.cluster.request import Request
-from eagleray.cluster.scheduler import MAX_TOLD, Scheduler
+from eagleray.cluster.core.fairness import Group, Tenant
+from eagleray.cluster.core.messages import EngineRequest
+from eagleray.cluster.core.request import Request
+from eagleray.cluster.core.scheduler import MAX_TOLD, Scheduler
 from eagleray.workers.protocol.messages import Sampling
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.messages import EngineOutputs, EngineRequest, EngineStats, Tokens
+from eagleray.cluster.core.messages import EngineOutputs, EngineRequest, EngineStats, Tokens
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.prompts import Prompt
+from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import Logprob, RequestOutputKind
-from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.workers.protocol.messages import TokenLogprobs
 
 EOS = 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from eagleray.cluster.generation_config import (
+from eagleray.cluster.frontend.generation_config import (
     DEFAULTED,
     UNHELD,
     chosen_defaults,

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
-from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.llm import LLM
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
 from support.local_engine import LocalEngine
 from support.toy_rank import generate
 

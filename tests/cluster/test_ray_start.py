@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from eagleray.cluster import placement
-from eagleray.cluster.placement import start_patiently
+from eagleray.cluster.runtime import placement
+from eagleray.cluster.runtime.placement import start_patiently
 
 LIMIT_S = 0.05  # after which Ray gives up, here
 

@@ -9,16 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from eagleray.cluster.engine_core import EngineCore
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.messages import Abort, EngineOutputs, Shutdown, Submit
+from eagleray.cluster.core.engine_core import EngineCore
+from eagleray.cluster.core.messages import Abort, EngineOutputs, Shutdown, Submit
+from eagleray.cluster.core.request_check import EngineLimits
+from eagleray.cluster.core.scheduler import Scheduler
+from eagleray.cluster.core.time_accounting import StepClock
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.request_state import Generation
 from eagleray.cluster.outputs import RequestParts
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.scheduler import Scheduler
-from eagleray.cluster.step_clock import StepClock
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.wire_check import EngineLimits
 from eagleray.workers.output_sender import Reporter
 from eagleray.workers.protocol.channel import Hub, Peer
 from eagleray.workers.protocol.messages import Profile, Step, StepOutput

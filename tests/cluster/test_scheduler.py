@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.workers.protocol.messages import Step, StepOutput
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate

@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.start_display import shown_start
-from eagleray.cluster.start_watch import AllRanks
+from eagleray.cluster.runtime.start_display import shown_start
+from eagleray.cluster.runtime.start_watch import AllRanks
 from eagleray.workers.protocol.channel import Hub
 from eagleray.workers.protocol.startup import GRAPHS, JOINING, PHASES, PROCESSES, READY, WEIGHTS, Progress
 from eagleray.workers.startup_reporter import StartTeller

@@ -1,6 +1,6 @@
 """The lines about a start, made of what each rank measured."""
 
-from eagleray.cluster.start_report import StartReport, capacity
+from eagleray.cluster.runtime.start_report import StartReport, capacity
 from eagleray.workers.protocol.startup import Loaded, Ready
 
 LOADED = [

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from eagleray.cluster.text_stream import TextStream
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.text_stream import TextStream
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 
 LOST = "\ufffd"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

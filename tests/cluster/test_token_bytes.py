@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from eagleray.cluster import tokenizer as cluster
-from eagleray.cluster.token_bytes import TokenBytes
+from eagleray.cluster.frontend import tokenizer as cluster
+from eagleray.cluster.frontend.token_bytes import TokenBytes
 
 TEXTS = ["Hello there", "🦅🐟🦅 and 👩\u200d👧", "日本語のテキスト", "naïve\n\tcafé  two", "\x00\x7f\xad\u0120"]
 

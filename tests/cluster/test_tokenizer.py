@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eagleray.cluster.generation_config import eos_token_ids
-from eagleray.cluster.text_stream import TextStream
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.generation_config import eos_token_ids
+from eagleray.cluster.frontend.text_stream import TextStream
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 
 TEXTS = [
     "What is the capital of France?",
@@ -278,7 +278,7 @@ def test_an_odd_end_of_sequence_is_refused(tmp_path: Path) -> None:
 def test_the_driver_needs_no_torch(demo_model_dir: Path) -> None:
     program = (
         "import sys, eagleray.cluster.llm, eagleray.cluster.async_llm\n"
-        "from eagleray.cluster.tokenizer import Tokenizer\n"
+        "from eagleray.cluster.frontend.tokenizer import Tokenizer\n"
         "tokenizer = Tokenizer.from_dir(sys.argv[1])\n"
         "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}])\n"
         "tokenizer.decode(tokenizer.encode(text))\n"

@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
 )
 
-from eagleray.cluster.tokenizer_files import OVERRULED, REGISTERED
+from eagleray.cluster.frontend.tokenizer_files import OVERRULED, REGISTERED
 from eagleray.models.architectures import MODEL_TYPES
 from support.differential import Tally
 from support.tokenizer_differential import run_tokenizer_case

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from eagleray.cluster.process_state import state_of
-from eagleray.cluster.vital_signs import PATIENT_S, SILENT_S, VitalSigns
+from eagleray.cluster.runtime.process_state import state_of
+from eagleray.cluster.runtime.vital_signs import PATIENT_S, SILENT_S, VitalSigns
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.core.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.messages import EngineRequest, RequestMessage, Submit
-from eagleray.cluster.submission import ModelLimits
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.deploy.api_keys import key_digest
 from eagleray.deploy.openai.admission import (
     MAX_COUNTED_BYTES,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy import cli
 from eagleray.deploy.arguments import Parser, engine_config
 from eagleray.deploy.bench_arguments import add_throughput

@@ -13,7 +13,7 @@ import pytest
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.resolve import folder_of
+from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy import cli
 from eagleray.deploy.arguments import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.deploy import cli
 from eagleray.deploy.profile_sizes import fill_steps
 from eagleray.deploy.profile_trace import ORDER, read_trace, step_profile

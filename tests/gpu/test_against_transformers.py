@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from eagleray import LLM, RequestOutput, SamplingParams
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import Logprob
-from eagleray.cluster.tokenizer import Tokenizer
 from support.gpu import needs_gpus
 from support.random_checkpoint import make_model, save_in_bfloat16
 from support.teacher import Judged, Teacher, root_mean_square

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.low_latency_reduce import MAX_ROWS, has_owners

@@ -12,8 +12,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.outputs import RequestOutput
-from eagleray.cluster.prompts import Prompt
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app

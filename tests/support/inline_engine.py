@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from eagleray.cluster.messages import EngineRequest, Tokens
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.messages import EngineRequest, Tokens
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
 
 ME = b"front end"

@@ -5,9 +5,9 @@ import threading
 import time
 from collections import deque
 
+from eagleray.cluster.core.messages import Abort, EngineOutputs, RequestMessage, Submit, Tokens
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import Abort, EngineOutputs, RequestMessage, Submit, Tokens
-from eagleray.cluster.scheduler import Scheduler
 from eagleray.workers.protocol.messages import StepOutput
 from support.toy_rank import ToyRank
 

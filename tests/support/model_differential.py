@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from eagleray.cluster.generation_config import DEFAULTED, eos_token_ids, sampling_defaults
+from eagleray.cluster.frontend.generation_config import DEFAULTED, eos_token_ids, sampling_defaults
 from eagleray.models.config import ModelConfig
 from eagleray.parallel.group import TPGroup
 from support.differential import compare

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.architectures import ARCHITECTURES
 from eagleray.models.config import _FAMILY_KEYS
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from eagleray.cluster.tokenizer_files import REGISTERED
+from eagleray.cluster.frontend.tokenizer_files import REGISTERED
 from support.model_cases import GONE, rewrite
 
 MODEL_TYPES = [*REGISTERED, None]

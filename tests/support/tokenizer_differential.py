@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from eagleray.cluster.generation_config import eos_token_ids
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.generation_config import eos_token_ids
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from support.differential import compare
 from support.model_differential import quiet
 from support.tokenizer_cases import write_case

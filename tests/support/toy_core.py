@@ -9,9 +9,8 @@ from typing import Any
 
 import msgspec
 
-from eagleray.cluster.engine_core import EngineCore
-from eagleray.cluster.errors import EngineDeadError
-from eagleray.cluster.messages import (
+from eagleray.cluster.core.engine_core import EngineCore
+from eagleray.cluster.core.messages import (
     EngineOutputs,
     EngineRequest,
     FrontEndMessage,
@@ -22,8 +21,9 @@ from eagleray.cluster.messages import (
     Submit,
     Tokens,
 )
-from eagleray.cluster.scheduler import Scheduler
-from eagleray.cluster.wire_check import EngineLimits
+from eagleray.cluster.core.request_check import EngineLimits
+from eagleray.cluster.core.scheduler import Scheduler
+from eagleray.cluster.errors import EngineDeadError
 from eagleray.workers.protocol.channel import Hub, Peer
 from eagleray.workers.protocol.messages import Profile, Profiled, Sampling, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank

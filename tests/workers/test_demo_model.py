@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eagleray.cluster.generation_config import sampling_defaults
+from eagleray.cluster.frontend.generation_config import sampling_defaults
 from eagleray.models.loading.demo_model import NAME, DemoModelError, cache_dir, demo_model
 from eagleray.models.loading.model_dir import model_dir
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eagleray.cluster.scheduler import Scheduler
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import RequestOutput
-from eagleray.cluster.tokenizer import Tokenizer
 from support.http_client import post, streamed
 from support.http_server import Server
 from support.tiny_model import SPECIAL

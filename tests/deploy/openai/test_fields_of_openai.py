@@ -17,9 +17,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.batch_replica import AppReplica
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.served import Served

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.messages import template_messages, template_variables
 from eagleray.deploy.openai.schema import ChatRequest

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.generation import Generation
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.http_time import HttpTime
 from eagleray.deploy.openai.served import Served

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.front_end import FrontEnd
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from support.http_client import post
 from support.http_server import Server, serving
 from support.local_engine import LocalEngine

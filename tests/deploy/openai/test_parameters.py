@@ -10,10 +10,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.cluster.front_end import FrontEnd
+from eagleray.cluster.frontend.front_end import FrontEnd
+from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.cluster.submission import ModelLimits
-from eagleray.cluster.tokenizer import Tokenizer
 from eagleray.deploy.batch_replica import AppReplica
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest

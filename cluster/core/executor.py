@@ -1,0 +1,31 @@
+"""The interface between the engine core and its ranks."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from eagleray.workers.protocol.messages import Profile, Profiled, Step, StepOutput
+
+LOOK_S = 1.0  # how often whoever waits for ranks looks whether they live
+
+
+class RankFailedError(RuntimeError):
+    """A rank is gone or stuck; the message names it and the cause."""
+
+
+class Executor(Protocol):
+    """What the engine core needs of its ranks."""
+
+    num_blocks: int
+    pollable: Sequence[Any]  # sockets and file descriptors that become readable when `receive` has something to say
+
+    def send(self, message: Step | Profile) -> None:
+        """Hand a message to every rank, without waiting; they take it in order. Raises `RankFailedError`."""
+
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        """The next output, or all ranks' answers to a `Profile`; None if nothing is there. Raises `RankFailedError`."""
+
+    def suspects(self) -> str:
+        """Ranks that are stopped, in words; empty if none is."""
+
+    def close(self) -> None:
+        """End the ranks."""

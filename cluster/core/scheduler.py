@@ -1,0 +1,475 @@
+"""What to run next. There are no phases: a slice of a prompt and a decode of one token are both tokens of a request."""
+
+import heapq
+import logging
+import time
+from array import array
+from collections import deque
+from operator import attrgetter, itemgetter
+
+from eagleray.cluster.core.block_pool import BlockPool
+from eagleray.cluster.core.fairness import Fairness, Group, standing
+from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
+from eagleray.cluster.core.oom_backoff import Caution
+from eagleray.cluster.core.request import FrontEndId, Request
+from eagleray.cluster.core.step_plan import InFlight, Plan
+from eagleray.cluster.core.time_accounting import StepClock
+from eagleray.cluster.errors import ALL_MASKED
+from eagleray.workers.protocol.messages import Step, StepOutput
+
+logger = logging.getLogger(__name__)
+
+News = tuple[FrontEndId, Tokens]
+NOT_FINITE = (
+    "the model's logits for this request are NaN or infinite, so no token can be drawn; its weights or its precision "
+    "do not stand this prompt: try a dtype with a wider range (bfloat16 or float32), or check the checkpoint"
+)
+MAX_TOLD = 2**20  # tokens of requests that ranks are told in one step, beside those of the last: 4 MiB
+
+
+def headroom(num_blocks: int) -> int:
+    """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
+    return max(1, num_blocks // 100)
+
+
+class Scheduler:
+    """Turns requests into steps, and step outputs into news. Any number of steps may be in flight.
+
+    Ranks run steps in the order in which they are scheduled. So a row or a block may go to another request in the step
+    after its last use, even while that use is still in flight, and a block may be shared before it is written.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_slice_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.clock = StepClock()
+        self._block_size = block_size
+        self._caution = Caution(max_num_batched_tokens, max_num_seqs)
+        self._max_slice_tokens = max_slice_tokens or max_num_batched_tokens
+        self._caching = enable_prefix_caching
+        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
+        self._stopped_rows: list[int] = []  # not told to the ranks yet
+        self._requests: dict[tuple[FrontEndId, int], Request] = {}
+        self._fairness = Fairness()  # who waits, and who holds how much
+        self._running: list[Request] = []
+        self._in_flight: deque[InFlight] = deque()
+        self._untold: dict[tuple[FrontEndId, int], Request] = {}  # that began and had no news since
+        self._restart = False  # the next step is the first after one that ran out of memory
+        self._num_steps = 0
+        self._num_arrived = 0
+        self._num_preemptions = 0
+        self._num_prefix_hit_tokens = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled and not yet updated."""
+        return len(self._in_flight)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def knows(self, front_end: FrontEndId, request_id: int) -> bool:
+        """Whether a request of this id waits or runs."""
+        return (front_end, request_id) in self._requests
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=self._fairness.num_waiting,
+            num_used_blocks=self.pool.num_used,
+            num_blocks=self.pool.num_blocks,
+            num_preemptions=self._num_preemptions,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            spent=self.clock.spent,
+        )
+
+    # ---- requests come and go
+
+    def add(self, front_end: FrontEndId, wire: EngineRequest) -> None:
+        """Accept a request. Raises `ValueError` if an id of it is in use or it could never fit the KV cache."""
+        group = self._fairness.group((front_end, wire.tenant), wire.group or wire.id, wire.priority, self._num_arrived)
+        requests = Request.sequences(front_end, wire, self._num_arrived, group)
+        if taken := [request.id for request in requests if (front_end, request.id) in self._requests]:
+            raise ValueError(f"request id {taken[0]} is already in use; give every request of a front end its own")
+        capacity = self.pool.num_blocks * self._block_size
+        if requests[0].num_prompt_tokens + wire.max_tokens - 1 > capacity:
+            raise ValueError(
+                f"the prompt has {requests[0].num_prompt_tokens} tokens and max_tokens is {wire.max_tokens}, but the "
+                f"KV cache holds {capacity} tokens; shorten one of them or give the KV cache more memory"
+            )
+        self._num_arrived += len(requests)
+        for request in requests:
+            self._requests[front_end, request.id] = request
+            self._fairness.wait(request)
+
+    def abort(self, front_end: FrontEndId, request_id: int) -> Tokens | None:
+        """End a request at once, whatever it is doing; None if it has ended already."""
+        request = self._requests.get((front_end, request_id))
+        return None if request is None else self._end(request, Tokens(request_id, finish_reason="abort"))
+
+    def abort_front_end(self, front_end: FrontEndId) -> None:
+        """End every request of a front end that is gone."""
+        for owner, request_id in list(self._requests):
+            if owner == front_end:
+                self.abort(owner, request_id)
+
+    def fail(self, cause: str) -> list[News]:
+        """End every request with an error: the ranks are gone."""
+        self._in_flight.clear()
+        news = [
+            (request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))
+            for request in list(self._requests.values())
+        ]
+        self.pool.forget_prefixes()
+        return news
+
+    def _end(self, request: Request, news: Tokens) -> Tokens:
+        request.finished = True
+        self._caution.note_end()
+        del self._requests[request.front_end, request.id]
+        if request.row is None:
+            self._fairness.leave(request)
+        else:
+            self._vacate(request)
+            self._fairness.give_row_back(request, waits_again=False)
+        return news
+
+    def _vacate(self, request: Request) -> None:
+        """Take a running request's row and blocks away; what is in flight for it still runs, and harms nothing."""
+        assert request.row is not None
+        self._running.remove(request)
+        self._publish(request)
+        self.pool.release(request.block_ids)
+        heapq.heappush(self._free_rows, request.row)
+        self._stopped_rows.append(request.row)
+        request.row = None
+        request.block_ids = []
+        request.num_computed_tokens = request.quiet_until = 0
+
+    # ---- a step is made
+
+    def schedule(self) -> Step | None:
+        """Fill the token budget: a token for every row first, then what else there is. None if nothing can run now."""
+        begin = time.monotonic()
+        max_tokens = self._caution.max_tokens
+        plan = Plan(max_tokens)
+        if self.pool.num_free < len(self._running):
+            self._make_room(plan)
+        if self._fairness.num_waiting and not plan.preempted:
+            self._make_way()
+        self._share(self._continue_running(plan), plan)
+        if not plan.slices:
+            if not self._in_flight:
+                self.clock.stop()
+            return None
+        plan.slices.sort(key=itemgetter(1))
+        self._num_steps += 1
+        self._in_flight.append(InFlight(self._num_steps, plan.slices, max_tokens - plan.budget, plan.started))
+        self.clock.start(begin)
+        stopped, self._stopped_rows = self._stopped_rows, []
+        if len(plan.slices) < len(self._running):
+            plan.rest(self._running)
+        restart, self._restart = self._restart, False
+        return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
+
+    def _make_room(self, plan: Plan) -> None:
+        """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
+        missing = sum(
+            self._num_missing(each, 1) for each in self._running if each.num_computed_tokens >= each.quiet_until
+        )
+        while self.pool.num_free < missing:
+            plan.preempted = True
+            victim = max(self._running, key=standing)
+            missing -= self._num_missing(victim, 1)
+            self._preempt(victim)
+
+    def _make_way(self) -> None:
+        """Let who holds far more than one that waits give up a row, where nothing is free."""
+        rich = self._fairness.too_rich()
+        if rich is None:
+            return
+        request = self._fairness.first()
+        assert request is not None
+        if not (request.awaits_tokens or (self._has_rows() and self._start(request, self._caution.max_tokens))):
+            self._preempt(max((each for each in self._running if each.group is rich), key=attrgetter("arrival")))
+
+    def _continue_running(self, plan: Plan) -> list[Request]:
+        """Run a token of every row that has no more; those that have more are returned.
+
+        Most decode, with nothing to look after until `quiet_until`: those are done at once.
+        """
+        add = plan.slices.append
+        num_quiet = 0
+        with_more = []
+        for request in self._running:
+            if plan.budget <= num_quiet:
+                break
+            row, start = request.row, request.num_computed_tokens
+            assert row is not None
+            if start < request.quiet_until and request.num_known_tokens == start + 1:
+                request.num_computed_tokens = start + 1
+                request.num_known_tokens = start + 2
+                num_quiet += 1
+                add((request, row, start, True))
+                continue
+            num_tokens = request.num_runnable_tokens
+            if num_tokens == 1:
+                self._grow_and_run(request, 1, plan)
+            elif num_tokens > 1:
+                with_more.append(request)
+        plan.budget -= num_quiet
+        return with_more
+
+    def _share(self, with_more: list[Request], plan: Plan) -> None:
+        """Share what single tokens left of the budget among long slices and newcomers.
+
+        Half is for who stands first, so that every prompt comes to its end. Newcomers have the other half, and what
+        they leave goes to the slices that need least: so nobody waits for the end of a prompt that is much longer than
+        his own. A group's next request begins when the last has run all of its tokens, to find them in the cache.
+        """
+        newcomers = self._fairness.num_waiting > 0 and self._has_rows() and not plan.preempted
+        for_others = plan.budget // 2 if newcomers or len(with_more) > 1 else 0
+        cut: list[Request] = []
+        for request in sorted(with_more, key=standing):
+            num_tokens = self._longest_slice(request)
+            if not cut and num_tokens <= plan.budget - for_others:
+                self._grow_and_run(request, num_tokens, plan)
+            else:
+                cut.append(request)
+        kept = plan.budget - for_others if cut else 0
+        if newcomers:
+            self._admit_waiting(plan, kept, {request.group for request in cut})
+        for request in sorted(cut[1:], key=lambda each: (each.group.priority, each.num_runnable_tokens)):
+            self._grow_and_run(request, min(self._longest_slice(request), plan.budget - kept), plan)
+        for request in cut[:1]:
+            self._grow_and_run(request, min(self._longest_slice(request), plan.budget), plan)
+        if newcomers and cut:
+            self._admit_waiting(plan, 0, set())
+
+    def _longest_slice(self, request: Request) -> int:
+        return min(request.num_runnable_tokens, self._max_slice_tokens)
+
+    def _num_missing(self, request: Request, num_tokens: int) -> int:
+        """Blocks that a running request lacks for so many of its next tokens; 0 if it has none to run."""
+        if not request.num_runnable_tokens:
+            return 0
+        num_blocks = -(-(request.num_computed_tokens + num_tokens) // self._block_size)
+        return max(0, num_blocks - len(request.block_ids))
+
+    def _grow_and_run(self, request: Request, num_tokens: int, plan: Plan) -> None:
+        """Run so many tokens of a running request, or as many as find blocks."""
+        missing = self._num_missing(request, num_tokens)
+        if missing > self.pool.num_free:
+            missing = self.pool.num_free
+            num_tokens = (len(request.block_ids) + missing) * self._block_size - request.num_computed_tokens
+        if num_tokens <= 0:
+            return
+        if missing:
+            blocks = self.pool.take(missing)
+            request.block_ids += blocks
+            assert request.row is not None
+            plan.blocks[request.row] = blocks
+        self._run(request, num_tokens, plan)
+
+    def _preempt(self, request: Request) -> None:
+        """Let a request wait again; its prompt and committed tokens are computed anew later."""
+        self._vacate(request)
+        self._fairness.give_row_back(request, waits_again=True)
+        self._num_preemptions += 1
+        request.wait_again(self.clock)
+
+    def _run(self, request: Request, num_tokens: int, plan: Plan) -> None:
+        row, start = request.row, request.num_computed_tokens
+        assert row is not None
+        request.num_computed_tokens = end = start + num_tokens
+        request.quiet_until = min(len(request.block_ids) * self._block_size, request.max_computed_tokens)
+        samples = end == request.num_known_tokens
+        request.num_known_tokens += samples
+        plan.budget -= num_tokens
+        plan.slices.append((request, row, start, samples))
+        if num_tokens != 1:
+            plan.uneven[row] = num_tokens
+        self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        """Let full blocks of committed tokens be found by others."""
+        if not self._caching or not request.is_finite:
+            return
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
+        if num_full <= request.num_published:
+            return
+        request.hash_full_blocks(self._block_size)
+        for index in range(request.num_published, num_full):
+            self.pool.publish(request.block_ids[index], request.block_hashes[index])
+        request.num_published = num_full
+
+    def _has_rows(self, count: int = 1) -> bool:
+        return len(self._free_rows) >= count and len(self._running) + count <= self._caution.max_requests
+
+    def _admit_waiting(self, plan: Plan, kept: int, apart_from: set[Group]) -> None:
+        """Start requests while there are rows, blocks, and more of the budget than is `kept`."""
+        while plan.budget > kept and self._has_rows() and plan.num_told < MAX_TOLD:
+            request = self._fairness.first(apart_from)
+            if request is None or request.awaits_tokens or not self._admit(request, plan, plan.budget - kept):
+                break  # a preempted request waits for its tokens in flight; nobody overtakes
+            plan.num_told += len(request.token_ids) + request.num_listed
+            assert request.row is not None
+            if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_slice_tokens:
+                apart_from.add(request.group)  # the budget ended its slice
+
+    def _admit(self, request: Request, plan: Plan, budget: int) -> bool:
+        """Start a waiting request in a row if its first slice finds blocks."""
+        start = self._start(request, budget)
+        if start is None:
+            return False
+        cached, num_tokens, missing = start
+        self._fairness.take_row(request)
+        self._running.append(request)
+        request.leave_prompt()
+        self.pool.share(cached)
+        request.block_ids = cached + self.pool.take(missing)
+        request.num_computed_tokens = num_cached = len(cached) * self._block_size
+        request.num_published = len(cached)
+        request.row = heapq.heappop(self._free_rows)
+        plan.starts.append(request.row_start())
+        plan.started.append(request)
+        self._num_prefix_hit_tokens += num_cached
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_cached
+        self._run(request, num_tokens, plan)
+        return True
+
+    def _start(self, request: Request, budget: int) -> tuple[list[int], int, int] | None:
+        """A waiting request's cached blocks, its first slice and the blocks to be taken for it; None if there are few.
+
+        If others wait, too, one that no step could run whole has half of the budget.
+        """
+        cached = self._find_prefix(request)
+        num_cached = len(cached) * self._block_size
+        num_left = request.num_runnable_tokens - num_cached
+        if num_left > self._caution.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
+            budget = (budget + 1) // 2
+        num_tokens = min(num_left, self._max_slice_tokens, budget)
+        missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
+        spare = headroom(self.pool.num_blocks) if self._running else 0
+        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
+            return None
+        return cached, num_tokens, missing
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """The cached blocks that begin a request. Its last token always runs, since its logits are wanted."""
+        if not self._caching or request.wants_prompt_logprobs:
+            return []
+        request.hash_full_blocks(self._block_size)
+        return self.pool.match(request.block_hashes[: (len(request.token_ids) - 1) // self._block_size])
+
+    # ---- a step is done
+
+    def update(self, output: StepOutput) -> list[News]:
+        """Commit what the oldest step in flight sampled. Tokens of requests that have ended meanwhile are dropped."""
+        due = self._in_flight.popleft()
+        assert due.step == output.step, f"step {output.step} returned while step {due.step} was due"
+        self._end_window(due, output.gpu_seconds)
+        if output.out_of_memory:
+            return self._begin_anew(due, output.out_of_memory)
+        sampled = iter(array("i", output.token_ids))
+        news: list[News] = []
+        for request, row, start, samples in due.slices:
+            token_id = next(sampled) if samples else None
+            if request.finished:
+                continue
+            if output.not_finite and row in output.not_finite:
+                news.append((request.front_end, self._end_not_finite(request)))
+                continue
+            if output.all_masked and row in output.all_masked:
+                tokens = Tokens(request.id, finish_reason="error", error=ALL_MASKED)
+                news.append((request.front_end, self._end(request, tokens)))
+                continue
+            tokens = Tokens(request.id)
+            if output.prompt_logprobs and row in output.prompt_logprobs:
+                tokens.prompt_logprobs = request.take_prompt_logprobs(start, output.prompt_logprobs[row])
+            if token_id is not None:
+                if output.logprobs and row in output.logprobs:
+                    tokens.logprobs.append(output.logprobs[row])
+                self._commit(request, token_id, tokens)
+            elif not tokens.prompt_logprobs:
+                continue
+            news.append((request.front_end, tokens))
+        if self._untold:
+            self._tell_begun(news)
+        return news
+
+    def _end_window(self, due: InFlight, gpu_s: float) -> None:
+        """The clock's window of a step ends, and with it the wait of those that it took from the queue."""
+        began, before = self.clock.time, self.clock.spent
+        self.clock.end_step(gpu_s)
+        for request in due.started:
+            if request.row is not None and request.waits_since is not None:
+                request.begin(began, before)
+                self._untold[request.front_end, request.id] = request
+
+    def _tell_begun(self, news: list[News]) -> None:
+        for front_end, tokens in news:
+            if request := self._untold.pop((front_end, tokens.id), None):
+                tokens.begun = request.begun
+        self._untold = {key: request for key, request in self._untold.items() if not request.finished}
+
+    def _commit(self, request: Request, token_id: int, tokens: Tokens) -> None:
+        if len(request.token_ids) == request.num_prompt_tokens:
+            tokens.num_cached_tokens = request.num_cached_tokens
+        tokens.token_ids.append(token_id)
+        tokens.finish_reason = request.commit(token_id)
+        if tokens.finish_reason:
+            self._end(request, tokens)
+
+    def _end_not_finite(self, request: Request) -> Tokens:
+        """Nothing can be drawn for it; what it has written since its prefix was found in the cache is offered no more.
+
+        Ranks clean such blocks before they go to another request.
+        """
+        request.is_finite = False
+        self.pool.unpublish(request.block_hashes[(request.num_cached_tokens or 0) // self._block_size :])
+        return self._end(request, Tokens(request.id, finish_reason="error", error=NOT_FINITE))
+
+    # ---- a step ran out of memory
+
+    def _begin_anew(self, failed: InFlight, cause: str) -> list[News]:
+        """The step did not run, nor will those behind it: all requests go back to their committed tokens and wait.
+
+        What runs next is smaller. A request whose single token does not fit by itself ends with an error.
+        """
+        for due in self._in_flight:
+            due.slices = []
+        for request in sorted(self._running, key=attrgetter("arrival"), reverse=True):
+            self._preempt(request)
+        for request in self._requests.values():
+            request.num_known_tokens = len(request.token_ids)
+        self.pool.forget_prefixes()  # some were to be written by the steps that did not run
+        self._stopped_rows.clear()
+        self._restart = True
+        request = failed.slices[0][0]
+        if failed.num_tokens == 1 and not request.finished:
+            return [(request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))]
+        self._caution.tighten(failed.num_tokens, len(failed.slices))
+        logger.warning(
+            "a step of %d requests and %d tokens is tried again with at most %d and %d: %s",
+            len(failed.slices),
+            failed.num_tokens,
+            self._caution.max_requests,
+            self._caution.max_tokens,
+            cause,
+        )
+        return []

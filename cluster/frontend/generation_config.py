@@ -1,0 +1,105 @@
+"""What a checkpoint says about how generation goes and ends."""
+
+import logging
+from collections.abc import Collection
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+
+from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.models.json_file import read_object, shown
+
+logger = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+MAX_EOS = 1000  # ends of a sequence, which go with every request
+NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
+UNHELD: dict[str, tuple[Any, ...]] = {  # what would change answers and is not there, with values that ask for nothing
+    **dict.fromkeys(
+        (
+            *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "epsilon_cutoff", "eta_cutoff"),
+            *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "force_words_ids"),
+            *("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "no_repeat_ngram_size"),
+            *("penalty_alpha", "sequence_bias", "stop_strings", "suppress_tokens", "token_healing", "top_h"),
+            "watermarking_config",
+        ),
+        NOTHING,
+    ),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), (None, 1)),
+}
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM's, but for its limit of tokens
+
+
+def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Every token that ends a sequence: generation_config.json's, or else config.json's, and the tokenizer's.
+
+    Both files may hold one id or a list. Raises `ValueError` for anything else.
+    """
+    files = (Path(model) / FILE, Path(model) / "config.json")
+    named = next(filter(None, [_eos_of(file) for file in files]), [])
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return frozenset(named).union(own)
+
+
+def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """Those ends that a model of this vocabulary can draw; a request must name no others."""
+    if beyond := sorted(token_id for token_id in eos if token_id >= vocab_size):
+        logger.warning("%s can end no sequence: the model's vocabulary ends at %d", beyond[:10], vocab_size - 1)
+    return eos.difference(beyond)
+
+
+def sampling_defaults(model: str | Path) -> dict[str, Any]:
+    """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
+
+    As transformers, this takes `do_sample: false` for greedy, and config.json, where older models have them, if there
+    is no generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
+    for what is not there.
+    """
+    file = Path(model) / FILE
+    if not isfile(file):
+        file = Path(model) / "config.json"
+    said = read_object(file)
+    found = {name: value for name, value in said.items() if name in DEFAULTED and value is not None}
+    if said.get("do_sample") is False:
+        found["temperature"] = 0.0
+    try:
+        SamplingParams(**found)
+        for name, nothing in UNHELD.items():
+            if (value := said.get(name)) not in nothing:
+                raise ValueError(f"{name} is {shown(value)}, which Eagleray does not have; take it out")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; mend the file, or leave it alone with generation_config 'none'") from None
+    return found
+
+
+def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
+    """Of requests that bring no parameters at all: the model's with `auto`, with `none` those of `SamplingParams`.
+
+    Raises `ValueError` for another choice, and for a file that is wrong.
+    """
+    if choice not in ("auto", "none"):
+        raise ValueError(f"generation_config is {choice!r}; give 'auto' for the model's own sampling, or 'none'")
+    return SamplingParams(**(sampling_defaults(model) if choice == "auto" else {}))
+
+
+def chosen_defaults(model: str | Path, choice: str, overruled: Collection[str] = ()) -> dict[str, float]:
+    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's.
+
+    The log says which; those that are `overruled` are left out.
+    Raises `ValueError` for a file that is wrong.
+    """
+    of_model = sampling_defaults(model) if choice == "auto" else {}
+    found = {name: value for name, value in of_model.items() if name not in overruled}
+    if found:
+        words = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        logger.info("sampling defaults of the model's generation_config.json: %s", words)
+    return found
+
+
+def _eos_of(file: Path) -> list[int]:
+    value = read_object(file).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if len(ids) > MAX_EOS or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise ValueError(f"eos_token_id in {file} is {shown(value)}; write one token id or a list of up to {MAX_EOS}")
+    return ids

@@ -1,0 +1,64 @@
+"""An engine with a front end, out of the options that `LLM` and `AsyncLLM` share."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from rich.console import Console
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.frontend.front_end import FrontEnd, OnEnd, unwatched
+from eagleray.cluster.frontend.generation_config import default_params, drawable, eos_token_ids
+from eagleray.cluster.frontend.inputs import ModelLimits, derive_seed
+from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.placement import Room
+from eagleray.cluster.runtime.resolve import folder_of, found
+from eagleray.cluster.runtime.start_display import shown_start
+from eagleray.models.loading.model_dir import is_of_hub, model_dir
+from eagleray.workers.protocol.startup import OnProgress
+
+
+def launch(
+    model: str | Path,
+    tensor_parallel_size: int,
+    tokenizer: str | Path | None,
+    skip_tokenizer_init: bool,
+    options: dict[str, Any],
+    *,
+    room: Room | None = None,
+    on_end: OnEnd = unwatched,
+    on_progress: OnProgress | None = None,
+    replica: int = 0,
+    generation_config: str = "auto",
+) -> tuple[EngineClient, FrontEnd]:
+    """Start an engine and wait for it, with a line on the terminal while that takes, or as `on_progress` has it.
+
+    Without `room` the engine reserves its own; `on_end` hears of every request that has ended. Of several engines with
+    one seed each `replica` draws differently. `generation_config` is a choice of `default_params`. What is wrong with
+    the options or the small files is said before anything starts.
+
+    Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
+    """
+    if unknown := sorted(options.keys() - EngineConfig.names()):
+        known = ", ".join(sorted(EngineConfig.names()))
+        raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
+    if skip_tokenizer_init and tokenizer is not None:
+        raise ValueError(f"tokenizer is {str(tokenizer)!r} and skip_tokenizer_init is True; leave one of them out")
+    config = found(EngineConfig(model=str(model), tensor_parallel_size=tensor_parallel_size, **options))
+    folder = folder_of(config)
+    if tokenizer is not None and is_of_hub(str(tokenizer)):
+        tokenizer = model_dir(str(tokenizer))
+    text = None if skip_tokenizer_init else Tokenizer.from_dir(tokenizer or folder)
+    eos = eos_token_ids(folder, text)
+    defaults = default_params(folder, generation_config)
+    if text is not None:
+        Thread(target=text.prepare, name="tokenizer").start()
+    shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)
+    with shown as progress:
+        engine = EngineClient.start(config, progress, room)
+    eos = drawable(eos, engine.info.vocab_size)
+    limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
+    seed = config.seed if config.seed is None or replica == 0 else derive_seed(config.seed, replica)
+    return engine, FrontEnd(text, limits, seed, on_end, defaults)
