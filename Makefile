@@ -3,6 +3,7 @@
 # make test-gpu    those that need CUDA, which `make test` skips where there is none
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
+# make tree    every source file, and what it does
 #
 # Python 3.11 or newer is looked for; PYTHON=/path/to/python names one. VENV=/path puts the environment elsewhere.
 
@@ -19,7 +20,7 @@ DEMO_PROMPTS := \
 	"Name three things a compiler does."
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu check bench clean
+.PHONY: demo test test-gpu check bench tree clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
@@ -37,6 +38,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	set -e; for script in tests/bench/*.py; do $(BIN)/python "$$script"; done
+
+tree:
+	@$(PYTHON) tests/support/tree.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info

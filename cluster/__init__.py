@@ -1,0 +1,1 @@
+"""The engine as callers see it, and what decides what runs next. Imports no torch."""

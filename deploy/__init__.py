@@ -1,0 +1,1 @@
+"""How people run the engine: a command line, an HTTP server, batches, benchmarks."""

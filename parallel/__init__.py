@@ -1,0 +1,1 @@
+"""How one tensor lives on several ranks."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.deploy.private_ray import set_token
-from eagleray.deploy.serve_environment import set_environment
+from eagleray.deploy.serve.environment import set_environment
+from eagleray.deploy.serve.private_ray import set_token
 from eagleray.models.loading.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
 

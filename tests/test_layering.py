@@ -17,14 +17,31 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("parallel", "models", "workers", "cluster", "deploy")  # each may import itself and those before it
-RAY_FILES = {  # where actors are placed, called and watched, and all of deploy/
-    "cluster/runtime/actor_calls.py",
-    "cluster/runtime/core_actor.py",
-    "cluster/runtime/engine_client.py",
-    "cluster/runtime/ray_executor.py",
-    "cluster/runtime/placement.py",
-    "workers/actor.py",
+RAY = ("deploy/", "cluster/runtime/", "workers/actor.py")  # where actors are placed, called and watched
+WITHIN = {  # what else of its room a folder may import, besides files that stand in the room itself
+    "cluster/core": (),
+    "cluster/frontend": ("cluster/core",),
+    "cluster/runtime": ("cluster/core", "cluster/frontend"),
+    "deploy/batch": ("deploy/cli", "deploy/openai"),
+    "deploy/bench": ("deploy/cli",),
+    "deploy/cli": (),
+    "deploy/openai": (),
+    "deploy/openai/middleware": ("deploy/openai",),
+    "deploy/profile": ("deploy/bench", "deploy/cli"),
+    "deploy/serve": ("deploy/cli", "deploy/openai", "deploy/openai/middleware"),
+    "models/loading": (),
+    "workers/attention": (),
+    "workers/graphs": ("workers/attention",),
+    "workers/protocol": (),
+    "workers/sampling": ("workers/protocol",),
 }
+FRONTS = (  # files that stand in a room and put its folders together: no folder of it imports them
+    "eagleray.cluster.async_llm",
+    "eagleray.cluster.llm",
+    "eagleray.workers.actor",
+    "eagleray.workers.worker",
+)
+FROM_WORKERS = ("eagleray.workers.protocol", "eagleray.workers.actor")  # what cluster/ may import of workers/
 FOREIGN_WORDS = frozenset({"cache", "caches", "cached", "caching", "metadata", "ray"})  # in parallel/ and models/
 CHOSEN_ELSEWHERE = {"cache_modifier"}  # an argument of Triton's
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
@@ -80,9 +97,36 @@ def cluster_without_torch(path: str, text: str) -> list[str]:
 
 
 def ray_where_actors_are_placed(path: str, text: str) -> list[str]:
-    if room_of(path) == "deploy" or path in RAY_FILES:
+    if path.startswith(RAY):
         return []
     return [f"{path}:{line}: Ray is imported" for line, name in imports(text) if is_or_inside(name, "ray")]
+
+
+def folders_point_one_way(path: str, text: str) -> list[str]:
+    """A folder within a room imports itself, what stands in the room itself, and the folders that it may."""
+    folder = PurePosixPath(path).parent.as_posix()
+    if folder not in WITHIN:
+        return []
+    allowed, wrong = (folder, *WITHIN[folder]), []
+    for line, name in imports(text):
+        place = name.removeprefix("eagleray.")
+        if place.split(".")[0] != room_of(path):
+            continue
+        of = max((other for other in WITHIN if is_or_inside(place, other.replace("/", "."))), key=len, default=folder)
+        if of not in allowed or any(is_or_inside(name, front) for front in FRONTS):
+            wrong.append(f"{path}:{line}: {folder}/ imports {name}")
+    return wrong
+
+
+def core_and_ranks_share_a_protocol(path: str, text: str) -> list[str]:
+    """cluster/ knows of workers/ the messages and the actor, nothing of how a step is executed."""
+    if room_of(path) != "cluster":
+        return []
+    return [
+        f"{path}:{line}: cluster/ imports {name}"
+        for line, name in imports(text)
+        if is_or_inside(name, "eagleray.workers") and not any(is_or_inside(name, other) for other in FROM_WORKERS)
+    ]
 
 
 def words(token: str) -> set[str]:
@@ -121,6 +165,8 @@ RULES: list[Rule] = [
     imports_absolutely,
     cluster_without_torch,
     ray_where_actors_are_placed,
+    folders_point_one_way,
+    core_and_ranks_share_a_protocol,
     speaks_of_tokens_only,
     rooms_re_export_nothing,
 ]
@@ -146,6 +192,11 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (cluster_without_torch, "cluster/x.py", "def f():\n    from torch.distributed import Store"),
     (ray_where_actors_are_placed, "cluster/core/scheduler.py", "import ray"),
     (ray_where_actors_are_placed, "workers/worker.py", "def f():\n    from ray.util import placement_group"),
+    (folders_point_one_way, "cluster/core/x.py", "from eagleray.cluster.frontend.prompts import Prompt"),
+    (folders_point_one_way, "cluster/runtime/x.py", "def f():\n    import eagleray.cluster.llm"),
+    (folders_point_one_way, "deploy/openai/x.py", "from eagleray.deploy.openai.middleware import cors"),
+    (folders_point_one_way, "workers/protocol/x.py", "from eagleray.workers.sampling import sampler"),
+    (core_and_ranks_share_a_protocol, "cluster/core/x.py", "from eagleray.workers.rows import Rows"),
     (speaks_of_tokens_only, "models/x.py", "kv_cache = 1"),
     (speaks_of_tokens_only, "models/x.py", "class AttentionMetadata: ..."),
     (speaks_of_tokens_only, "parallel/x.py", "x = 1  # one per Ray actor"),
@@ -166,6 +217,12 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (imports_absolutely, "cluster/x.py", "import transformers.models\nfrom eagleray.models.config import ModelConfig"),
     (cluster_without_torch, "workers/x.py", "import torch"),
     (ray_where_actors_are_placed, "workers/actor.py", "import ray"),
+    (ray_where_actors_are_placed, "cluster/runtime/x.py", "import ray"),
+    (folders_point_one_way, "cluster/frontend/x.py", "from eagleray.cluster.core.messages import Abort"),
+    (folders_point_one_way, "cluster/frontend/x.py", "from eagleray.cluster.errors import counted"),
+    (folders_point_one_way, "cluster/llm.py", "from eagleray.cluster.frontend.prompts import Prompt"),
+    (folders_point_one_way, "deploy/openai/middleware/x.py", "from eagleray.deploy.openai.errors import ApiError"),
+    (core_and_ranks_share_a_protocol, "cluster/core/x.py", "from eagleray.workers.protocol.messages import Step"),
     (ray_where_actors_are_placed, "deploy/x.py", "from ray import serve"),
     (speaks_of_tokens_only, "models/loading/x.py", 'del header["__metadata__"]  # of a cached file'),
     (speaks_of_tokens_only, "models/x.py", "array = 'an array, a stray word'  # Raymond"),
@@ -198,5 +255,6 @@ def test_torch_would_be_seen() -> None:
 
 def test_every_room_is_read() -> None:
     assert {room_of(path) for path in SOURCES} == set(ROOMS)
-    assert set(SOURCES) >= RAY_FILES
+    folders = {PurePosixPath(path).parent.as_posix() for path in SOURCES}
+    assert folders == {*ROOMS, *WITHIN}
     assert {entry.name for entry in (ROOT / "src" / "eagleray").iterdir() if entry.is_symlink()} == set(ROOMS)

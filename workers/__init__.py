@@ -1,0 +1,1 @@
+"""How one rank executes a step."""

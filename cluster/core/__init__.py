@@ -1,0 +1,1 @@
+"""The engine core: it schedules steps and owns the state of every request. Imports no Ray."""

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API over an `AsyncLLM`; knows nothing of Ray Serve."""
+"""OpenAI's HTTP API over `AsyncLLM`: requests, answers, errors."""

@@ -6,16 +6,22 @@ from importlib.metadata import version
 from fastapi import APIRouter, FastAPI, Request, Response
 from pydantic import BaseModel
 
-from eagleray.deploy.openai.bodies import body_route
 from eagleray.deploy.openai.chat import chat_chunks, chat_completion
 from eagleray.deploy.openai.completions import completion, completion_chunks
-from eagleray.deploy.openai.connection import while_connected
-from eagleray.deploy.openai.description import describe, failures, streamed
-from eagleray.deploy.openai.events import EventStream
-from eagleray.deploy.openai.handlers import install_handlers
-from eagleray.deploy.openai.inputs import SHORT, conversation_prompt, texts_tokens, token_strings, tokens_text
+from eagleray.deploy.openai.disconnect import while_connected
+from eagleray.deploy.openai.error_handlers import install_handlers
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
-from eagleray.deploy.openai.replies import (
+from eagleray.deploy.openai.openapi import describe, failures, streamed
+from eagleray.deploy.openai.prompts import SHORT, conversation_prompt, texts_tokens, token_strings, tokens_text
+from eagleray.deploy.openai.request_body import body_route
+from eagleray.deploy.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    TokenizeText,
+)
+from eagleray.deploy.openai.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -28,14 +34,8 @@ from eagleray.deploy.openai.replies import (
     Tokens,
     Version,
 )
-from eagleray.deploy.openai.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    TokenizeText,
-)
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.sse import EventStream
 
 
 def make_app(served: Served) -> FastAPI:

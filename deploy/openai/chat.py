@@ -11,12 +11,13 @@ from typing import Any
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.inputs import conversation_prompt
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.generate import Count, Growth, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs, prompt_logprobs
-from eagleray.deploy.openai.replies import (
+from eagleray.deploy.openai.prompts import conversation_prompt
+from eagleray.deploy.openai.requests import ChatRequest, StreamOptions
+from eagleray.deploy.openai.responses import (
     AnswerMessage,
     ChatChoice,
     ChatCompletion,
@@ -27,8 +28,7 @@ from eagleray.deploy.openai.replies import (
     PromptLogprobs,
 )
 from eagleray.deploy.openai.sampling import chat_params
-from eagleray.deploy.openai.schema import ChatRequest, StreamOptions
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.served_model import Served
 
 
 async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletion | bytes:

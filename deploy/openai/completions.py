@@ -9,14 +9,14 @@ from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.deploy.openai.echo import Echo
-from eagleray.deploy.openai.inputs import completion_prompts, prompts_of
-from eagleray.deploy.openai.jobs import Count, Growth, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.generate import Count, Growth, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
-from eagleray.deploy.openai.replies import Choice, Completion, TextLogprobs, Usage
+from eagleray.deploy.openai.prompts import completion_prompts, prompts_of
+from eagleray.deploy.openai.requests import CompletionRequest, StreamOptions
+from eagleray.deploy.openai.responses import Choice, Completion, TextLogprobs, Usage
 from eagleray.deploy.openai.sampling import completion_params, prompt_only
-from eagleray.deploy.openai.schema import CompletionRequest, StreamOptions
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.served_model import Served
 
 
 async def completion(served: Served, request: CompletionRequest) -> Completion | bytes:

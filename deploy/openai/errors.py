@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
-from eagleray.deploy.openai.shown import MAX_WORDS, cut
+from eagleray.deploy.openai.truncate import MAX_WORDS, cut
 
 
 class ErrorDetail(BaseModel):

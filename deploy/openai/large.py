@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.replies import ChatLogprobs
+from eagleray.deploy.openai.responses import ChatLogprobs
 
 SMALL = 2_000  # log-probabilities: they take less time than a thread takes to begin
 PART = 100  # tokens

@@ -14,7 +14,7 @@ from eagleray.cluster.frontend.token_bytes import BYTE_OF
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, too_long
-from eagleray.deploy.openai.shown import MAX_SHOWN, cut
+from eagleray.deploy.openai.truncate import MAX_SHOWN, cut
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages

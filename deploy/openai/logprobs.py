@@ -7,7 +7,7 @@ from typing import Self
 from eagleray.cluster.frontend.text_stream import TextStream
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import Logprob
-from eagleray.deploy.openai.replies import (
+from eagleray.deploy.openai.responses import (
     ChatLogprobs,
     PromptLogprob,
     PromptLogprobs,

@@ -11,9 +11,9 @@ from eagleray.cluster.frontend.chat import joined
 from eagleray.cluster.frontend.prompts import Message
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.ranges import ROLES
-from eagleray.deploy.openai.schema import ChatMessage, ChatRequest, Conversation
-from eagleray.deploy.openai.shown import shown
+from eagleray.deploy.openai.field_types import ROLES
+from eagleray.deploy.openai.requests import ChatMessage, ChatRequest, Conversation
+from eagleray.deploy.openai.truncate import shown
 
 CALLS = ("tool_calls", "function_call")  # of tools, in what an assistant said before
 MAY_BE_SILENT = ("assistant", "function")

@@ -5,9 +5,9 @@ from typing import Any
 
 from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.ranges import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
-from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
-from eagleray.deploy.openai.shown import shown
+from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
+from eagleray.deploy.openai.truncate import shown
 
 SAME_NAME = (
     "n",

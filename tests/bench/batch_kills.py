@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eagleray.deploy.machine import hardware, versions
+from eagleray.deploy.bench.environment import hardware, versions
 from eagleray.models.loading.demo_model import demo_model
 from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint

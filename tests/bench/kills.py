@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.client:
         asyncio.run(client(arguments.client))
         return
-    from eagleray.deploy.machine import hardware, versions
+    from eagleray.deploy.bench.environment import hardware, versions
     from support.tiny_model import write_tiny_model
 
     table = []

@@ -29,7 +29,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eagleray.deploy.machine import hardware, versions
+from eagleray.deploy.bench.environment import hardware, versions
 from support.served_command import ServedCommand
 from support.tiny_model import CHAT_TEMPLATE, write_tiny_model, write_tokenizer
 

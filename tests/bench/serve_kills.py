@@ -25,7 +25,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eagleray.deploy.machine import hardware, versions
+from eagleray.deploy.bench.environment import hardware, versions
 from support.served_command import NAMES, ServedCommand, complaints
 from support.tiny_model import write_tiny_model
 

@@ -26,9 +26,9 @@ import numpy as np
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.runtime.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.machine import hardware, versions
-from eagleray.deploy.serve_args import ServeArgs
-from eagleray.deploy.serve_environment import set_environment
+from eagleray.deploy.bench.environment import hardware, versions
+from eagleray.deploy.serve.config import ServeArgs
+from eagleray.deploy.serve.environment import set_environment
 from eagleray.models.loading.model_dir import model_dir
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         set_environment()
     from ray import serve  # late: it reads the environment
 
-    from eagleray.deploy.serve import build
+    from eagleray.deploy.serve.app import build
 
     options: dict[str, Any] = {
         "model": str(model_dir(settings.model)),

@@ -17,7 +17,7 @@ import time
 
 import httpx
 
-from eagleray.deploy.machine import hardware, versions
+from eagleray.deploy.bench.environment import hardware, versions
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "eagleray.deploy.cli", "serve", model, "--port", str(port), *options]
+    command = [sys.executable, "-m", "eagleray", "serve", model, "--port", str(port), *options]
     begin = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": "local"}

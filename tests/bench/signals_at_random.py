@@ -20,11 +20,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from eagleray.deploy.machine import hardware, versions
+from eagleray.deploy.bench.environment import hardware, versions
 from support.strikes import own_places, processes_in, title
 from support.tiny_model import write_tiny_model
 
-CLI = "eagleray.deploy.cli"
 END_S = 60.0
 OPTIONS = ("--tp", "2", "--threads-per-rank", "1", "--max-tokens", "3000", "--ignore-eos", "--raw")
 SCRIPT = """
@@ -53,7 +52,7 @@ def main() -> None:
             "generate": [
                 sys.executable,
                 "-m",
-                "eagleray.deploy.cli",
+                "eagleray",
                 "generate",
                 "--model",
                 str(model),

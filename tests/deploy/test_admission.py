@@ -16,23 +16,22 @@ from eagleray.cluster.core.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
-from eagleray.deploy.api_keys import key_digest
-from eagleray.deploy.openai.admission import (
+from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.errors import ApiError
+from eagleray.deploy.openai.middleware.admission import (
     MAX_COUNTED_BYTES,
     ApiKeys,
     BodyLimit,
     BoundedQueue,
     may_generate,
-    place_taken,
-    tenant_asking,
 )
-from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.origins import cross_origin
-from eagleray.deploy.openai.probes import Figures, Health
-from eagleray.deploy.openai.refusal import answer, refuse
-from eagleray.deploy.openai.request_ids import RequestIds
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.middleware.api_keys import key_digest
+from eagleray.deploy.openai.middleware.cors import cross_origin
+from eagleray.deploy.openai.middleware.probes import Figures, Health
+from eagleray.deploy.openai.middleware.request_ids import RequestIds
+from eagleray.deploy.openai.middleware.respond import answer, refuse
+from eagleray.deploy.openai.request_context import place_taken, tenant_asking
+from eagleray.deploy.openai.served_model import Served
 from support.local_engine import LocalEngine
 
 

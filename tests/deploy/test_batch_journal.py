@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.deploy.batch_input import Survey, read_lines, survey
-from eagleray.deploy.batch_journal import Identity, Journal, read_identity, sidecar
-from eagleray.deploy.batch_rows import Answer, RowError, custom_id, parse, recorded, refusal, result
+from eagleray.deploy.batch.input import Survey, read_lines, survey
+from eagleray.deploy.batch.journal import Identity, Journal, read_identity, sidecar
+from eagleray.deploy.batch.rows import Answer, RowError, custom_id, parse, recorded, refusal, result
 from support.batch_files import row, write_rows
 
 NUM_ROWS = 6
@@ -114,7 +114,7 @@ def test_results_that_the_input_has_no_row_for_are_refused(input: Path, known: S
 HOLD = """
 import sys
 from pathlib import Path
-from eagleray.deploy.batch_journal import Identity, Journal
+from eagleray.deploy.batch.journal import Identity, Journal
 journal = Journal(Path(sys.argv[1]), Identity(int(sys.argv[2]), sys.argv[3], "/models/a"))
 print("held", flush=True)
 sys.stdin.read()

@@ -19,14 +19,15 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
-from eagleray.deploy import batch_progress, batch_run
-from eagleray.deploy.batch_input import read_lines, survey
-from eagleray.deploy.batch_journal import Identity, Journal
-from eagleray.deploy.batch_progress import BatchProgress
-from eagleray.deploy.batch_replica import AppReplica
-from eagleray.deploy.batch_rows import Answer, Line
-from eagleray.deploy.batch_run import BatchRun
-from eagleray.deploy.batch_storage import Places
+from eagleray.deploy.batch import progress as batch_progress
+from eagleray.deploy.batch import run as batch_run
+from eagleray.deploy.batch.input import read_lines, survey
+from eagleray.deploy.batch.journal import Identity, Journal
+from eagleray.deploy.batch.progress import BatchProgress
+from eagleray.deploy.batch.replica import AppReplica
+from eagleray.deploy.batch.rows import Answer, Line
+from eagleray.deploy.batch.run import BatchRun
+from eagleray.deploy.batch.storage import Places
 from support.batch_files import read_results, row, write_rows
 
 NUM_ROWS = 60

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from eagleray.cluster.frontend.tokenizer import Tokenizer
-from eagleray.deploy import cli
-from eagleray.deploy.arguments import Parser, engine_config
-from eagleray.deploy.bench_arguments import add_throughput
-from eagleray.deploy.bench_throughput import plan
+from eagleray.deploy.bench.arguments import add_throughput
+from eagleray.deploy.bench.throughput import plan
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.arguments import Parser, engine_config
 
 SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes", "50000000"]
 

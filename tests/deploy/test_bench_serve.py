@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from eagleray.deploy import cli
-from eagleray.deploy.arguments import Parser
-from eagleray.deploy.bench_arguments import add_serve
-from eagleray.deploy.bench_serve import WORDS, plan
-from eagleray.deploy.http_load import is_here
-from eagleray.deploy.metrics import RequestTimes, serving_figures
+from eagleray.deploy.bench.arguments import add_serve
+from eagleray.deploy.bench.http_load import is_here
+from eagleray.deploy.bench.metrics import RequestTimes, serving_figures
+from eagleray.deploy.bench.serve import WORDS, plan
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.arguments import Parser
 from support.asgi_server import asgi_server
 from support.slow_server import SlowServer
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 PROGRAM = """
-from eagleray.deploy.chat_input import ChatInput
+from eagleray.deploy.cli.chat_input import ChatInput
 messages = ChatInput()
 while (message := messages.read()) is not None:
     print("<", ascii(message), ">", flush=True)

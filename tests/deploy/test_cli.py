@@ -15,8 +15,8 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy import cli
-from eagleray.deploy.arguments import (
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.arguments import (
     CHAT_SAMPLING,
     ENGINE_HELP,
     ENGINE_RENAMED,
@@ -29,7 +29,7 @@ from eagleray.deploy.arguments import (
     engine_config,
     sampling_params,
 )
-from eagleray.deploy.options import add_options, given
+from eagleray.deploy.cli.options import add_options, given
 
 
 def parsed(*words: str) -> argparse.Namespace:
@@ -298,7 +298,7 @@ def test_what_is_mistyped_is_told_with_what_is_near(
 def imported_by(words: str) -> set[str]:
     """Modules in a process that ran the command line."""
     script = (
-        "import sys\nfrom eagleray.deploy.cli import main\n"
+        "import sys\nfrom eagleray.deploy.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n    print(*sys.modules, file=sys.stderr)"
     )

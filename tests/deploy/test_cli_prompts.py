@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.deploy.prompts import Task, in_chat, parse_lines, read_tasks
+from eagleray.deploy.cli.prompts import Task, in_chat, parse_lines, read_tasks
 
 HELLO = {"role": "user", "content": "hello"}
 

@@ -18,7 +18,7 @@ import pytest
 
 from support.screen import screen
 
-EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
+EAGLERAY = [sys.executable, "-m", "eagleray"]
 # A Ray of its own, whatever else runs on the machine; one thread for each rank leaves room on two cores.
 ENVIRONMENT = os.environ | {
     "RAY_ADDRESS": "local",

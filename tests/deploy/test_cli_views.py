@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from eagleray.deploy.answers import Answer, InOrder, as_json, printable
-from eagleray.deploy.figures import Figures, percentile, time_per_output_token
-from eagleray.deploy.layout import tail, whole, write_plain
-from eagleray.deploy.prompts import Task
-from eagleray.deploy.views import PlainView, TerminalView
+from eagleray.deploy.cli.answers import Answer, InOrder, as_json, printable
+from eagleray.deploy.cli.prompts import Task
+from eagleray.deploy.cli.render import tail, whole, write_plain
+from eagleray.deploy.cli.summary import Figures, percentile, time_per_output_token
+from eagleray.deploy.cli.views import PlainView, TerminalView
 
 
 def sequence(text: str, finish_reason: str | None = "stop", index: int = 0) -> CompletionOutput:

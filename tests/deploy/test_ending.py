@@ -11,11 +11,11 @@ import pytest
 
 from support.tiny_model import write_tiny_model
 
-EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
+EAGLERAY = [sys.executable, "-m", "eagleray"]
 WAITS = """
 import asyncio, sys
-from eagleray.deploy import cli
-from eagleray.deploy.ending import ending_on_sigterm
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.ending import ending_on_sigterm
 
 async def main():
     waits = asyncio.create_task(asyncio.sleep(600))

@@ -14,7 +14,7 @@ from support.hub_server import Repository, files_of, hub_server
 from support.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
-EAGLERAY = [sys.executable, "-m", "eagleray.deploy.cli"]
+EAGLERAY = [sys.executable, "-m", "eagleray"]
 NAME = "some-body/tiny"
 
 

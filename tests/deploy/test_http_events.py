@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.deploy.http_events import Failure, answer_of, error_message, spread_tokens
+from eagleray.deploy.bench.sse import Failure, answer_of, error_message, spread_tokens
 
 USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
 

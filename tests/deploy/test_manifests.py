@@ -11,20 +11,20 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from eagleray.deploy import cli
-from eagleray.deploy.arguments import Parser
-from eagleray.deploy.haproxy import COMMAND
-from eagleray.deploy.openai.metrics import Metrics
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.arguments import Parser
+from eagleray.deploy.serve.app import build
+from eagleray.deploy.serve.config import ServeArgs
+from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
+from eagleray.deploy.serve.haproxy import COMMAND
+from eagleray.deploy.serve.metrics import Metrics
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+MANIFESTS_FOLDER = Path(__file__).parents[2] / "deploy" / "manifests"
 MANIFESTS = {"ray-service.yaml": "RayService", "ray-job.yaml": "RayJob"}
 
 
 def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((DEPLOY / name).read_text())
+    content: dict[str, Any] = yaml.safe_load((MANIFESTS_FOLDER / name).read_text())
     return content
 
 
@@ -49,7 +49,7 @@ def num_gpus(cluster: dict[str, Any]) -> list[tuple[int, int]]:
 
 def served() -> ServeArgs:
     application = served_application()
-    assert application.import_path == "eagleray.deploy.serve:build"
+    assert application.import_path == "eagleray.deploy.serve.app:build"
     return ServeArgs.model_validate(application.args)
 
 
@@ -69,7 +69,7 @@ def test_serves_configuration_is_one_that_serve_and_the_server_accept() -> None:
 def test_the_file_for_one_machine_is_one_that_serve_and_the_server_accept() -> None:
     config = ServeDeploySchema.model_validate(load("one-machine.yaml"))
     (application,) = config.applications
-    assert application.import_path == "eagleray.deploy.serve:build"
+    assert application.import_path == "eagleray.deploy.serve.app:build"
     assert config.http_options.host == "127.0.0.1"
     build(ServeArgs.model_validate(application.args))
 
@@ -110,14 +110,14 @@ def test_a_manifest_is_whole(name: str) -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
         assert container["resources"]["limits"] == container["resources"]["requests"]
     mounted = {mount["mountPath"] for pod in pods(cluster) for mount in pod["containers"][0]["volumeMounts"]}
-    paths = re.findall(r"(?<![\w./])/(?:models|etc|batch)\b[\w./-]*", (DEPLOY / name).read_text())
+    paths = re.findall(r"(?<![\w./])/(?:models|etc|batch)\b[\w./-]*", (MANIFESTS_FOLDER / name).read_text())
     assert paths
     assert all(any(path.startswith(root) for root in mounted) for path in paths)
 
 
 def test_rays_version_is_the_same_everywhere() -> None:
-    (in_image,) = re.findall(r"ARG RAY_VERSION=(\S+)", (DEPLOY / "Dockerfile").read_text())
-    (on_machines,) = re.findall(r"ray\[default\]==([\d.]+)", (DEPLOY / "cluster.yaml").read_text())
+    (in_image,) = re.findall(r"ARG RAY_VERSION=(\S+)", (MANIFESTS_FOLDER / "Dockerfile").read_text())
+    (on_machines,) = re.findall(r"ray\[default\]==([\d.]+)", (MANIFESTS_FOLDER / "cluster.yaml").read_text())
     in_manifests = [cluster_of(load(name))["rayVersion"] for name in MANIFESTS]
     assert [on_machines, *in_manifests] == [in_image] * 3
 
@@ -131,7 +131,7 @@ def test_ray_up_accepts_the_cluster() -> None:
 
 def test_every_node_of_the_service_has_serves_settings_for_streams() -> None:
     binary = "RAY_SERVE_HAPROXY_BINARY_PATH"
-    (in_image,) = re.findall(r"ENV PATH=([^:]+):", (DEPLOY / "Dockerfile").read_text())
+    (in_image,) = re.findall(r"ENV PATH=([^:]+):", (MANIFESTS_FOLDER / "Dockerfile").read_text())
     for pod in pods(cluster_of(load("ray-service.yaml"))):
         environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
         assert environment == FASTER_STREAMS | HAPROXY | {binary: f"{in_image}/{COMMAND}"}
@@ -146,7 +146,7 @@ def test_every_node_of_the_service_has_serves_settings_for_streams() -> None:
 
 def test_grafana_shows_every_metric_that_there_is_and_no_other(ray_cluster: None) -> None:
     kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", Metrics().text().decode(), re.MULTILINE))
-    board = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    board = json.loads((MANIFESTS_FOLDER / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     names = {name for query in queries for name in re.findall(r"\bray_(\w+)", query)}
     sums = {f"{name}_{what}" for name, kind in kinds.items() if kind == "histogram" for what in ("sum", "count")}
@@ -158,16 +158,18 @@ def test_grafana_shows_every_metric_that_there_is_and_no_other(ray_cluster: None
 
 
 def test_panels_do_not_overlap_and_name_their_source() -> None:
-    panels = json.loads((DEPLOY / "grafana-dashboard.json").read_text())["panels"]
+    panels = json.loads((MANIFESTS_FOLDER / "grafana-dashboard.json").read_text())["panels"]
     corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
     assert len(corners) == len(panels) == len({panel["id"] for panel in panels})
     assert all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
 
 
 def test_the_guide_names_every_file_and_no_other() -> None:
-    guide = (DEPLOY / "README.md").read_text()
+    guide = (MANIFESTS_FOLDER / "README.md").read_text()
     named = set(re.findall(r"`([\w-]+\.(?:yaml|json|sh)|Dockerfile)`", guide))
     there = {
-        path.name for path in DEPLOY.iterdir() if path.suffix in (".yaml", ".json", ".sh") or path.stem == "Dockerfile"
+        path.name
+        for path in MANIFESTS_FOLDER.iterdir()
+        if path.suffix in (".yaml", ".json", ".sh") or path.stem == "Dockerfile"
     }
     assert named - {"submit.sh"} == there - {"submit.sh"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eagleray.deploy.metrics import RequestTimes, Spread, decode_time, is_good, serving_figures, spread
+from eagleray.deploy.bench.metrics import RequestTimes, Spread, decode_time, is_good, serving_figures, spread
 
 FAST = RequestTimes(due=10.0, num_input_tokens=100, tokens=[10.5, 10.75, 11.25, 11.5])
 SLOW = RequestTimes(due=11.0, num_input_tokens=50, tokens=[14.0, 14.5])

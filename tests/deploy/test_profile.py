@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from eagleray.cluster.core.scheduler import Scheduler
-from eagleray.deploy import cli
-from eagleray.deploy.profile_sizes import fill_steps
-from eagleray.deploy.profile_trace import ORDER, read_trace, step_profile
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.profile.sizes import fill_steps
+from eagleray.deploy.profile.trace import ORDER, read_trace, step_profile
 from support.inline_engine import InlineEngine
 from support.toy_rank import ToyRank
 

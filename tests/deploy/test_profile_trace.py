@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.deploy.profile_trace import Share, group_of, read_trace, short_name, step_profile
+from eagleray.deploy.profile.trace import Share, group_of, read_trace, short_name, step_profile
 from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
 
 FLASH = "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<int> > >(flash::Params)"

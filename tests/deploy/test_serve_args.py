@@ -14,10 +14,10 @@ import ray
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.exceptions import RayServeException
 
-from eagleray.deploy.arguments import Parser
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
-from eagleray.deploy.serve_arguments import add_serve, serve_args
+from eagleray.deploy.cli.arguments import Parser
+from eagleray.deploy.serve.app import build
+from eagleray.deploy.serve.arguments import add_serve, serve_args
+from eagleray.deploy.serve.config import ServeArgs
 from support.tiny_model import write_tiny_model
 
 

@@ -15,13 +15,13 @@ import httpx
 import psutil
 import pytest
 
-from eagleray.deploy.serve_environment import FASTER_STREAMS, HAPROXY
+from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from support.cluster_process import running_cluster
 from support.free_port import free_port
 from support.served_command import command_line
 from support.tiny_model import write_tiny_model
 
-SERVE = [sys.executable, "-m", "eagleray.deploy.cli", "serve"]
+SERVE = [sys.executable, "-m", "eagleray", "serve"]
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 DRAIN_S = 30.0
 END_S = 30.0

@@ -15,9 +15,9 @@ from jinja2 import Environment
 from ray.serve._private import constants
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
-from eagleray.deploy.haproxy import COMMAND, mended
-from eagleray.deploy.private_ray import set_place
-from eagleray.deploy.serve_environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
+from eagleray.deploy.serve.environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
+from eagleray.deploy.serve.haproxy import COMMAND, mended
+from eagleray.deploy.serve.private_ray import set_place
 from support.free_port import free_port
 
 PATIENCE_S = 20.0

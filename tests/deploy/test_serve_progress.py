@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from eagleray.deploy.serve_progress import Lines
+from eagleray.deploy.serve.progress import Lines
 from eagleray.workers.protocol.startup import READY, WEIGHTS, Progress
 
 

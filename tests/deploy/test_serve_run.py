@@ -18,7 +18,7 @@ import yaml
 from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+MANIFESTS_FOLDER = Path(__file__).parents[2] / "deploy" / "manifests"
 SERVE = Path(sys.executable).parent / "serve"
 PATIENCE_S = 90.0
 SMALL = {"device": "cpu", "tensor_parallel_size": 1, "cpus_per_rank": 0.1, "kv_cache_bytes": 4_000_000}
@@ -26,7 +26,7 @@ SMALL = {"device": "cpu", "tensor_parallel_size": 1, "cpus_per_rank": 0.1, "kv_c
 
 def service() -> dict[str, Any]:
     """What KubeRay hands to Serve."""
-    manifest = yaml.safe_load((DEPLOY / "ray-service.yaml").read_text())
+    manifest = yaml.safe_load((MANIFESTS_FOLDER / "ray-service.yaml").read_text())
     config: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     return config
 

@@ -32,7 +32,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(model_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "eagleray.deploy.cli", "generate", "--model", str(model_dir), *OPTIONS, *"abcdefgh"]
+    return [
+        sys.executable,
+        "-m",
+        "eagleray",
+        "generate",
+        "--model",
+        str(model_dir),
+        *OPTIONS,
+        *"abcdefgh",
+    ]
 
 
 def script(model_dir: Path) -> list[str]:

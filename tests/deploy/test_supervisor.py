@@ -13,15 +13,15 @@ from queue import Queue
 import psutil
 import pytest
 
-from eagleray.deploy.health_probes import HealthProbe
-from eagleray.deploy.server_link import Watched
+from eagleray.deploy.serve.health_probes import HealthProbe
+from eagleray.deploy.serve.server_link import Watched
 
 PATIENCE_S = 20.0
 SCRIPT = """
 import logging, os, signal, subprocess, sys, time
 from pathlib import Path
-from eagleray.deploy.server_link import News, Watched
-from eagleray.deploy.supervisor import supervised
+from eagleray.deploy.serve.server_link import News, Watched
+from eagleray.deploy.serve.supervisor import supervised
 
 logging.basicConfig(format="%(message)s", level=logging.INFO)
 folder, ending, before = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])

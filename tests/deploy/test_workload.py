@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eagleray.deploy.workload import Lengths, due_times, random_prompts
+from eagleray.deploy.bench.workload import Lengths, due_times, random_prompts
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -54,7 +54,7 @@ class Batch:
 
     def start(self) -> "subprocess.Popen[str]":
         """Its standard error is a pipe."""
-        command = [sys.executable, "-m", "eagleray.deploy.cli", "batch", *self.words]
+        command = [sys.executable, "-m", "eagleray", "batch", *self.words]
         return subprocess.Popen(
             command, env=self.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )

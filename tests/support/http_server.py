@@ -15,10 +15,10 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.admission import ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.request_ids import RequestIds
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.middleware.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.middleware.request_ids import RequestIds
+from eagleray.deploy.openai.served_model import Served
 
 T = TypeVar("T")
 Wrapper = Callable[[ASGIApp], ASGIApp]

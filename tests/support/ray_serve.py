@@ -7,8 +7,8 @@ from typing import Any
 
 from ray import serve
 
-from eagleray.deploy.serve import build
-from eagleray.deploy.serve_args import ServeArgs
+from eagleray.deploy.serve.app import build
+from eagleray.deploy.serve.config import ServeArgs
 from support.free_port import free_port
 
 

@@ -17,7 +17,7 @@ import psutil
 
 from support.free_port import free_port
 
-SERVE = [sys.executable, "-m", "eagleray.deploy.cli", "serve"]
+SERVE = [sys.executable, "-m", "eagleray", "serve"]
 OPTIONS = [
     *["--tp", "2", "--threads-per-rank", "1", "--cpus-per-rank", "0.1", "--device", "cpu"],
     *["--kv-cache-bytes", "8000000", "--served-model-name", "tiny", "--drain-timeout-s", "10"],

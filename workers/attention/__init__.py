@@ -1,0 +1,1 @@
+"""The attention op, its backends and the paged KV cache they read."""

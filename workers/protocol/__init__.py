@@ -1,0 +1,1 @@
+"""What engine core and ranks have in common: messages, sockets, configuration."""

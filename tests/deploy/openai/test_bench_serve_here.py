@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from eagleray.deploy import cli
-from eagleray.deploy.arguments import Parser
-from eagleray.deploy.bench_arguments import add_serve
-from eagleray.deploy.bench_serve import plan
+from eagleray.deploy.bench.arguments import add_serve
+from eagleray.deploy.bench.serve import plan
+from eagleray.deploy.cli import main as cli
+from eagleray.deploy.cli.arguments import Parser
 from support.http_server import Server
 
 WORDS = "--num-prompts 6 --input-len 20 --output-len 9 --range-ratio 0.5 --temperature 0 --vocab-size 256"

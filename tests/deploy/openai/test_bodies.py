@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from eagleray.cluster.sampling_params import MAX_N
 from eagleray.deploy.openai import limits
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.bodies import LARGE, body_route
 from eagleray.deploy.openai.limits import max_characters_of_a_token
-from eagleray.deploy.openai.probes import Figures, Health
+from eagleray.deploy.openai.middleware.probes import Figures, Health
+from eagleray.deploy.openai.request_body import LARGE, body_route
 from support.http_server import Server
 
 JSON = {"content-type": "application/json"}

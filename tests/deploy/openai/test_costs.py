@@ -7,11 +7,11 @@ import httpx
 import pytest
 
 from eagleray.cluster.outputs import Logprob
+from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS
 from eagleray.deploy.openai.large import PART, SMALL, parts, written
 from eagleray.deploy.openai.limits import MAX_CHARACTERS, MAX_LOGPROBS, MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs
-from eagleray.deploy.openai.ranges import MAX_STOP_CHARACTERS
-from eagleray.deploy.openai.replies import (
+from eagleray.deploy.openai.responses import (
     AnswerMessage,
     ChatChoice,
     ChatCompletion,

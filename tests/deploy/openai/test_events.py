@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eagleray.deploy.openai.events import FULL, EventStream
+from eagleray.deploy.openai.sse import FULL, EventStream
 
 
 class Chunk(BaseModel):

@@ -20,9 +20,9 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
-from eagleray.deploy.batch_replica import AppReplica
+from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.served_model import Served
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 from support.typed_values import fields, values

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.messages import template_messages, template_variables
-from eagleray.deploy.openai.schema import ChatRequest
+from eagleray.deploy.openai.requests import ChatRequest
 
 TOOLS = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"

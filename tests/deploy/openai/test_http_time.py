@@ -14,8 +14,8 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.request_state import Generation
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.http_time import HttpTime
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.middleware.timing import HttpTime
+from eagleray.deploy.openai.served_model import Served
 from support.asgi_server import asgi_server
 from support.local_engine import LocalEngine
 

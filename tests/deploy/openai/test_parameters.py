@@ -14,9 +14,9 @@ from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.batch_replica import AppReplica
+from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest
+from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest
 from support.http_client import create_streamed, created, ends, post, put_together, streamed
 from support.http_server import Server, serving
 from support.local_engine import LocalEngine
@@ -251,7 +251,7 @@ def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
 
 
 def test_who_asks_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
+    with caplog.at_level("INFO", "eagleray.deploy.openai.generate"):
         answer = post(tiny, "/v1/completions", prompt=PROMPT, user="alice")
         others = {"safety_identifier": "b", "session_id": "c", "metadata": {"d": "e"}}
         more = post(tiny, "/v1/chat/completions", messages=MESSAGES, max_tokens=2, user="alice", **others)
@@ -264,7 +264,7 @@ def test_who_asks_is_logged_with_the_answers_id(tiny: Server, caplog: pytest.Log
 
 
 def test_a_name_of_a_request_writes_no_lines_of_its_own(tiny: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "eagleray.deploy.openai.jobs"):
+    with caplog.at_level("INFO", "eagleray.deploy.openai.generate"):
         answer = post(tiny, "/v1/completions", prompt=PROMPT, user="bob", request_id="x\nFAKE \x1b[31m")
     assert answer["id"] == "cmpl-x\nFAKE \x1b[31m"
     assert caplog.messages == [r"'cmpl-x\nFAKE \x1b[31m' is for user 'bob'"]

@@ -10,12 +10,12 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.async_llm import AsyncLLM
-from eagleray.deploy.openai.admission import ApiKeys
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.metrics import Metrics
-from eagleray.deploy.openai.playground import Playground
-from eagleray.deploy.openai.probes import Figures, Health
-from eagleray.deploy.openai.served import Served
+from eagleray.deploy.openai.middleware.admission import ApiKeys
+from eagleray.deploy.openai.middleware.playground import Playground
+from eagleray.deploy.openai.middleware.probes import Figures, Health
+from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.serve.metrics import Metrics
 from support.asgi_server import asgi_server
 from support.chromium import Page, chromium_page
 from support.tiny_model import write_tiny_model

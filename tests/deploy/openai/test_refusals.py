@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eagleray.deploy.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
+from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from support.http_server import Server
 from support.other_stream import another_streams
 

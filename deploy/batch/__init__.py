@@ -1,0 +1,1 @@
+"""`eagleray batch`: a file of requests, answered by replicas, over any kill."""

@@ -1,0 +1,60 @@
+"""What `eagleray batch` accepts."""
+
+import argparse
+from pathlib import Path
+
+from eagleray.deploy.cli.arguments import add_engine
+
+AUTO = "auto"
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray batch`."""
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "input",
+        metavar="INPUT",
+        help='a file, or a URL such as s3://bucket/key, with a row a line: {"custom_id": "1", "method": "POST", "url": '
+        '"/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "…"}]}}; or /v1/completions',
+    )
+    files.add_argument("output", metavar="OUTPUT", help="where results go, in the order in which they are ready")
+    files.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="where results are kept until the end, so that the job can go on after it was killed (default: beside "
+        "OUTPUT; needed where OUTPUT is a URL)",
+    )
+    engines = parser.add_argument_group("engines")
+    engines.add_argument(
+        "--replicas",
+        type=_replicas,
+        default=1,
+        metavar="N",
+        help="engines that share the rows; auto starts as many as the cluster has room for (default: 1)",
+    )
+    engines.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="what rows may name as their model (default: the last part of --model)",
+    )
+    engines.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="whose sampling counts where rows do not say: auto is the model's, none OpenAI's (default: auto)",
+    )
+    add_engine(parser)
+
+
+def _replicas(text: str) -> int | None:
+    """None for auto."""
+    if text == AUTO:
+        return None
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of replicas; give at least 1, or {AUTO}")
+    return count

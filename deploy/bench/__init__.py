@@ -1,0 +1,1 @@
+"""`eagleray bench`: latency and throughput of the engine and of servers."""

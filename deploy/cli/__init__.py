@@ -1,0 +1,1 @@
+"""The command line: its parser, `generate`, `chat`, and how both are shown."""

@@ -1,0 +1,217 @@
+"""What the commands accept. Light to import, so that `--help` and a mistyped option answer at once."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from eagleray.cluster.frontend.generation_config import DEFAULTED, chosen_defaults
+from eagleray.cluster.runtime.resolve import check_model, found
+from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.deploy.cli.options import add_options, given
+
+SAMPLING_HELP = {
+    "n": "answers to each prompt",
+    "max_tokens": "longest answer, in tokens; none lets it go on up to the model's limit",
+    "min_tokens": "shortest answer, in tokens: no stop token is drawn before",
+    "temperature": "how far to stray from the likeliest token; 0 always takes it",
+    "top_p": "draw from the likeliest tokens that together have this probability",
+    "top_k": "draw from so many of the likeliest tokens; 0 draws from all",
+    "min_p": "leave out tokens less likely than this share of the likeliest one",
+    "seed": "the same seed gives the same answer, whatever else runs; without, one is drawn or made of --engine-seed",
+    "presence_penalty": "lower the chance of tokens that the answer has used, once each",
+    "frequency_penalty": "lower the chance of tokens that the answer has used, for each time",
+    "repetition_penalty": "divide the score of tokens in prompt or answer by this; 1 changes nothing",
+    "logit_bias": "add to the score of single tokens before drawing",
+    "allowed_token_ids": "draw from these tokens only",
+    "bad_words": "never write this text; give it again for another text",
+    "stop": "end the answer before this text; give it again for another text",
+    "stop_token_ids": "end the answer at one of these tokens",
+    "ignore_eos": "go on past the model's end-of-sequence token",
+    "include_stop_str_in_output": "leave the stop text at the end of the answer",
+    "skip_special_tokens": "leave tokens such as the end-of-sequence out of the text",
+    "truncate_prompt_tokens": "of a longer prompt take the last so many tokens; -1 for as many as fit",
+    "logprobs": "report the log-probabilities of so many of the likeliest tokens at each place (shown by --json)",
+    "prompt_logprobs": "the same for the places of the prompt (shown by --json)",
+    "detokenize": "make text of the answer's tokens; without it only --json has something to show",
+}
+NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "detokenize"}
+GENERATE_DEFAULTS = {"max_tokens": 256}
+CHAT_DEFAULTS = {"max_tokens": None}
+MODEL_FIRST = {name: getattr(SamplingParams(), name) for name in DEFAULTED}  # and this where it does not say
+CHAT_SAMPLING = MODEL_FIRST | {"temperature": 0.7}
+
+ENGINE_HELP = {
+    "revision": "branch, tag or commit of a model of the hub; what the hub has now if not given",
+    "tensor_parallel_size": "ranks, each a Ray actor, that share every layer of the model",
+    "dtype": "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
+    "device": "where the ranks run; auto is cuda if the cluster has GPUs",
+    "load_format": "dummy makes random weights instead of reading them",
+    "seed": "of requests without one of their own, and of dummy weights; a fresh one at every start if not given",
+    "max_model_len": "longest prompt and answer together, in tokens; the model's own limit if not given",
+    "block_size": "tokens in a block of the KV cache; 16 on CPU and 128 on CUDA if not given",
+    "max_num_seqs": "most requests that run at once",
+    "max_num_batched_tokens": "most tokens in one step, over all requests",
+    "max_slice_tokens": "most tokens of one request in one step, which cuts long prompts in pieces",
+    "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
+    "gpu_memory_utilization": "share of a GPU's memory that a rank may use",
+    "kv_cache_bytes": "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free",
+    "steps_in_flight": "1 waits for each step before the next is sent; 2 keeps the ranks busy meanwhile",
+    "compile": "run the model through torch.compile",
+    "cpus_per_rank": "CPUs that each rank asks of the cluster",
+    "threads_per_rank": "threads of a rank on CPU; the node's cores divided among its ranks if not given",
+    "placement_timeout_s": "seconds to wait for room on the cluster",
+    "start_timeout_s": "seconds to wait for the ranks to load the model",
+    "step_timeout_s": "seconds without an answer after which a rank counts as dead",
+}
+
+ENGINE_RENAMED = {"seed": "engine_seed"}  # --seed is the requests' own
+ENGINE_CHOICES = {"dtype": DTYPES, "device": DEVICES, "load_format": LOAD_FORMATS}
+
+
+MISSING = "the following arguments are required:"
+UNKNOWN_OPTION = re.compile(r"unrecognized arguments: .*?(--[^\s=]+)")
+
+
+def nearest(word: str, names: Sequence[str]) -> str:
+    """`; did you mean …?`, if one of the names is like it."""
+    near = get_close_matches(word, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+
+    def error(self, message: str) -> Any:
+        if message in (f"{MISSING} --model/-m", f"{MISSING} MODEL"):
+            message += "; demo is a small model to begin with"
+        if found := UNKNOWN_OPTION.match(message):
+            if found[1] == "--model" and any(action.dest == "model" for action in self._actions):
+                message += f"; name the model without it: {self.prog} MODEL"
+            else:
+                message += nearest(found[1], [name for name in self._option_string_actions if name.startswith("--")])
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help texts in one column that leaves room for long option names; paragraphs of the description stay apart."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(super(_Formatter, self)._fill_text(part, width, indent) for part in text.split("\n\n"))
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray generate`."""
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("prompts", nargs="*", metavar="PROMPT", help="a prompt; without any, see --file")
+    prompts.add_argument(
+        "--file",
+        "-f",
+        type=Path,
+        metavar="PATH",
+        help='prompts from a file (- or nothing: standard input), one a line or as JSON lines {"prompt": "…"}, '
+        '{"prompt": [token ids]} or {"messages": [{"role": "user", "content": "…"}]}',
+    )
+    form = prompts.add_mutually_exclusive_group()
+    form.add_argument("--chat", dest="chat", action="store_true", default=None, help="put prompts in the chat template")
+    form.add_argument(
+        "--raw",
+        dest="chat",
+        action="store_false",
+        default=None,
+        help="take prompts as they are (default: chat if it can)",
+    )
+    prompts.add_argument(
+        "--system", metavar="TEXT", help="a system message before every prompt; only with a chat template"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
+    )
+    add_engine(parser)
+    _add_sampling(parser, SAMPLING_HELP, GENERATE_DEFAULTS, MODEL_FIRST)
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray chat`."""
+    talk = parser.add_argument_group("conversation")
+    talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
+    add_engine(parser)
+    helps = {name: text for name, text in SAMPLING_HELP.items() if name not in NOT_IN_CHAT}
+    _add_sampling(parser, helps, CHAT_DEFAULTS, CHAT_SAMPLING)
+
+
+def add_demo_model(parser: argparse.ArgumentParser) -> None:
+    """Options of `eagleray demo-model`: none of its own."""
+
+
+def add_engine(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = MappingProxyType({}), positional: bool = False
+) -> None:
+    """The model, as an option or as a word of its own, and every option of the engine; `defaults` as `add_options`'."""
+    engine = parser.add_argument_group("engine")
+    name: tuple[str, ...] = ("--model", "-m")
+    required: dict[str, Any] = {"required": True, "metavar": "MODEL"}
+    if positional:
+        name, required = ("model",), {"metavar": "MODEL"}
+    engine.add_argument(*name, help="a checkpoint's directory, OWNER/NAME of the Hugging Face hub, or demo", **required)
+    add_options(
+        engine,
+        EngineConfig,
+        ENGINE_HELP,
+        renamed=ENGINE_RENAMED,
+        aliases={"tensor_parallel_size": "--tp"},
+        choices=ENGINE_CHOICES,
+        defaults=defaults,
+    )
+
+
+def _add_sampling(
+    parser: argparse.ArgumentParser, helps: Mapping[str, str], defaults: Mapping[str, Any], fallback: Mapping[str, Any]
+) -> None:
+    """`fallback` is what holds for options that the model might have set, and did not."""
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="whose sampling counts where no option says: auto is the model's generation_config.json, none the "
+        "defaults shown here (default: auto)",
+    )
+    add_options(sampling, SamplingParams, helps, defaults=defaults, model_first=fallback)
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` for sampling options out of range, before the model is looked for."""
+    SamplingParams(**given(SamplingParams, arguments))
+
+
+def sampling_params(
+    arguments: argparse.Namespace, folder: Path, fallback: Mapping[str, Any] = MODEL_FIRST
+) -> SamplingParams:
+    """The options that were given, else what the model in `folder` says, unless it is not asked, else `fallback`.
+
+    Raises `ValueError` for values out of range, and for a generation_config.json that is wrong.
+    """
+    asked = given(SamplingParams, arguments)
+    return SamplingParams(**{**fallback, **chosen_defaults(folder, arguments.generation_config, asked), **asked})
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine's options; makes the demo model if asked for it, and fetches one of the hub.
+
+    Raises `ValueError` for values out of range and for a model that could not be run.
+    """
+    config = found(EngineConfig(**given(EngineConfig, arguments, ENGINE_RENAMED)))
+    check_model(config)
+    return config

@@ -1,0 +1,287 @@
+"""What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would change an answer and be ignored.
+
+None, JSON's null, stands for a field's default everywhere, be that the model's own. What asks for nothing is dropped
+(`unsupported_fields.py`). `SamplingParams` checks ranges and words the errors.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from eagleray.deploy.openai.field_types import (
+    MAX_STOP_STRINGS,
+    Biases,
+    Effort,
+    FrequencyPenalty,
+    Ids,
+    ListsOfIds,
+    MaxTokens,
+    MaxTokensOrNone,
+    MinP,
+    MinTokens,
+    NumChoices,
+    NumLogprobs,
+    PresencePenalty,
+    Priority,
+    RepetitionPenalty,
+    RequestId,
+    Role,
+    Seed,
+    SomeIds,
+    SomeText,
+    SomeTexts,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+    Truncation,
+    Verbosity,
+    Words,
+)
+from eagleray.deploy.openai.unsupported_fields import (
+    IN_CHATS,
+    IN_COMPLETIONS,
+    IN_TOKENS,
+    Absent,
+    describe,
+    without_nothing,
+)
+
+LOGGED = "Changes nothing: it goes to the server's log together with the answer's id."
+CACHED = "Changes nothing: prefixes are cached as long as there is room."
+
+
+class Known(BaseModel):
+    """An object all of whose fields are known: others that ask for something are errors, and so is a number as text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    absent: ClassVar[Mapping[str, Absent]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, body: Any) -> Any:
+        return without_nothing(body, cls.model_fields, cls.absent) if isinstance(body, dict) else body
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        describe(handler.resolve_ref_schema(schema), cls.absent)
+        return schema
+
+
+class Asked(Known):
+    """A request's body."""
+
+    model: str | None = Field(None, description="As `/v1/models` lists it; the one that is served if left out.")
+
+
+class StreamOptions(Known):
+    include_usage: bool | None = Field(default=None, description="Send one more event before `[DONE]`, with `usage`.")
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
+    )
+    include_obfuscation: bool | None = Field(default=None, description="Changes nothing: events are not padded.")
+
+    @property
+    def asks(self) -> bool:
+        """Whether any of it makes a difference."""
+        return bool(self.include_usage or self.continuous_usage_stats)
+
+
+class GenerationRequest(Asked):
+    """What both ways to generate share."""
+
+    stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: NumChoices | None = Field(
+        None,
+        description="Choices for each prompt, 1 by default; each draws by a seed of its own, the first by `seed`. At "
+        "`temperature` 0 they are all equal.",
+    )
+    max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
+    temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
+    top_p: TopP | None = Field(None, description="Draw from the most likely tokens of this total probability.")
+    stop: str | Stops | None = Field(
+        None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
+    )
+    seed: Seed | None = Field(None, description="Equal seeds draw equal tokens, in any batch; -1 is 2**64 - 1.")
+    presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
+    frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
+    logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
+
+    user: str | None = Field(None, description=f"Who asks. {LOGGED}")
+    safety_identifier: str | None = Field(None, description=f"The new name of `user`. {LOGGED}")
+    metadata: dict[str, Any] | None = Field(None, description=f"What the client wants to remember. {LOGGED}")
+    session_id: str | None = Field(None, description=f"Extension: of several requests. {LOGGED}")
+    request_id: RequestId | None = Field(None, description="Extension: the answer's `id` ends with it.")
+    store: bool | None = Field(None, description="Changes nothing: this server does not keep answers.")
+    service_tier: str | None = Field(None, description="Changes nothing: there is one, `default`.")
+    prompt_cache_key: str | None = Field(None, description=CACHED)
+    prompt_cache_retention: str | None = Field(None, description=CACHED)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=CACHED)
+
+    top_k: TopK | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
+    min_p: MinP | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, description="Extension: above 1 discourages what is there already."
+    )
+    min_tokens: MinTokens | None = Field(None, description="Extension: nothing ends a choice before so many tokens.")
+    ignore_eos: bool | None = Field(None, description="Extension: go on after the end of sequence.")
+    stop_token_ids: Ids | None = Field(None, description="Extension: token ids that end a choice.")
+    allowed_token_ids: SomeIds | None = Field(None, description="Extension: draw nothing else.")
+    bad_words: Words | None = Field(
+        None, description="Extension: texts that are not generated, be it with a space before them."
+    )
+    include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
+    skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
+    truncate_prompt_tokens: Truncation | None = Field(
+        None, description="Extension: of a longer prompt take the last so many tokens; -1 for as many as fit."
+    )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None,
+        description="Extension: log-probabilities of the prompt's tokens, with so many likely ones; not in streams.",
+    )
+    return_token_ids: bool | None = Field(None, description="Extension: return the ids of prompt and answer, too.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="Extension: in `logprobs`, write tokens as `token_id:7`."
+    )
+    priority: Priority | None = Field(
+        None, description="Extension: lower goes first, where the server allows it; 0 by default, and always allowed."
+    )
+
+
+class CompletionRequest(GenerationRequest):
+    """Continue prompts."""
+
+    absent = IN_COMPLETIONS
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}]}
+    )
+
+    prompt: SomeText | SomeIds | SomeTexts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
+    echo: bool | None = Field(None, description="Put the prompt before the answer, in `logprobs`, too.")
+    max_tokens: MaxTokensOrNone | None = Field(
+        None, description="At most so many tokens are generated for each choice; 0 only with `echo`. 16 by default."
+    )
+    logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, with those of so many likely tokens.")
+    add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
+    best_of: int | None = Field(None, description="1 or `n`, which ask for nothing: no choices are ranked.")
+
+
+class TextPart(BaseModel):
+    """What else it has, such as `cache_control`, makes no difference."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(BaseModel):
+    """What an assistant said instead of an answer; text like other text."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return self.refusal
+
+
+Parts = Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)]
+
+
+class ChatMessage(BaseModel):
+    """Any further fields go to the model's chat template, unless they are null or empty."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Role = Field(description="One of these, or another that the model's chat template names.")
+    content: str | Parts | None = Field(
+        None, description="Text, or parts of type text, which newlines join; an assistant's may be null."
+    )
+    name: str | None = Field(None, description="Who of that role; shows as far as the model's chat template uses it.")
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Fields that are not here, those that say nothing left out."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value not in (None, [], {})}
+
+
+class Conversation(BaseModel):
+    """Messages, and how they become a prompt."""
+
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
+    add_generation_prompt: bool | None = Field(
+        None, description="Extension: let the assistant begin; true unless `continue_final_message`."
+    )
+    continue_final_message: bool | None = Field(None, description="Extension: go on with the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the template.")
+
+
+class ChatRequest(GenerationRequest, Conversation):
+    """Answer a conversation."""
+
+    absent = IN_CHATS
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 50}
+            ]
+        }
+    )
+
+    max_completion_tokens: MaxTokens | None = Field(None, description="The new name of `max_tokens`.")
+    logprobs: bool | None = Field(None, description="Return log-probabilities of the tokens.")
+    top_logprobs: NumLogprobs | None = Field(None, description="With so many of the most likely tokens.")
+    reasoning_effort: Effort | None = Field(
+        None, description="A variable of the model's chat template; where that has no such variable, only `none`."
+    )
+    verbosity: Verbosity | None = Field(
+        None, description="A variable of the model's chat template; where that has no such variable, only `medium`."
+    )
+
+
+class Tokenize(Asked):
+    return_token_strs: bool | None = Field(None, description="Return each token as the vocabulary spells it, too.")
+
+
+class TokenizeText(Tokenize):
+    """A text."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello there"}]})
+
+    prompt: str
+    add_special_tokens: bool | None = Field(None, description="With a start token and such; true by default.")
+
+
+class TokenizeChat(Tokenize, Conversation):
+    """A conversation."""
+
+    absent = IN_TOKENS
+    model_config = ConfigDict(json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]})
+
+
+def _kind(body: object) -> str:
+    chats = isinstance(body, TokenizeChat) or (isinstance(body, dict) and "messages" in body)
+    return CHAT_TAG if chats else TEXT_TAG
+
+
+TEXT_TAG, CHAT_TAG = "with a text", "with messages"
+TokenizeRequest = Annotated[
+    Annotated[TokenizeText, Tag(TEXT_TAG)] | Annotated[TokenizeChat, Tag(CHAT_TAG)], Discriminator(_kind)
+]
+
+
+class DetokenizeRequest(Asked):
+    """Token ids."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [72, 101]}]})
+
+    tokens: Ids

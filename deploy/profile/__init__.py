@@ -1,0 +1,1 @@
+"""`eagleray profile`: where the time of a step goes on the GPU."""

@@ -1,0 +1,1 @@
+"""`eagleray serve`: replicas on Ray Serve, their supervision and their metrics."""

@@ -1,0 +1,171 @@
+"""What a server is configured with, from YAML, `serve run` or the command line."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from eagleray.cluster.config import EngineConfig
+from eagleray.deploy.openai.middleware.api_keys import check_keys, key_digest, keys_of_file
+from eagleray.deploy.openai.middleware.cors import ANY, check_origin
+from eagleray.models.loading.model_dir import public_name
+
+SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
+
+
+class ServeArgs(BaseModel):
+    """The engine's options under the names of `EngineConfig`, and these. Raises `ValidationError`, a `ValueError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: EngineConfig
+    served_model_name: str | None = Field(None, description="the model's name to clients; its directory's if not given")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="whose sampling counts where requests do not say: auto is the model's, none OpenAI's",
+    )
+    num_replicas: int = Field(1, ge=1, description="engines, each with ranks of its own")
+    autoscaling_config: dict[str, Any] | None = Field(
+        None, description="Ray Serve's AutoscalingConfig as JSON, instead of num_replicas"
+    )
+    max_surge_percent: int = Field(
+        0, ge=0, le=100, description="replicas beyond their number, in per cent, while an update replaces them"
+    )
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description="keys that clients must send one of, better given in a file; none lets all in"
+    )
+    api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    guard_all: bool = Field(
+        False, description="ask for a key at the page and at /metrics, too, and not at /health alone"
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (ANY,),
+        description="origins whose pages may ask from a browser, commas between them; * is any, which suits keys, "
+        "since no cookies count; without keys name yours, or give '' for none",
+    )
+    max_queued_requests: int = Field(
+        256,
+        ge=0,
+        description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429; choices "
+        "of a request beyond its first have as many places of their own",
+    )
+    allow_priority: bool = Field(
+        False, description="let clients say their priority: lower goes first, and others wait as long as such come"
+    )
+    max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
+    drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")
+    stall_timeout_s: float = Field(
+        300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
+    )
+    health_check_period_s: float = Field(2.0, gt=0, description="seconds between Serve's looks; the third failure ends")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        """Put the engine's options together; refuse names that nobody knows."""
+        if not isinstance(given, dict) or isinstance(given.get("engine"), EngineConfig):
+            return given
+        known = EngineConfig.names() | own_names()
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"no such option: {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
+        engine = {name: value for name, value in given.items() if name in EngineConfig.names()}
+        return {"engine": engine} | {name: value for name, value in given.items() if name in own_names()}
+
+    @field_validator("api_keys", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        """`serve run` knows only text: values with commas between them."""
+        return given.split(",") if isinstance(given, str) else given
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        """One empty text is none at all."""
+        origins = tuple(origin.strip() for origin in given)
+        if origins == ("",):
+            return ()
+        for origin in origins:
+            check_origin(origin)
+        return origins
+
+    @field_validator("autoscaling_config", mode="before")
+    @classmethod
+    def _check_autoscaling(cls, given: Any) -> Any:
+        """An object, or its JSON; refuse what Ray Serve would drop without a word."""
+        config = _object(given)
+        if config is None:
+            return None
+        from ray.serve.config import AutoscalingConfig  # late: it takes a second, and most servers need none
+
+        if unknown := sorted(config.keys() - AutoscalingConfig.model_fields.keys()):
+            known = ", ".join(sorted(AutoscalingConfig.model_fields))
+            raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
+        try:
+            AutoscalingConfig(**config)
+        except ValidationError as error:
+            raise ValueError(in_one_line(error)) from None
+        return config
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ServeArgs":
+        if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError(
+                f"num_replicas is {self.num_replicas}, but autoscaling_config decides how many there are; leave one out"
+            )
+        if self.guard_all and not self.api_keys and self.api_keys_file is None:
+            raise ValueError("guard_all asks for keys, and there are none; give api_keys_file, or leave it out")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or public_name(self.engine.model)
+
+    @property
+    def max_replicas(self) -> int:
+        """As many engines as there may be at once, without those of an update."""
+        return self.num_replicas if self.autoscaling_config is None else self.autoscaling_config.get("max_replicas", 1)
+
+    def without_keys(self) -> tuple["ServeArgs", tuple[bytes, ...]]:
+        """The same without `api_keys`, and their digests: what others may see. Raises as `read_api_keys`."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        check_keys(keys)
+        return self.model_copy(update={"api_keys": ()}), tuple(map(key_digest, keys))
+
+    def read_api_keys(self) -> list[str]:
+        """All keys, those of the file included. Raises `ValueError` for what no client can send, and for the file."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        check_keys(keys)
+        return keys + ([] if self.api_keys_file is None else keys_of_file(Path(self.api_keys_file)))
+
+
+def _object(given: Any) -> dict[str, Any] | None:
+    """As it is, or read from JSON. Raises `ValueError`."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given)
+        except json.JSONDecodeError as error:
+            where = f"{error.msg} at character {error.pos + 1}"
+            raise ValueError(f"{given[:80]!r} is no JSON ({where}); {SCALING_FORM}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{str(given)[:80]!r} is no object; {SCALING_FORM}")
+    return value
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Each fault with its option's name; pydantic's own words before those of ours are left out."""
+    names = [[str(part) for part in each["loc"] if part != "engine"] for each in error.errors()]  # options of one level
+    words = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
+    faults = zip(map(".".join, names), words, strict=True)
+    return "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+
+
+def own_names() -> frozenset[str]:
+    """The options that are not the engine's."""
+    return frozenset(ServeArgs.model_fields) - {"engine"}
+
+
+assert not own_names() & {field.name for field in fields(EngineConfig)}

@@ -1,0 +1,76 @@
+"""How Ray Serve is set up for streams of small events, where `eagleray serve` starts Ray itself.
+
+Serve reads these from the environment of its processes, which is that of Ray's nodes. Where Ray runs already they must
+have been there when it started: `deploy/manifests/README.md` says how. What the user has set stays.
+"""
+
+import os
+import shutil
+import socket
+import sysconfig
+from contextlib import ExitStack
+
+from eagleray.deploy.serve.haproxy import COMMAND, bundled
+
+FASTER_STREAMS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the replica waits for nothing but its event loop
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # events go from replica to proxy over gRPC, and not as Ray objects
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",  # lines; an error writes them at once
+}
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # requests go straight to a replica's own port
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy has noticed after two looks, 250 ms apart
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",  # streams go on that began before replicas came or went
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # after three looks that find HAProxy dead, Serve starts it again
+}
+ONE_SERVER = {  # a first start that fails would fail again; once one was well, Serve tries for ever
+    "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1"
+}
+FILES = {  # of HAProxy, by their names within the folder of one server
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+NO_PROXY = ("localhost", "127.0.0.1", "::1")  # what is here is reached without, whatever the environment says
+PORTS = (  # of HAProxy; Serve's own numbers would let one server run on a machine
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+
+
+def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
+    """For Ray processes that this one starts, with Serve to listen at `host`.
+
+    If these are for one server alone, HAProxy's files are in its `folder`.
+    """
+    for name in ("no_proxy", "NO_PROXY"):
+        named = [each for each in os.environ.get(name, "").split(",") if each]
+        os.environ[name] = ",".join([*named, *(each for each in NO_PROXY if each not in named)])
+    haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
+    own = {}
+    if folder is not None:
+        own = ONE_SERVER | ({name: os.path.join(folder, file) for name, file in FILES.items()} if haproxy else {})
+    for name, value in (FASTER_STREAMS | haproxy | own).items():
+        os.environ.setdefault(name, value)
+
+
+def _haproxy() -> dict[str, str]:
+    """Nothing where there is none: Serve's proxy in Python does the same, some milliseconds later."""
+    here = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    command = shutil.which(COMMAND, path=os.pathsep.join(here))
+    if bundled() is None or command is None:
+        return {}
+    return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, _free_ports(), strict=True))
+
+
+def _free_ports() -> list[str]:
+    """One for each of `PORTS`, no two the same."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in PORTS]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [str(probe.getsockname()[1]) for probe in probes]
