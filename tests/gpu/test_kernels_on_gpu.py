@@ -1,7 +1,7 @@
 """The kernels on CUDA in bfloat16, in real shapes and odd ones, against plain versions of higher precision.
 
 The same kernels run in Triton's interpreter, in float32, in `tests/models/test_kernels.py` and in
-`tests/workers/test_decode_attention.py` and `test_slice_attention.py` beside it; it multiplies no bfloat16.
+`tests/workers/attention/test_decode.py` and `test_varlen.py` beside it; it multiplies no bfloat16.
 """
 
 from importlib.util import find_spec

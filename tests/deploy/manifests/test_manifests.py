@@ -19,7 +19,7 @@ from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from eagleray.deploy.serve.haproxy import COMMAND
 from eagleray.deploy.serve.metrics import Metrics
 
-MANIFESTS_FOLDER = Path(__file__).parents[2] / "deploy" / "manifests"
+MANIFESTS_FOLDER = Path(__file__).parents[3] / "deploy" / "manifests"
 MANIFESTS = {"ray-service.yaml": "RayService", "ray-job.yaml": "RayJob"}
 
 

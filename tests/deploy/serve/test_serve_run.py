@@ -18,7 +18,7 @@ import yaml
 from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
-MANIFESTS_FOLDER = Path(__file__).parents[2] / "deploy" / "manifests"
+MANIFESTS_FOLDER = Path(__file__).parents[3] / "deploy" / "manifests"
 SERVE = Path(sys.executable).parent / "serve"
 PATIENCE_S = 90.0
 SMALL = {"device": "cpu", "tensor_parallel_size": 1, "cpus_per_rank": 0.1, "kv_cache_bytes": 4_000_000}

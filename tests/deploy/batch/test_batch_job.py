@@ -15,7 +15,7 @@ from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
 from support.free_port import free_port
 
-SUBMIT = Path(__file__).parents[2] / "deploy" / "manifests" / "submit.sh"
+SUBMIT = Path(__file__).parents[3] / "deploy" / "manifests" / "submit.sh"
 NUM_ROWS = 80
 
 

@@ -14,7 +14,7 @@ from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
 
-DEADLY_FOLDER = Path(__file__).parents[1] / "support" / "deadly"
+DEADLY_FOLDER = Path(__file__).parents[2] / "support" / "deadly"
 DEADLY_TOKEN = 4242  # as there; a prompt that is text has it only by chance
 NUM_ROWS = 40
 

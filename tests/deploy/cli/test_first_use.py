@@ -13,7 +13,7 @@ from support.cluster_process import running_cluster
 from support.hub_server import Repository, files_of, hub_server
 from support.tiny_model import write_tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EAGLERAY = [sys.executable, "-m", "eagleray"]
 NAME = "some-body/tiny"
 
