@@ -24,7 +24,7 @@ class EngineConfig:
     block_size: int | None = None  # tokens in a KV block: 16 on CPU, 128 on CUDA
     max_num_seqs: int = 256  # rows
     max_num_batched_tokens: int = 8192  # token budget of a step
-    max_slice_tokens: int | None = None  # longest slice of one request in a step
+    max_chunk_tokens: int | None = None  # longest chunk of one request in a step
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None  # of each rank; 1 GiB on CPU, what the profile run leaves on CUDA
@@ -44,7 +44,7 @@ class EngineConfig:
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "steps_in_flight"):
             _check_count(name, getattr(self, name))
-        for name in ("max_model_len", "block_size", "max_slice_tokens", "kv_cache_bytes", "threads_per_rank"):
+        for name in ("max_model_len", "block_size", "max_chunk_tokens", "kv_cache_bytes", "threads_per_rank"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         for name in ("cpus_per_rank", "placement_timeout_s", "start_timeout_s", "step_timeout_s"):

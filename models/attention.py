@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eagleray.parallel.weight_shard import Piece, region
+from eagleray.parallel.weight_shard import WeightShard, region
 
 torch.library.define(
     "eagleray::attention",
@@ -63,12 +63,12 @@ class Attention(nn.Module):
         out: Tensor = torch.ops.eagleray.attention(q, k, v, self.layer_index, *rotation)
         return out.flatten(-2)
 
-    def pieces(self) -> list[Piece]:
+    def weight_shards(self) -> list[WeightShard]:
         """Checkpoints have the sinks in the layer that holds this one: `self_attn.sinks`."""
         if self.sinks is None:
             return []
         shape, cut = (self.num_heads,), region(self.own)
-        return [Piece(part="", name="sinks", shape=shape, region=cut, target=self.sinks.detach())]
+        return [WeightShard(part="", name="sinks", shape=shape, region=cut, target=self.sinks.detach())]
 
 
 def attention_layers(model: nn.Module) -> list[Attention]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from eagleray.models.architectures import ARCHITECTURES, MODEL_TYPES
 from eagleray.models.json_file import flag, fraction, number, read_object, shown, whole
-from eagleray.parallel.sharding import share, share_heads
+from eagleray.parallel.sharding import shard, shard_heads
 
 _DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says nothing
     "rms_norm_eps": 1e-6,
@@ -161,10 +161,10 @@ class ModelConfig:
 
 def check_tp(config: ModelConfig, size: int) -> None:
     """Raise `ValueError` when the model cannot be shared among `size` ranks, saying what the limit is."""
-    share_heads(config.num_heads, config.num_kv_heads, 0, size)
+    shard_heads(config.num_heads, config.num_kv_heads, 0, size)
     for name in ("intermediate_size", "vocab_size"):
         try:
-            share(getattr(config, name), 0, size)
+            shard(getattr(config, name), 0, size)
         except ValueError as error:
             raise ValueError(f"tensor_parallel_size {size} is too large for {name}: {error}") from error
 

@@ -74,7 +74,7 @@ class CausalLM(nn.Module):
         return None
 
     @property
-    def vocab_share(self) -> range:
+    def vocab_shard(self) -> range:
         """The token ids whose logits this rank computes."""
         return self.lm_head.own
 
@@ -83,11 +83,11 @@ class CausalLM(nn.Module):
         return self.model(input_ids, positions)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden_size]` to `[n, len(vocab_share)]` float32."""
+        """`[n, hidden_size]` to `[n, len(vocab_shard)]` float32."""
         return self.finish(self.lm_head.logits(hidden))
 
     def raw_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """`[n, hidden_size]` to `[n, len(vocab_share)]` in the model's dtype, in `out` if given, for `finish`."""
+        """`[n, hidden_size]` to `[n, len(vocab_shard)]` in the model's dtype, in `out` if given, for `finish`."""
         return self.lm_head.logits(hidden, out)
 
     def finish(self, raw: Tensor) -> Tensor:

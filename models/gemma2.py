@@ -9,7 +9,7 @@ from eagleray.models.decoder import CausalLM, DecoderLayer
 from eagleray.models.layers import GatedMLP, RMSNorm
 from eagleray.models.llama import LlamaAttention
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.weight_shard import Piece, region
+from eagleray.parallel.weight_shard import WeightShard, region
 
 
 class GemmaRMSNorm(RMSNorm):
@@ -20,9 +20,9 @@ class GemmaRMSNorm(RMSNorm):
     def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self.size,), 1.0 + self.weight.float(), self.eps).to(x.dtype)
 
-    def pieces(self) -> list[Piece]:
+    def weight_shards(self) -> list[WeightShard]:
         cut = region(range(self.size))
-        return [Piece(name="weight", shape=(self.size,), region=cut, target=self.weight.detach())]
+        return [WeightShard(name="weight", shape=(self.size,), region=cut, target=self.weight.detach())]
 
 
 class Gemma2DecoderLayer(DecoderLayer):

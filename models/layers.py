@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from eagleray.models.config import ModelConfig, RopeConfig
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from eagleray.parallel.sharding import share_columns
-from eagleray.parallel.weight_shard import Piece, parameter, region
+from eagleray.parallel.sharding import shard_columns
+from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
 if torch.cuda.is_available():
     from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
@@ -39,15 +39,15 @@ class RMSNorm(nn.Module):
         """Add all ranks' parts `x` to the residual stream; return the norm of the sum, and the sum."""
         if x.is_cuda and self.fused:
             if self.tp.size > 1 and x.shape[0] <= low_latency_reduce.MAX_ROWS:
-                return self.tp.sum_norm(x, residual, self.weight, self.eps)
+                return self.tp.all_reduce_rms_norm(x, residual, self.weight, self.eps)
             return kernels.add_rms_norm(self.tp.add_up(x), residual, self.weight, self.eps)
         x = self.tp.all_reduce(x)
         residual = x if residual is None else x + residual
         return self.normalize(residual), residual
 
-    def pieces(self) -> list[Piece]:
+    def weight_shards(self) -> list[WeightShard]:
         cut = region(range(self.size))
-        return [Piece(name="weight", shape=(self.size,), region=cut, target=self.weight.detach(), mean=1.0)]
+        return [WeightShard(name="weight", shape=(self.size,), region=cut, target=self.weight.detach(), mean=1.0)]
 
 
 class Rotary(nn.Module):
@@ -107,7 +107,7 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(
             hidden, {"gate_proj": inner, "up_proj": inner}, tp, bias=config.mlp_bias
         )
-        own = share_columns(inner, tp.rank, tp.size)
+        own = shard_columns(inner, tp.rank, tp.size)
         self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from eagleray.models.decoder import CausalLM, DecoderLayer
 from eagleray.models.layers import GatedMLP, RMSNorm
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import QKVParallelLinear, RowParallelLinear, head_columns
-from eagleray.parallel.sharding import share_heads
+from eagleray.parallel.sharding import shard_heads
 
 
 class LlamaAttention(nn.Module):
@@ -21,7 +21,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int, tp: TPGroup) -> None:
         super().__init__()
         hidden, head_size, num_heads = config.hidden_size, config.head_size, config.num_heads
-        heads = share_heads(num_heads, config.num_kv_heads, tp.rank, tp.size)
+        heads = shard_heads(num_heads, config.num_kv_heads, tp.rank, tp.size)
         self.qkv_proj = QKVParallelLinear(
             hidden, num_heads, config.num_kv_heads, head_size, heads, bias=config.qkv_bias
         )

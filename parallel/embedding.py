@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import linear
-from eagleray.parallel.sharding import share_columns
-from eagleray.parallel.weight_shard import Piece, parameter, region
+from eagleray.parallel.sharding import shard_columns
+from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
 
 class VocabParallelHead(nn.Module):
@@ -15,17 +15,17 @@ class VocabParallelHead(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tp: TPGroup) -> None:
         super().__init__()
         self.vocab_size, self.hidden_size, self.tp = vocab_size, hidden_size, tp
-        self.own = share_columns(vocab_size, tp.rank, tp.size)
+        self.own = shard_columns(vocab_size, tp.rank, tp.size)
         self.weight = parameter(len(self.own), hidden_size)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """`[n, hidden_size]` to `[n, len(own)]`, in `out` if given."""
         return linear(hidden, self.weight, out=out)
 
-    def pieces(self) -> list[Piece]:
+    def weight_shards(self) -> list[WeightShard]:
         shape = (self.vocab_size, self.hidden_size)
         cut = region(self.own, range(self.hidden_size))
-        return [Piece(name="weight", shape=shape, region=cut, target=self.weight.detach())]
+        return [WeightShard(name="weight", shape=shape, region=cut, target=self.weight.detach())]
 
 
 class VocabParallelEmbedding(VocabParallelHead):

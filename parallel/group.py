@@ -53,14 +53,16 @@ class TPGroup:
             torch.ops.eagleray.add_up(x, self.size, self.name)
         return x
 
-    def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`, on CUDA.
 
         One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. The norm is bitwise
         equal on all ranks. The sum is good for one thing: to be the `residual` of the next call with as many rows,
-        since a rank may keep only some rows of it (`exchange.sum_norm`).
+        since a rank may keep only some rows of it (`exchange.all_reduce_rms_norm`).
         """
-        return torch.ops.eagleray.sum_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
+        return torch.ops.eagleray.all_reduce_rms_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's `x`, which has the same shape on all of them: `[size, *x.shape]`, in order of rank."""
@@ -142,7 +144,7 @@ def destroy_tp_group(group: TPGroup) -> None:
 torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
 torch.library.define("eagleray::add_up", "(Tensor(a!) x, int size, str group) -> ()")
 torch.library.define(
-    "eagleray::sum_norm",
+    "eagleray::all_reduce_rms_norm",
     "(Tensor x, Tensor? residual, Tensor weight, float eps, int size, str group) -> (Tensor, Tensor)",
 )
 torch.library.define("eagleray::all_gather", "(Tensor x, int size, str group) -> Tensor")
@@ -219,19 +221,19 @@ def _add_up_cuda(x: Tensor, size: int, group: str) -> None:
         dist.all_reduce(x, dist.ReduceOp.SUM, group=links.process_group)
 
 
-@torch.library.impl("eagleray::sum_norm", "cuda")
+@torch.library.impl("eagleray::all_reduce_rms_norm", "cuda")
 def _sum_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     symmetric = _links_of(group).symmetric
-    if symmetric is not None and symmetric.takes_norm(x):
-        return symmetric.sum_norm(x.contiguous(), residual, weight, eps)
+    if symmetric is not None and symmetric.takes_rms_norm(x):
+        return symmetric.all_reduce_rms_norm(x.contiguous(), residual, weight, eps)
     total = _reduce_on_gpus(x, "sum", group)
     total = total if residual is None else total + residual
     return F.rms_norm(total, list(weight.shape), weight, eps), total
 
 
-@torch.library.register_fake("eagleray::sum_norm")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("eagleray::all_reduce_rms_norm")  # type: ignore[untyped-decorator]
 def _sum_norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.sharding import HeadShare, share_columns
-from eagleray.parallel.weight_shard import Piece, parameter, region
+from eagleray.parallel.sharding import HeadShard, shard_columns
+from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
 if torch.cuda.is_available():
     from eagleray.parallel import skinny  # Triton comes with torch for CUDA, and with no other
@@ -46,27 +46,27 @@ class _MergedColumns(nn.Module):
         """`[..., in_features]` to `[..., sum(out_sizes)]`."""
         return linear(x, self.weight, self.bias)
 
-    def pieces(self) -> list[Piece]:
-        pieces: list[Piece] = []
+    def weight_shards(self) -> list[WeightShard]:
+        shards: list[WeightShard] = []
         every_input = range(self.in_features)
         weights = torch.split(self.weight.detach(), self.out_sizes)
         for (name, part), target in zip(self.parts.items(), weights, strict=True):
             shape = (part.size, self.in_features)
             cut = region(part.own, every_input)
-            pieces.append(Piece(part=name, name="weight", shape=shape, region=cut, target=target))
+            shards.append(WeightShard(part=name, name="weight", shape=shape, region=cut, target=target))
         if self.bias is not None:
             biases = torch.split(self.bias.detach(), self.out_sizes)
             for (name, part), target in zip(self.parts.items(), biases, strict=True):
                 cut = region(part.own)
-                pieces.append(Piece(part=name, name="bias", shape=(part.size,), region=cut, target=target))
-        return pieces
+                shards.append(WeightShard(part=name, name="bias", shape=(part.size,), region=cut, target=target))
+        return shards
 
 
 class ColumnParallelLinear(_MergedColumns):
     """Named parts, each shared among the ranks by its output columns: `{"gate_proj": 8, "up_proj": 8}`."""
 
     def __init__(self, in_features: int, parts: Mapping[str, int], tp: TPGroup, *, bias: bool = False) -> None:
-        own = {name: Part(size, share_columns(size, tp.rank, tp.size)) for name, size in parts.items()}
+        own = {name: Part(size, shard_columns(size, tp.rank, tp.size)) for name, size in parts.items()}
         super().__init__(in_features, own, bias)
 
 
@@ -74,7 +74,7 @@ class QKVParallelLinear(_MergedColumns):
     """`q_proj`, `k_proj` and `v_proj` in one, shared among the ranks by attention heads."""
 
     def __init__(
-        self, in_features: int, num_heads: int, num_kv_heads: int, head_size: int, heads: HeadShare, *, bias: bool
+        self, in_features: int, num_heads: int, num_kv_heads: int, head_size: int, heads: HeadShard, *, bias: bool
     ) -> None:
         query = Part(num_heads * head_size, head_columns(heads.query, head_size))
         kv = Part(num_kv_heads * head_size, head_columns(heads.kv, head_size))
@@ -99,15 +99,15 @@ class RowParallelLinear(nn.Module):
         """`[..., len(own)]` to this rank's part of `[..., out_features]`."""
         return linear(x, self.weight, self.bias if self.adds_bias else None)
 
-    def pieces(self) -> list[Piece]:
+    def weight_shards(self) -> list[WeightShard]:
         every_output = range(self.out_features)
         shape = (self.out_features, self.in_features)
         cut = region(every_output, self.own)
-        pieces = [Piece(name="weight", shape=shape, region=cut, target=self.weight.detach())]
+        shards = [WeightShard(name="weight", shape=shape, region=cut, target=self.weight.detach())]
         if self.bias is not None:
             cut = region(every_output)
-            pieces.append(Piece(name="bias", shape=(self.out_features,), region=cut, target=self.bias.detach()))
-        return pieces
+            shards.append(WeightShard(name="bias", shape=(self.out_features,), region=cut, target=self.bias.detach()))
+        return shards
 
 
 def head_columns(heads: range, head_size: int) -> range:

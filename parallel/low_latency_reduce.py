@@ -56,12 +56,12 @@ class Inboxes:
 
 
 def lines_of_sums(size: int) -> int:
-    """Lines of inboxes for `sum_norm` among `size` ranks: rows sent to all, parts sent to an owner, and results."""
+    """Lines of inboxes for `all_reduce_rms_norm` of `size` ranks: rows sent to all, parts sent to an owner, results."""
     return MAX_ROWS_AT_ONCE + 2 * _owned(size)
 
 
 def has_owners(rows: int, row_bytes: int, size: int) -> bool:
-    """Whether `sum_norm` of so many rows among `size` ranks goes by the rows' owners."""
+    """Whether `all_reduce_rms_norm` of so many rows among `size` ranks goes by the rows' owners."""
     return rows > MAX_ROWS_AT_ONCE or rows * row_bytes * (size - 1) > MAX_BYTES_AT_ONCE
 
 
@@ -70,7 +70,9 @@ def _owned(size: int) -> int:
     return -(-MAX_ROWS // size)
 
 
-def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def all_reduce_rms_norm(
+    inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """The root mean square norm of the sum of all ranks' `x` and `residual`, and that sum: both `[rows, size]`.
 
     `x` is `[rows, size]`, contiguous, in 16 bits; so are `residual` and `weight` `[size]`. The sum is taken in float32.
@@ -79,7 +81,7 @@ def sum_norm(inboxes: Inboxes, x: Tensor, residual: Tensor | None, weight: Tenso
     """
     rows, size = x.shape
     normed, total = torch.empty_like(x), torch.empty_like(x)
-    _sum_norm_kernel[(rows,)](
+    _all_reduce_rms_norm_kernel[(rows,)](
         x.view(torch.int32), None if residual is None else residual.view(torch.int32), weight.view(torch.int32),
         normed.view(torch.int32), total.view(torch.int32), inboxes.pointers, inboxes.epochs, eps,
         size // 2, inboxes.lines, MAX_ROWS_AT_ONCE, _owned(inboxes.size), RANK=inboxes.rank, SIZE=inboxes.size,
@@ -213,7 +215,7 @@ def _norm(sums, scales, words, eps, IS_BF16: tl.constexpr):
 
 
 @triton.jit
-def _sum_norm_kernel(
+def _all_reduce_rms_norm_kernel(
     x, residual, weight, normed, total,  # words of two values
     pointers,  # [SIZE] int64, of the inboxes
     epochs,  # int32, by row

@@ -6,14 +6,14 @@ Plain arithmetic without torch, so the driver can check a tensor-parallel size b
 from typing import NamedTuple
 
 
-class HeadShare(NamedTuple):
+class HeadShard(NamedTuple):
     """The attention heads of one rank, as ranges of the whole model's heads."""
 
     query: range
     kv: range
 
 
-def share(units: int, rank: int, size: int) -> range:
+def shard(units: int, rank: int, size: int) -> range:
     """The units of `rank` among `size` ranks. Where `units` does not divide, the first ranks own one more.
 
     Raises `ValueError` when there is no such rank, or when a rank would own nothing.
@@ -27,7 +27,7 @@ def share(units: int, rank: int, size: int) -> range:
     return range(start, start + least + (rank < extra))
 
 
-def share_columns(columns: int, rank: int, size: int, max_block: int = 64) -> range:
+def shard_columns(columns: int, rank: int, size: int, max_block: int = 64) -> range:
     """The columns of `rank`, cut at multiples of a block so that every shard stays well aligned in memory.
 
     The block is the largest power of two up to `max_block` that divides `columns` and leaves every rank a block.
@@ -35,11 +35,11 @@ def share_columns(columns: int, rank: int, size: int, max_block: int = 64) -> ra
     block = max_block
     while block > 1 and (columns % block or columns // block < size):
         block //= 2
-    blocks = share(columns // block, rank, size)
+    blocks = shard(columns // block, rank, size)
     return range(blocks.start * block, blocks.stop * block)
 
 
-def share_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> HeadShare:
+def shard_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> HeadShard:
     """The heads of `rank`: KV heads, each with all of its query heads, as long as there is one for every rank.
 
     With more ranks than KV heads, ranks are dealt over the KV heads, and the ranks of one KV head each keep a copy of
@@ -53,12 +53,12 @@ def share_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Head
         )
     group = num_heads // num_kv_heads
     if size <= num_kv_heads:
-        kv = share(num_kv_heads, rank, size)
-        return HeadShare(query=range(kv.start * group, kv.stop * group), kv=kv)
+        kv = shard(num_kv_heads, rank, size)
+        return HeadShard(query=range(kv.start * group, kv.stop * group), kv=kv)
     head = _kv_head_of(num_kv_heads, rank, size)
-    ranks = share(size, head, num_kv_heads)
-    query = share(group, rank - ranks.start, len(ranks))
-    return HeadShare(
+    ranks = shard(size, head, num_kv_heads)
+    query = shard(group, rank - ranks.start, len(ranks))
+    return HeadShard(
         query=range(head * group + query.start, head * group + query.stop),
         kv=range(head, head + 1),
     )
@@ -67,6 +67,6 @@ def share_heads(num_heads: int, num_kv_heads: int, rank: int, size: int) -> Head
 def _kv_head_of(num_kv_heads: int, rank: int, size: int) -> int:
     """Which KV head `rank` serves, where ranks outnumber KV heads."""
     for head in range(num_kv_heads):
-        if rank in share(size, head, num_kv_heads):
+        if rank in shard(size, head, num_kv_heads):
             return head
     raise ValueError(f"there is no rank {rank} among {size}; ranks count from 0")

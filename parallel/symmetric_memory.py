@@ -66,17 +66,19 @@ class SymmetricMemory:
     def _part_of_buffer(self, x: Tensor) -> Tensor:
         return self._buffer.view(x.dtype)[: x.numel()].view_as(x)
 
-    def takes_norm(self, x: Tensor) -> bool:
-        """Whether `sum_norm` works on such rows."""
+    def takes_rms_norm(self, x: Tensor) -> bool:
+        """Whether `all_reduce_rms_norm` works on such rows."""
         return (
             x.shape[0] <= low_latency_reduce.MAX_ROWS
             and x.dtype in (torch.bfloat16, torch.float16)
             and x.shape[1] % 8 == 0
         )
 
-    def sum_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """As `TPGroup.sum_norm`."""
+    def all_reduce_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `TPGroup.all_reduce_rms_norm`."""
         words = x.shape[1] // 2
         if words not in self._rows:
             self._rows[words] = self._inboxes(low_latency_reduce.lines_of_sums(self._group.size()), words)
-        return low_latency_reduce.sum_norm(self._rows[words], x, residual, weight, eps)
+        return low_latency_reduce.all_reduce_rms_norm(self._rows[words], x, residual, weight, eps)

@@ -16,7 +16,7 @@ class TensorSlice(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class WeightShard:
     """One tensor of a checkpoint: `region` of it is this rank's and goes to `target`, a view of a parameter.
 
     The tensor is called `name` inside the layer's own path, or, where a layer merges several (gate and up, or q, k and
@@ -52,10 +52,10 @@ class Piece:
 
 
 @runtime_checkable
-class HasPieces(Protocol):
+class HasWeightShards(Protocol):
     """A layer with weights."""
 
-    def pieces(self) -> list[Piece]: ...
+    def weight_shards(self) -> list[WeightShard]: ...
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -116,7 +116,7 @@ class RankActor:
             os.environ["OMP_NUM_THREADS"] = str(self._config.threads)
 
     def load(self, ip: str, store_port: int | None) -> Loaded:
-        """Join the ranks, load this one's share of the model, and find out how many KV blocks fit."""
+        """Join the ranks, load this one's shard of the model, and find out how many KV blocks fit."""
         import torch
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 

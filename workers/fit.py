@@ -1,4 +1,4 @@
-"""What a rank's share of a model takes, and what its node has, before anything of that size is touched."""
+"""What a rank's shard of a model takes, and what its node has, before anything of that size is touched."""
 
 from pathlib import Path
 

@@ -126,5 +126,5 @@ def run_largest_step(
         for row in range(rows)
     ]
     worker = Worker(config, model, tp, num_profile_blocks(config), graph_sizes=graph_sizes)
-    worker.run(Step(1, start=starts, slices=dict.fromkeys(range(rows), length)))
+    worker.run(Step(1, start=starts, chunks=dict.fromkeys(range(rows), length)))
     return worker.graph_bytes, worker.mixed_graph_bytes

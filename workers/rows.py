@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
+class Chunks:
     """Which rows a step runs, and how much of each; all on the host."""
 
     rows: IntArray  # those that run one token first, each kind in ascending order
@@ -76,7 +76,7 @@ class Rows:
 
     # ---- a step changes the tables
 
-    def apply(self, step: Step) -> Slices:
+    def apply(self, step: Step) -> Chunks:
         """Bring the tables up to date with a step; what it runs counts as computed."""
         self._live[step.stop] = False
         for start in step.start:
@@ -85,7 +85,7 @@ class Rows:
         new_blocks = {start.row: start.block_ids for start in step.start} | step.blocks
         if new_blocks:
             self._append_blocks(new_blocks, known)
-        return self._slices(step)
+        return self._chunks(step)
 
     def _start(self, start: RowStart) -> None:
         row, token_ids = start.row, np.frombuffer(start.token_ids, np.int32)
@@ -109,10 +109,10 @@ class Rows:
         if len(fresh):
             self._on_new_blocks(on_device[3])
 
-    def _slices(self, step: Step) -> Slices:
+    def _chunks(self, step: Step) -> Chunks:
         rows = np.flatnonzero(self._live)
         lengths = np.ones(len(self._live), np.int64)
-        lengths[list(step.slices)] = list(step.slices.values())
+        lengths[list(step.chunks)] = list(step.chunks.values())
         rows = rows[lengths[rows] > 0]
         rows = rows[np.argsort(lengths[rows] > 1, kind="stable")]
         starts = self._num_computed_tokens[rows]
@@ -120,17 +120,17 @@ class Rows:
         self._num_computed_tokens[rows] = ends
         samples = ends == self.num_tokens[rows]
         is_decode = not step.start and bool(samples.all()) and bool((ends - starts == 1).all())
-        return Slices(rows, starts, ends, samples, is_decode)
+        return Chunks(rows, starts, ends, samples, is_decode)
 
     def count_sampled(self, rows: IntArray) -> None:
         """One more token of each of `rows` is known, on the device."""
         self.num_tokens[rows] += 1
 
-    # ---- a batch of any slices, put together on the host
+    # ---- a batch of any chunks, put together on the host
 
-    def gather(self, slices: Slices) -> Batch:
-        """The batch that runs `slices`."""
-        rows, starts, ends = slices.rows, slices.starts, slices.ends
+    def gather(self, chunks: Chunks) -> Batch:
+        """The batch that runs `chunks`."""
+        rows, starts, ends = chunks.rows, chunks.starts, chunks.ends
         lengths = ends - starts
         query_start_loc = np.concatenate(([0], np.cumsum(lengths)))
         row_of_token = np.repeat(rows, lengths)

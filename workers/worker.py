@@ -1,4 +1,4 @@
-"""One rank's share of a step: rows updated, model run, tokens sampled and kept in their rows."""
+"""One rank's part of a step: rows updated, model run, tokens sampled and kept in their rows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
 from eagleray.workers.pending_output import PendingOutput
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Step, StepOutput, TokenLogprobs
-from eagleray.workers.rows import Batch, IntArray, Rows, Slices
+from eagleray.workers.rows import Batch, Chunks, IntArray, Rows
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling.table import SamplingTable
@@ -54,8 +54,8 @@ class Worker:
             device=device,
             on_new_blocks=self._kv_cache.clean,
         )
-        self._sampling = SamplingTable(config.max_num_seqs, model.vocab_share, device)
-        self._sampler = Sampler(self._sampling, model.vocab_share, model.config.vocab_size, tp)
+        self._sampling = SamplingTable(config.max_num_seqs, model.vocab_shard, device)
+        self._sampler = Sampler(self._sampling, model.vocab_shard, model.config.vocab_size, tp)
         self._num_steps = 0
         self._draws_in_kernels = runs_triton(device)
         self._graphs: DecodeGraphs | None = None
@@ -69,7 +69,7 @@ class Worker:
                 sizes = []  # plain attention asks the host, which no graph can capture
         if self._draws_in_kernels and sizes:
             # one for graphs of all sizes, or each would keep its own
-            self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_share), dtype=dtype, device=device)
+            self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_shard), dtype=dtype, device=device)
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(self._decode_forward, self._rows, sizes, device)
                 self._mixed_graphs = self._capture_mixed(config, all_sizes=graph_sizes is None)
@@ -126,14 +126,14 @@ class Worker:
         for row in step.stop:
             self._sampling.clear(row)
         self._sampling.set({start.row: start.sampling for start in step.start})
-        slices = self._rows.apply(step)
-        if self._graphs is not None and slices.is_decode:
-            return PendingOutput(step.step, slices.rows, self._decode(self._graphs, slices), {})
-        batch = self._rows.gather(slices)
+        chunks = self._rows.apply(step)
+        if self._graphs is not None and chunks.is_decode:
+            return PendingOutput(step.step, chunks.rows, self._decode(self._graphs, chunks), {})
+        batch = self._rows.gather(chunks)
         hidden = self._run_mixed(batch)
-        prompt_logprobs = self._prompt_logprobs(slices, hidden)
-        sampled = self._sample(slices, batch, hidden) if slices.samples.any() else None
-        return PendingOutput(step.step, slices.rows[slices.samples], sampled, prompt_logprobs)
+        prompt_logprobs = self._prompt_logprobs(chunks, hidden)
+        sampled = self._sample(chunks, batch, hidden) if chunks.samples.any() else None
+        return PendingOutput(step.step, chunks.rows[chunks.samples], sampled, prompt_logprobs)
 
     def _run_mixed(self, batch: Batch) -> Tensor:
         if self._mixed_graphs is not None and self._mixed_graphs.takes(batch):
@@ -177,21 +177,21 @@ class Worker:
         self._rows.advance(rows, batch.positions, pairs)
         return pairs
 
-    def _decode(self, graphs: DecodeGraphs, slices: Slices) -> SampleOutput:
-        pairs = graphs.run(slices.rows)
-        sampled = self._draw_others(slices.rows, slices.ends, self._decode_logits, pairs)
-        self._rows.count_sampled(slices.rows)
+    def _decode(self, graphs: DecodeGraphs, chunks: Chunks) -> SampleOutput:
+        pairs = graphs.run(chunks.rows)
+        sampled = self._draw_others(chunks.rows, chunks.ends, self._decode_logits, pairs)
+        self._rows.count_sampled(chunks.rows)
         return sampled
 
-    # ---- any slices
+    # ---- any chunks
 
-    def _sample(self, slices: Slices, batch: Batch, hidden: Tensor) -> SampleOutput:
-        if slices.samples.all() and len(slices.rows) == len(hidden):
+    def _sample(self, chunks: Chunks, batch: Batch, hidden: Tensor) -> SampleOutput:
+        if chunks.samples.all() and len(chunks.rows) == len(hidden):
             last = hidden
         else:
             ends = batch.metadata.query_start_loc[1:].long() - 1
-            last = hidden[ends if slices.samples.all() else ends[self._sampled_lines(slices)]]
-        rows, num_tokens = slices.rows[slices.samples], slices.ends[slices.samples]
+            last = hidden[ends if chunks.samples.all() else ends[self._sampled_lines(chunks)]]
+        rows, num_tokens = chunks.rows[chunks.samples], chunks.ends[chunks.samples]
         if self._draws_in_kernels:
             sampled = self._draw_in_kernels(rows, num_tokens, self._model.raw_logits(last))
         else:
@@ -200,8 +200,8 @@ class Worker:
         self._rows.count_sampled(rows)
         return sampled
 
-    def _sampled_lines(self, slices: Slices) -> Tensor:
-        return self._rows.to_device(slices.samples.nonzero()[0])[0].long()
+    def _sampled_lines(self, chunks: Chunks) -> Tensor:
+        return self._rows.to_device(chunks.samples.nonzero()[0])[0].long()
 
     def _draw(self, rows: IntArray, num_tokens: IntArray, logits: Tensor, marks: Tensor | None = None) -> SampleOutput:
         num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
@@ -226,15 +226,15 @@ class Worker:
         self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
         return replace(sampled, pairs=pairs)
 
-    def _prompt_logprobs(self, slices: Slices, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, chunks: Chunks, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """Of each prompt token whose predecessor is in this batch, for the rows that ask."""
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        asked = [self._sampling.host[row].prompt_logprobs for row in slices.rows.tolist()]
-        begins = (slices.ends - slices.starts).cumsum() - (slices.ends - slices.starts)
+        asked = [self._sampling.host[row].prompt_logprobs for row in chunks.rows.tolist()]
+        begins = (chunks.ends - chunks.starts).cumsum() - (chunks.ends - chunks.starts)
         for line, num_top in enumerate(asked):
             if num_top is None:
                 continue
-            row, start, end, begin = (int(of[line]) for of in (slices.rows, slices.starts, slices.ends, begins))
+            row, start, end, begin = (int(of[line]) for of in (chunks.rows, chunks.starts, chunks.ends, begins))
             length = min(end, int(self._rows.num_prompt_tokens[row]) - 1) - start
             if length > 0:
                 targets = self._rows.tokens[row, start + 1 : start + 1 + length].long()

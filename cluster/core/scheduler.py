@@ -1,4 +1,4 @@
-"""What to run next. There are no phases: a slice of a prompt and a decode of one token are both tokens of a request."""
+"""What to run next. There are no phases: a chunk of a prompt and a decode of one token are both tokens of a request."""
 
 import heapq
 import logging
@@ -46,14 +46,14 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        max_slice_tokens: int | None = None,
+        max_chunk_tokens: int | None = None,
         enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.clock = StepClock()
         self._block_size = block_size
         self._caution = Caution(max_num_batched_tokens, max_num_seqs)
-        self._max_slice_tokens = max_slice_tokens or max_num_batched_tokens
+        self._max_chunk_tokens = max_chunk_tokens or max_num_batched_tokens
         self._caching = enable_prefix_caching
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
         self._stopped_rows: list[int] = []  # not told to the ranks yet
@@ -171,16 +171,16 @@ class Scheduler:
         if self._fairness.num_waiting and not plan.preempted:
             self._make_way()
         self._share(self._continue_running(plan), plan)
-        if not plan.slices:
+        if not plan.chunks:
             if not self._in_flight:
                 self.clock.stop()
             return None
-        plan.slices.sort(key=itemgetter(1))
+        plan.chunks.sort(key=itemgetter(1))
         self._num_steps += 1
-        self._in_flight.append(InFlight(self._num_steps, plan.slices, max_tokens - plan.budget, plan.started))
+        self._in_flight.append(InFlight(self._num_steps, plan.chunks, max_tokens - plan.budget, plan.started))
         self.clock.start(begin)
         stopped, self._stopped_rows = self._stopped_rows, []
-        if len(plan.slices) < len(self._running):
+        if len(plan.chunks) < len(self._running):
             plan.rest(self._running)
         restart, self._restart = self._restart, False
         return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
@@ -211,7 +211,7 @@ class Scheduler:
 
         Most decode, with nothing to look after until `quiet_until`: those are done at once.
         """
-        add = plan.slices.append
+        add = plan.chunks.append
         num_quiet = 0
         with_more = []
         for request in self._running:
@@ -234,17 +234,17 @@ class Scheduler:
         return with_more
 
     def _share(self, with_more: list[Request], plan: Plan) -> None:
-        """Share what single tokens left of the budget among long slices and newcomers.
+        """Share what single tokens left of the budget among long chunks and newcomers.
 
         Half is for who stands first, so that every prompt comes to its end. Newcomers have the other half, and what
-        they leave goes to the slices that need least: so nobody waits for the end of a prompt that is much longer than
+        they leave goes to the chunks that need least: so nobody waits for the end of a prompt that is much longer than
         his own. A group's next request begins when the last has run all of its tokens, to find them in the cache.
         """
         newcomers = self._fairness.num_waiting > 0 and self._has_rows() and not plan.preempted
         for_others = plan.budget // 2 if newcomers or len(with_more) > 1 else 0
         cut: list[Request] = []
         for request in sorted(with_more, key=standing):
-            num_tokens = self._longest_slice(request)
+            num_tokens = self._longest_chunk(request)
             if not cut and num_tokens <= plan.budget - for_others:
                 self._grow_and_run(request, num_tokens, plan)
             else:
@@ -253,14 +253,14 @@ class Scheduler:
         if newcomers:
             self._admit_waiting(plan, kept, {request.group for request in cut})
         for request in sorted(cut[1:], key=lambda each: (each.group.priority, each.num_runnable_tokens)):
-            self._grow_and_run(request, min(self._longest_slice(request), plan.budget - kept), plan)
+            self._grow_and_run(request, min(self._longest_chunk(request), plan.budget - kept), plan)
         for request in cut[:1]:
-            self._grow_and_run(request, min(self._longest_slice(request), plan.budget), plan)
+            self._grow_and_run(request, min(self._longest_chunk(request), plan.budget), plan)
         if newcomers and cut:
             self._admit_waiting(plan, 0, set())
 
-    def _longest_slice(self, request: Request) -> int:
-        return min(request.num_runnable_tokens, self._max_slice_tokens)
+    def _longest_chunk(self, request: Request) -> int:
+        return min(request.num_runnable_tokens, self._max_chunk_tokens)
 
     def _num_missing(self, request: Request, num_tokens: int) -> int:
         """Blocks that a running request lacks for so many of its next tokens; 0 if it has none to run."""
@@ -299,7 +299,7 @@ class Scheduler:
         samples = end == request.num_known_tokens
         request.num_known_tokens += samples
         plan.budget -= num_tokens
-        plan.slices.append((request, row, start, samples))
+        plan.chunks.append((request, row, start, samples))
         if num_tokens != 1:
             plan.uneven[row] = num_tokens
         self._publish(request)
@@ -327,11 +327,11 @@ class Scheduler:
                 break  # a preempted request waits for its tokens in flight; nobody overtakes
             plan.num_told += len(request.token_ids) + request.num_listed
             assert request.row is not None
-            if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_slice_tokens:
-                apart_from.add(request.group)  # the budget ended its slice
+            if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_chunk_tokens:
+                apart_from.add(request.group)  # the budget ended its chunk
 
     def _admit(self, request: Request, plan: Plan, budget: int) -> bool:
-        """Start a waiting request in a row if its first slice finds blocks."""
+        """Start a waiting request in a row if its first chunk finds blocks."""
         start = self._start(request, budget)
         if start is None:
             return False
@@ -353,7 +353,7 @@ class Scheduler:
         return True
 
     def _start(self, request: Request, budget: int) -> tuple[list[int], int, int] | None:
-        """A waiting request's cached blocks, its first slice and the blocks to be taken for it; None if there are few.
+        """A waiting request's cached blocks, its first chunk and the blocks to be taken for it; None if there are few.
 
         If others wait, too, one that no step could run whole has half of the budget.
         """
@@ -362,7 +362,7 @@ class Scheduler:
         num_left = request.num_runnable_tokens - num_cached
         if num_left > self._caution.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
             budget = (budget + 1) // 2
-        num_tokens = min(num_left, self._max_slice_tokens, budget)
+        num_tokens = min(num_left, self._max_chunk_tokens, budget)
         missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
         spare = headroom(self.pool.num_blocks) if self._running else 0
         if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
@@ -387,7 +387,7 @@ class Scheduler:
             return self._begin_anew(due, output.out_of_memory)
         sampled = iter(array("i", output.token_ids))
         news: list[News] = []
-        for request, row, start, samples in due.slices:
+        for request, row, start, samples in due.chunks:
             token_id = next(sampled) if samples else None
             if request.finished:
                 continue
@@ -452,7 +452,7 @@ class Scheduler:
         What runs next is smaller. A request whose single token does not fit by itself ends with an error.
         """
         for due in self._in_flight:
-            due.slices = []
+            due.chunks = []
         for request in sorted(self._running, key=attrgetter("arrival"), reverse=True):
             self._preempt(request)
         for request in self._requests.values():
@@ -460,13 +460,13 @@ class Scheduler:
         self.pool.forget_prefixes()  # some were to be written by the steps that did not run
         self._stopped_rows.clear()
         self._restart = True
-        request = failed.slices[0][0]
+        request = failed.chunks[0][0]
         if failed.num_tokens == 1 and not request.finished:
             return [(request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))]
-        self._caution.tighten(failed.num_tokens, len(failed.slices))
+        self._caution.tighten(failed.num_tokens, len(failed.chunks))
         logger.warning(
             "a step of %d requests and %d tokens is tried again with at most %d and %d: %s",
-            len(failed.slices),
+            len(failed.chunks),
             failed.num_tokens,
             self._caution.max_requests,
             self._caution.max_tokens,

@@ -8,7 +8,7 @@ from eagleray.workers.protocol.messages import RowStart
 
 # One request's part of a step: (request, row, first position, whether it samples).
 # A bare tuple, because 256 are made while the ranks wait.
-Slice = tuple[Request, int, int, bool]
+Chunk = tuple[Request, int, int, bool]
 
 
 @dataclass(slots=True)
@@ -16,7 +16,7 @@ class Plan:
     """What a step is to run, and the tokens of its budget that are left."""
 
     budget: int
-    slices: list[Slice] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     uneven: dict[int, int] = field(default_factory=dict)  # row -> number of tokens, where it is not one
     starts: list[RowStart] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
@@ -26,7 +26,7 @@ class Plan:
 
     def rest(self, running: Iterable[Request]) -> None:
         """Live rows that are not in the plan run nothing."""
-        ran = {row for _, row, _, _ in self.slices}
+        ran = {row for _, row, _, _ in self.chunks}
         self.uneven.update((r.row, 0) for r in running if r.row is not None and r.row not in ran)
 
 
@@ -35,6 +35,6 @@ class InFlight:
     """A step that the ranks have been told to run."""
 
     step: int
-    slices: list[Slice]
+    chunks: list[Chunk]
     num_tokens: int
     started: list[Request]  # its first step, or the first after a preemption

@@ -73,6 +73,6 @@ def _scheduler(config: EngineConfig, block_size: int, num_blocks: int) -> Schedu
         block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_slice_tokens=config.max_slice_tokens,
+        max_chunk_tokens=config.max_chunk_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
     )

@@ -56,7 +56,7 @@ ENGINE_HELP = {
     "block_size": "tokens in a block of the KV cache; 16 on CPU and 128 on CUDA if not given",
     "max_num_seqs": "most requests that run at once",
     "max_num_batched_tokens": "most tokens in one step, over all requests",
-    "max_slice_tokens": "most tokens of one request in one step, which cuts long prompts in pieces",
+    "max_chunk_tokens": "most tokens of one request in one step, which cuts long prompts in pieces",
     "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
     "gpu_memory_utilization": "share of a GPU's memory that a rank may use",
     "kv_cache_bytes": "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free",

@@ -82,19 +82,19 @@ class ProfileSizes:
         """What a request may come to have. Of the decodes that are waited for there is room for as many again, since
         steps go on while a profile starts and ends.
         """
-        fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_slice_tokens)
+        fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_chunk_tokens)
         return self.context_len + fill + 2 * (WARM_UP + 2 * self.num_steps)
 
 
-def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_slice_tokens: int | None = None) -> int:
+def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_chunk_tokens: int | None = None) -> int:
     """So many steps at most until every prompt has run; the first request decodes a token in nearly each of them.
 
     Prompts get what decodes leave of a step's budget, which is least where they run in order: side by side they end
-    later, and fewer decode meanwhile. Only where slices are short may a step leave
-    some of it, and there are no more such steps than one prompt has slices. `batch_size` is at most `max_step_tokens`.
+    later, and fewer decode meanwhile. Only where chunks are short may a step leave
+    some of it, and there are no more such steps than one prompt has chunks. `batch_size` is at most `max_step_tokens`.
     """
     num_steps = num_tokens = 0
     while num_tokens < batch_size * context_len:
         num_tokens += max_step_tokens - num_tokens // context_len
         num_steps += 1
-    return num_steps + -(-context_len // (max_slice_tokens or max_step_tokens))
+    return num_steps + -(-context_len // (max_chunk_tokens or max_step_tokens))

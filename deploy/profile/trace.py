@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "two_shot",
         "nccl",
         "all_reduce",
-        "sum_norm",
+        "all_reduce_rms_norm",
         "_highest_kernel",
         "all_gather",
         "gather_tokens",

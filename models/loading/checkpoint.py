@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from eagleray.models.json_file import read_object, shown
 from eagleray.models.loading.weight_formats import INDEX, SINGLE, find_format
 from eagleray.models.loading.weight_stream import WeightStream
-from eagleray.parallel.weight_shard import Piece
+from eagleray.parallel.weight_shard import WeightShard
 
 MAX_INDEX_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -35,23 +35,23 @@ class Checkpoint:
 
     @property
     def streams(self) -> bool:
-        """Whether pieces are filled by a stream."""
+        """Whether shards are filled by a stream."""
         return self._stream is not None
 
     def stream(self, stream: WeightStream) -> None:
-        """From now on `stream` fills pieces, and they are there once the context ends without an error."""
+        """From now on `stream` fills shards, and they are there once the context ends without an error."""
         self._stream = stream
 
-    def check(self, pieces: Iterable[tuple[str, Piece]], superfluous: set[str]) -> None:
-        """Raise `ValueError` unless the files hold every one of `pieces` as it should be, and nothing else.
+    def check(self, shards: Iterable[tuple[str, WeightShard]], superfluous: set[str]) -> None:
+        """Raise `ValueError` unless the files hold every one of `shards` as it should be, and nothing else.
 
         Tensors named in `superfluous` may be there. Reads headers only.
         """
         known = set(superfluous)
-        for name, piece in pieces:
+        for name, shard in shards:
             known.add(name)
             try:
-                self._slice(name, piece)
+                self._slice(name, shard)
             except SafetensorError as error:
                 raise self._unreadable(name, error) from error
             except ValueError as error:
@@ -76,14 +76,14 @@ class Checkpoint:
         cuts = (slice(start, start + ROWS) for start in range(0, rows, ROWS))
         return not all(torch.equal(first[cut], second[cut]) for cut in cuts)
 
-    def load(self, name: str, piece: Piece) -> None:
-        """Fill `piece` from tensor `name`. Raises `ValueError` naming tensor and file."""
+    def load(self, name: str, shard: WeightShard) -> None:
+        """Fill `shard` from tensor `name`. Raises `ValueError` naming tensor and file."""
         try:
-            source = self._slice(name, piece)
+            source = self._slice(name, shard)
             if self._stream is None:
-                piece.load(source)
+                shard.load(source)
             else:
-                self._stream.fill(piece, self.where[name], name)
+                self._stream.fill(shard, self.where[name], name)
         except SafetensorError as error:
             raise self._unreadable(name, error) from error
         except ValueError as error:
@@ -102,13 +102,13 @@ class Checkpoint:
             else:
                 self._stream.abandon()
 
-    def _slice(self, name: str, piece: Piece) -> Any:
-        """The tensor of `piece`, of which nothing is read yet, and which has the shape that the model needs."""
+    def _slice(self, name: str, shard: WeightShard) -> Any:
+        """The tensor of `shard`, of which nothing is read yet, and which has the shape that the model needs."""
         if name not in self.where:
             holders = " and ".join(str(file) for file in sorted(set(self.where.values()))[:3]) or "the checkpoint"
             raise _Missing(f"tensor {name} is missing from {holders}")
         source = self._open(self.where[name]).get_slice(name)
-        piece.check_shape(source)
+        shard.check_shape(source)
         return source
 
     def _open(self, file: Path) -> Any:

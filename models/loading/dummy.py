@@ -10,23 +10,23 @@ import math
 import torch
 from torch import Tensor
 
-from eagleray.parallel.weight_shard import Piece
+from eagleray.parallel.weight_shard import WeightShard
 
 STD = 0.02
 _CHUNK = 1 << 24  # values at a time, to bound memory
 
 
-def fill(name: str, piece: Piece, seed: int) -> None:
-    """Fill `piece` of tensor `name` with `mean` plus normal noise of standard deviation 0.02."""
-    rows, *columns = (torch.arange(cut.start, cut.stop, device=piece.target.device) for cut in piece.region)
+def fill(name: str, shard: WeightShard, seed: int) -> None:
+    """Fill `shard` of tensor `name` with `mean` plus normal noise of standard deviation 0.02."""
+    rows, *columns = (torch.arange(cut.start, cut.stop, device=shard.target.device) for cut in shard.region)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little", signed=True)
     width = columns[0].numel() if columns else 1
     step = max(1, _CHUNK // max(1, width))
     for start in range(0, rows.numel(), step):
         index = rows[start : start + step]
         if columns:
-            index = index.unsqueeze(1) * piece.shape[1] + columns[0]
-        piece.target[start : start + step].copy_(_normal(index, key).mul_(STD).add_(piece.mean))
+            index = index.unsqueeze(1) * shard.shape[1] + columns[0]
+        shard.target[start : start + step].copy_(_normal(index, key).mul_(STD).add_(shard.mean))
 
 
 def _normal(index: Tensor, key: int) -> Tensor:

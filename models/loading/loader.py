@@ -15,7 +15,7 @@ from eagleray.models.loading import dummy
 from eagleray.models.loading.checkpoint import Checkpoint
 from eagleray.models.loading.weight_stream import WeightStream
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.weight_shard import HasPieces, Piece
+from eagleray.parallel.weight_shard import HasWeightShards, WeightShard
 
 LOAD_FORMATS = ("safetensors", "dummy")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -53,22 +53,22 @@ def load_model(
     if load_format == "dummy":
         model = build_model(config, tp=tp, dtype=dtype, device=device)
         count = _counter(model, on_bytes)
-        for name, piece in checkpoint_pieces(model):
-            dummy.fill(name, piece, seed)
-            count(piece.target.nbytes)
+        for name, shard in checkpoint_shards(model):
+            dummy.fill(name, shard, seed)
+            count(shard.target.nbytes)
         return model
     with Checkpoint(path) as checkpoint:
         config = _with_own_head(config, checkpoint)
         outline = build_model(config, tp=tp, dtype=dtype, device=torch.device("meta"))
-        checkpoint.check(checkpoint_pieces(outline), _superfluous(config))
+        checkpoint.check(checkpoint_shards(outline), _superfluous(config))
         model = build_model(config, tp=tp, dtype=dtype, device=device)
         count = _counter(model, on_bytes)
         if streamed or (streamed is None and device.type == "cuda"):
             checkpoint.stream(WeightStream(device, on_bytes=count))
-        for name, piece in checkpoint_pieces(model):
-            checkpoint.load(name, piece)
+        for name, shard in checkpoint_shards(model):
+            checkpoint.load(name, shard)
             if not checkpoint.streams:  # which counts by itself, when they are there
-                count(piece.target.nbytes)
+                count(shard.target.nbytes)
     return model
 
 
@@ -79,17 +79,17 @@ def build_model(config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device:
         return model_class(config.architecture)(config, tp).eval()
 
 
-def checkpoint_pieces(model: torch.nn.Module) -> Iterator[tuple[str, Piece]]:
+def checkpoint_shards(model: torch.nn.Module) -> Iterator[tuple[str, WeightShard]]:
     """Every tensor that the model is made of: its name in a checkpoint, and what this rank wants of it."""
     for path, layer in model.named_modules():
-        if isinstance(layer, HasPieces):
-            for piece in layer.pieces():
-                yield piece.path(path), piece
+        if isinstance(layer, HasWeightShards):
+            for shard in layer.weight_shards():
+                yield shard.path(path), shard
 
 
 def _counter(model: torch.nn.Module, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:
     """Takes the bytes that have come, and tells the sum of all so far and of all there will be."""
-    done, total = 0, sum(piece.target.nbytes for _, piece in checkpoint_pieces(model))
+    done, total = 0, sum(shard.target.nbytes for _, shard in checkpoint_shards(model))
 
     def count(nbytes: int) -> None:
         nonlocal done

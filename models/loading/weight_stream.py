@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eagleray.parallel.weight_shard import Piece
+from eagleray.parallel.weight_shard import WeightShard
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,7 +35,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class WeightStream:
-    """Fills pieces, in any order, until it is finished."""
+    """Fills shards, in any order, until it is finished."""
 
     def __init__(
         self,
@@ -55,12 +55,12 @@ class WeightStream:
         self._lanes: list[_Lane] = []
         self._files: dict[Path, _MappedFile] = {}
 
-    def fill(self, piece: Piece, file: Path, name: str) -> None:
-        """Have `piece` filled from tensor `name` in `file`, whose shape the caller has checked."""
+    def fill(self, shard: WeightShard, file: Path, name: str) -> None:
+        """Have `shard` filled from tensor `name` in `file`, whose shape the caller has checked."""
         if file not in self._files:
             self._files[file] = _MappedFile(file)
-        source, dtype = self._files[file].region(name, piece.region)  # [rows, bytes of a row's own columns]
-        target = piece.target.view(len(source), -1)
+        source, dtype = self._files[file].region(name, shard.region)  # [rows, bytes of a row's own columns]
+        target = shard.target.view(len(source), -1)
         rows = max(1, self._buffer_bytes // max(1, source.shape[1]))
         for start in range(0, len(source), rows):
             part = slice(start, start + rows)
@@ -75,7 +75,7 @@ class WeightStream:
         return target.nbytes
 
     def finish(self) -> None:
-        """Wait until all pieces are there. Raises what a thread raised."""
+        """Wait until all shards are there. Raises what a thread raised."""
         try:
             for part in self._parts:
                 nbytes = part.result()

@@ -7,7 +7,7 @@ L2 cache. `plan_us` comes once per step, not per layer. Needs a GPU.
 Usage: python tests/bench/decode_attention.py [--tune] [--seconds LIMIT] [--out FILE]
 
 `--tune` times many launch constants on every shape and prints the fastest, once with sections and once with chunks as
-the pieces of work; then those that are nowhere far from the fastest.
+the splits of work; then those that are nowhere far from the fastest.
 """
 
 import argparse
@@ -40,7 +40,7 @@ L2_BYTES = 50 << 20
 BLOCK_SIZE = 128
 HEADS = ((32, 8), (8, 2))  # 8B at TP 1 and TP 4
 BATCHES = ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 8192), (32, 8192))
-SECTIONS, ALL_CHUNKS = 0, 1 << 20  # for lanes: which pieces the work is cut in
+SECTIONS, ALL_CHUNKS = 0, 1 << 20  # for lanes: which splits the work is cut in
 DEVICE = torch.device("cuda")
 
 
@@ -211,7 +211,7 @@ def tune(shapes: list[Shape], seconds: float) -> Iterator[dict[str, Any]]:
                 times[constants] = microseconds(problem.ours(constants)[1], problem.caches, replays=3)
         for name, fine in (("sections", SECTIONS), ("chunks", ALL_CHUNKS)):
             ranking = sorted((us, str(constants)) for constants, us in times.items() if constants.lanes == fine)
-            yield asdict(shape) | {"pieces": name, "tried": len(ranking), "best": ranking[:4]}
+            yield asdict(shape) | {"splits": name, "tried": len(ranking), "best": ranking[:4]}
         del problem
     yield from everywhere(list(found.values()))
 

@@ -32,7 +32,7 @@ MAX_RATIO = 3.0
 SLACK = 2e-3  # where bfloat16 happens to be nearly exact
 PROMPT_LENGTHS = (1, 2, 17, 64, 127, 128, 129, 200, 255, 256, 300, 513, 700, 1300)  # 14 rows use the graph for 16
 NUM_NEW_TOKENS = 48
-SLICE = 256  # tokens of a step, so that longer prompts run in slices
+CHUNK = 256  # tokens of a step, so that longer prompts run in chunks
 WINDOW = 100
 
 COMMON: dict[str, Any] = {
@@ -134,7 +134,7 @@ def served(request: pytest.FixtureRequest, subject_of: Callable[[str], Subject])
         "kv_cache_bytes": 1 << 28,
         "max_model_len": 1536,
         "max_num_seqs": 32,
-        "max_num_batched_tokens": SLICE,
+        "max_num_batched_tokens": CHUNK,
     }
     with LLM(subject.path, size, skip_tokenizer_init=True, **options) as llm:
         yield subject, llm
@@ -180,7 +180,7 @@ def compare(what: str, errors: list[tuple[Tensor, Tensor]], say: Callable[[str],
 def test_log_probabilities_of_prompts_and_of_sampled_tokens(
     served: tuple[Subject, LLM], say: Callable[[str], None]
 ) -> None:
-    """Prompts run in slices through one kernel, and sampled tokens one by one through graphs and another."""
+    """Prompts run in chunks through one kernel, and sampled tokens one by one through graphs and another."""
     subject, llm = served
     outputs = generate(subject, llm, temperature=1.0, logprobs=0, prompt_logprobs=0)
     scores = [score(subject.teacher, output) for output in outputs]

@@ -23,7 +23,7 @@ from eagleray.workers.attention.decode import launch_constants
 from eagleray.workers.attention.flash import flash_attention
 from eagleray.workers.attention.flash import supports as flash_supports
 from eagleray.workers.attention.reference import backend_name, choose_backend, reference_attention
-from eagleray.workers.attention.varlen import slice_attention
+from eagleray.workers.attention.varlen import varlen_attention
 from support.attention_requests import Requests
 from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 from support.gpu import needs_gpus
@@ -90,13 +90,13 @@ def test_how_the_work_is_shared_changes_no_bit(head_size: int) -> None:
     assert torch.equal(batch.run(FINE, tile=tile), batch.run(COARSE, tile=tile))
 
 
-# Slices through the op, with each backend behind it.
+# Chunks through the op, with each backend behind it.
 
 MIXED = [(1, 300), (17, 17), (1, 1), (129, 400), (1, 1100), (20, 1001)]  # tokens in this batch, and of the request
 SINGLE = [(1, n) for n in (1, 2, 127, 128, 129, 300, 1025, 1500)]
 BACKENDS: list[Any] = [
     pytest.param(reference_attention, id="plain"),
-    pytest.param(slice_attention, id="slices"),
+    pytest.param(varlen_attention, id="chunks"),
     pytest.param(
         flash_attention,
         id="flash",
@@ -126,7 +126,7 @@ def check_op(requests: Requests, backend: AttentionBackend, sinks: torch.Tensor 
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slices_of_any_length(backend: AttentionBackend, feature: str, head_size: int, block_size: int) -> None:
+def test_chunks_of_any_length(backend: AttentionBackend, feature: str, head_size: int, block_size: int) -> None:
     of = spec(num_heads=6, head_size=head_size, scale=head_size**-0.5, **FEATURES[feature])
     if backend is flash_attention and not flash_supports(of, BF16, CUDA):
         pytest.skip("FlashAttention-3 does not compute such a layer here")
@@ -136,7 +136,7 @@ def test_slices_of_any_length(backend: AttentionBackend, feature: str, head_size
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_layer_gets_the_fastest_backend_that_computes_it(feature: str) -> None:
     of = spec(head_size=128, **FEATURES[feature])
-    fastest = flash_attention if flash_supports(of, BF16, CUDA) else slice_attention
+    fastest = flash_attention if flash_supports(of, BF16, CUDA) else varlen_attention
     assert choose_backend(of, BF16, CUDA) is fastest
     assert choose_backend(of, torch.float32, CUDA) is reference_attention
 
@@ -144,23 +144,23 @@ def test_a_layer_gets_the_fastest_backend_that_computes_it(feature: str) -> None
 def test_a_soft_cap_is_not_for_flash_attention() -> None:
     """Its wheels are built without."""
     chosen = choose_backend(spec(head_size=256, logits_soft_cap=50.0), BF16, CUDA)
-    assert chosen is slice_attention
-    assert backend_name(chosen) == "Triton slices"
+    assert chosen is varlen_attention
+    assert backend_name(chosen) == "Triton varlen"
 
 
 def test_sinks_are_not_for_flash_attention() -> None:
-    assert choose_backend(spec(head_size=128, has_sinks=True), BF16, CUDA) is slice_attention
+    assert choose_backend(spec(head_size=128, has_sinks=True), BF16, CUDA) is varlen_attention
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (20, 1), (32, 8)])
-def test_slices_with_sinks_for_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
+def test_chunks_with_sinks_for_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
     requests = requests_of(MIXED, spec(num_heads=num_heads, num_kv_heads=num_kv_heads, sliding_window=150), 128)
-    check_op(requests, slice_attention, torch.linspace(-3, 6, num_heads, device=CUDA))
+    check_op(requests, varlen_attention, torch.linspace(-3, 6, num_heads, device=CUDA))
 
 
-def test_padding_of_slices_gives_zero() -> None:
+def test_padding_of_chunks_gives_zero() -> None:
     requests = requests_of(MIXED, spec(head_size=128), 128)
-    out, padded = requests.run(backend=slice_attention), requests.run(padding=300, backend=slice_attention)
+    out, padded = requests.run(backend=varlen_attention), requests.run(padding=300, backend=varlen_attention)
     assert torch.equal(padded[:-300], out)
     assert not padded[-300:].any()
 

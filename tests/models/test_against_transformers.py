@@ -134,9 +134,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Expect
     return make
 
 
-def largest_difference(shares: list[list[Tensor]], expected: list[Tensor]) -> float:
-    """Of every prompt's logits, put together from the ranks' shares of the vocabulary."""
-    whole = [torch.cat(parts, dim=-1) for parts in zip(*shares, strict=True)]
+def largest_difference(shards: list[list[Tensor]], expected: list[Tensor]) -> float:
+    """Of every prompt's logits, put together from the ranks' shards of the vocabulary."""
+    whole = [torch.cat(parts, dim=-1) for parts in zip(*shards, strict=True)]
     assert [x.shape for x in whole] == [x.shape for x in expected]
     return max(float((x - y).abs().max()) for x, y in zip(whole, expected, strict=True))
 
@@ -147,8 +147,8 @@ def test_logits_of_whole_prompts(
     family: str, size: int, expected: Callable[[str], Expected], run_ranks: RunRanks
 ) -> None:
     reference = expected(family)
-    shares = run_ranks("logits", size, path=reference.path, prompts=reference.prompts)
-    assert largest_difference(shares, reference.logits) < TOLERANCE
+    shards = run_ranks("logits", size, path=reference.path, prompts=reference.prompts)
+    assert largest_difference(shards, reference.logits) < TOLERANCE
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, 1), (1, 5), (2, 5), (3, 7)])
@@ -157,8 +157,8 @@ def test_logits_in_chunks(
     family: str, size: int, chunk: int, expected: Callable[[str], Expected], run_ranks: RunRanks
 ) -> None:
     reference = expected(family)
-    shares = run_ranks("logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk)
-    assert largest_difference(shares, reference.logits) < TOLERANCE
+    shards = run_ranks("logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk)
+    assert largest_difference(shards, reference.logits) < TOLERANCE
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(1, None), (2, 9)])
@@ -167,9 +167,9 @@ def test_logits_after_a_prefix_that_another_request_writes_in_the_same_batch(
     family: str, size: int, chunk: int | None, expected: Callable[[str], Expected], run_ranks: RunRanks
 ) -> None:
     reference = expected(family)
-    shares = run_ranks("logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk, prefix=PREFIX)
+    shards = run_ranks("logits", size, path=reference.path, prompts=reference.prompts, chunk=chunk, prefix=PREFIX)
     logits = [reference.logits[0]] + [logits[PREFIX:] for logits in reference.logits[1:]]
-    assert largest_difference(shares, logits) < TOLERANCE
+    assert largest_difference(shards, logits) < TOLERANCE
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -186,5 +186,5 @@ def test_a_deliberate_error_in_a_feature_shows(
     family: str, error: str, expected: Callable[[str], Expected], run_ranks: RunRanks
 ) -> None:
     reference = expected(family)
-    shares = run_ranks("logits", 1, path=reference.path, prompts=reference.prompts, alter=error)
-    assert largest_difference(shares, reference.logits) > VISIBLE
+    shards = run_ranks("logits", 1, path=reference.path, prompts=reference.prompts, alter=error)
+    assert largest_difference(shards, reference.logits) > VISIBLE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 
-from eagleray.models.loading.loader import checkpoint_pieces, load_model
+from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
 from support import sink_llama
 from support.random_checkpoint import make_model
@@ -85,7 +85,7 @@ def test_a_rank_loads_the_sinks_of_its_heads(path: Path, size: int, dtype: torch
         assert layer.sinks is not None
         assert layer.sinks.shape == (layer.spec.num_heads,)
         assert layer.sinks.dtype == torch.float32
-        assert dict(checkpoint_pieces(model))[SINKS].target.data_ptr() == layer.sinks.data_ptr()
+        assert dict(checkpoint_shards(model))[SINKS].target.data_ptr() == layer.sinks.data_ptr()
         loaded.append(layer.sinks)
     assert torch.equal(torch.cat(loaded), load_file(path / "model.safetensors")[SINKS])
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, head_columns
-from eagleray.parallel.sharding import share_columns, share_heads
-from eagleray.parallel.weight_shard import HasPieces
+from eagleray.parallel.sharding import shard_columns, shard_heads
+from eagleray.parallel.weight_shard import HasWeightShards
 
 SIZES = [1, 2, 3, 4, 6]
 
@@ -27,12 +27,12 @@ class Stored:
         return self.tensor[region]
 
 
-def load(layer: HasPieces, tensors: dict[str, Tensor]) -> None:
-    """By the names that pieces have beside a layer called `parent.layer`."""
-    pieces = {piece.path("parent.layer"): piece for piece in layer.pieces()}
-    assert pieces.keys() == tensors.keys()
-    for name, piece in pieces.items():
-        piece.load(Stored(tensors[name]))
+def load(layer: HasWeightShards, tensors: dict[str, Tensor]) -> None:
+    """By the names that shards have beside a layer called `parent.layer`."""
+    shards = {shard.path("parent.layer"): shard for shard in layer.weight_shards()}
+    assert shards.keys() == tensors.keys()
+    for name, shard in shards.items():
+        shard.load(Stored(tensors[name]))
 
 
 def groups(size: int) -> list[TPGroup]:
@@ -75,13 +75,13 @@ def test_every_rank_has_its_heads_and_replicated_kv_heads_are_equal(size: int) -
         tensors[f"parent.{part}.bias"] = torch.randn(rows * head_size)
     x = torch.randn(5, hidden)
     for tp in groups(size):
-        own = share_heads(heads, kv_heads, tp.rank, tp.size)
+        own = shard_heads(heads, kv_heads, tp.rank, tp.size)
         layer = QKVParallelLinear(hidden, heads, kv_heads, head_size, own, bias=True)
         load(layer, tensors)
         outs = torch.split(layer(x), layer.out_sizes, dim=-1)
-        for part, out, share in zip(("q_proj", "k_proj", "v_proj"), outs, (own.query, own.kv, own.kv), strict=True):
+        for part, out, shard in zip(("q_proj", "k_proj", "v_proj"), outs, (own.query, own.kv, own.kv), strict=True):
             whole = F.linear(x, tensors[f"parent.{part}.weight"], tensors[f"parent.{part}.bias"])
-            columns = head_columns(share, head_size)
+            columns = head_columns(shard, head_size)
             torch.testing.assert_close(out, whole[:, columns.start : columns.stop])
 
 
@@ -91,7 +91,7 @@ def test_products_of_all_ranks_add_up_to_the_whole_layer(size: int) -> None:
     x = torch.randn(5, 20)
     total = torch.zeros(5, 7)
     for tp in groups(size):
-        own = share_columns(20, tp.rank, tp.size)
+        own = shard_columns(20, tp.rank, tp.size)
         layer = RowParallelLinear(20, 7, own, tp)
         load(layer, {"parent.layer.weight": whole.weight.detach()})
         total += layer(x[:, own.start : own.stop])
@@ -104,7 +104,7 @@ def test_a_bias_counts_once(size: int) -> None:
     x = torch.randn(5, 20)
     total = torch.zeros(5, 7)
     for tp in groups(size):
-        own = share_columns(20, tp.rank, tp.size)
+        own = shard_columns(20, tp.rank, tp.size)
         layer = RowParallelLinear(20, 7, own, tp, bias=True)
         load(layer, {"parent.layer.weight": whole.weight.detach(), "parent.layer.bias": whole.bias.detach()})
         total += layer(x[:, own.start : own.stop])

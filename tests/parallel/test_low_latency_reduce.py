@@ -47,7 +47,7 @@ def run_rank(rank: int, memory: list[list[Tensor]], results: Any) -> None:
     weight = random(98, 0, SIZE)
     outs = []
     for call, rows in enumerate(ROWS):
-        normed, total = low_latency_reduce.sum_norm(
+        normed, total = low_latency_reduce.all_reduce_rms_norm(
             for_sums, random(rank, call, rows, SIZE), residual_of(call), weight, EPS
         )
         outs.append((normed.clone().numpy(), total.clone().numpy()))

@@ -1,4 +1,4 @@
-"""Batches of slices of any length with a paged cache, and attention over them by the definition, in numpy."""
+"""Batches of chunks of any length with a paged cache, and attention over them by the definition, in numpy."""
 
 from collections.abc import Sequence
 from dataclasses import replace

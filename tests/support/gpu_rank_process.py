@@ -110,11 +110,11 @@ def norms(tp: TPGroup, shapes: list[tuple[int, int]], dtype: torch.dtype) -> lis
         residual, weight = draw(tp, rows * size, dtype, 77)[0].view(rows, size), draw(tp, size, dtype, 78)[0]
         has_own = rows <= MAX_ROWS and has_owners(rows, size * dtype.itemsize, tp.size)
         own = slice(tp.rank, None, tp.size) if has_own else slice(None)
-        tp.sum_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
+        tp.all_reduce_rms_norm(x, residual, weight, 1e-5)  # what is set up on first use must not be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            normed, total = tp.sum_norm(x, residual, weight, 1e-5)
+            normed, total = tp.all_reduce_rms_norm(x, residual, weight, 1e-5)
         for replay in range(ROUNDS):
             parts = [part.view(rows, size) for part in draw(tp, rows * size, dtype, replay)]
             x.copy_(parts[tp.rank])

@@ -122,7 +122,7 @@ def compiled_collectives(tp: TPGroup) -> tuple[Tensor, Tensor]:
 def logits(
     tp: TPGroup, path: str, prompts: list[list[int]], chunk: int | None = None, prefix: int = 0, alter: str = ""
 ) -> list[Tensor]:
-    """This rank's share of the logits at every position of each prompt, `[tokens, len(vocab_share)]`.
+    """This rank's shard of the logits at every position of each prompt, `[tokens, len(vocab_shard)]`.
 
     `chunk` is how many tokens of a prompt run at once. The prompts after the first begin with `prefix` tokens of the
     first, which are computed once, in the same batch where they are first read; their logits are left out.
@@ -158,7 +158,7 @@ def greedy(tp: TPGroup, path: str, prompts: list[list[int]], max_tokens: int) ->
         hidden = torch.stack([h[-1] for h in paged.run(tokens).values()])
         values, ids = model.logits(hidden).max(dim=-1)
         winner = tp.all_gather(values).argmax(dim=0, keepdim=True)
-        chosen = tp.all_gather(ids + model.vocab_share.start).gather(0, winner)[0].tolist()
+        chosen = tp.all_gather(ids + model.vocab_shard.start).gather(0, winner)[0].tolist()
         for request, token in enumerate(chosen):
             continued[request].append(token)
         tokens = {request: [token] for request, token in enumerate(chosen)}

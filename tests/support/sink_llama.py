@@ -46,7 +46,7 @@ class Run:
 
 
 def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: bool) -> Run:
-    """Greedy tokens after prompts that run in slices of seven tokens beside requests that are decoding.
+    """Greedy tokens after prompts that run in chunks of seven tokens beside requests that are decoding.
 
     With `in_kernels`, which wants Triton's interpreter, both of our kernels attend, else plain PyTorch.
     """
@@ -54,9 +54,9 @@ def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: boo
         with patch.object(worker, "runs_triton", lambda device: False):
             return _run(tp, path, prompts)
     assert INTERPRETED
-    from eagleray.workers.attention.varlen import slice_attention  # the interpreter only
+    from eagleray.workers.attention.varlen import varlen_attention  # the interpreter only
 
-    with patch.object(worker, "choose_backend", lambda *layer: slice_attention):  # as on GPUs
+    with patch.object(worker, "choose_backend", lambda *layer: varlen_attention):  # as on GPUs
         return _run(tp, path, prompts)
 
 
@@ -77,7 +77,7 @@ def _run(tp: TPGroup, path: str, prompts: list[list[int]]) -> Run:
     )
     model = load_model(path, tp=tp, dtype=torch.float32, device=torch.device("cpu"))
     rank = worker.Worker(config, model, tp, 60)
-    engine = InlineEngine(Scheduler(num_blocks=60, max_slice_tokens=7, **limits), rank, 2)
+    engine = InlineEngine(Scheduler(num_blocks=60, max_chunk_tokens=7, **limits), rank, 2)
     for index, prompt in enumerate(prompts):
         engine.add(index, prompt, 4 + index % 3, temperature=0.0)
     engine.run()

@@ -57,8 +57,8 @@ class ToyRank:
             self.rows[start.row] = ToyRow(start, token_ids, list(start.block_ids), start.num_computed_tokens)
         for row, block_ids in step.blocks.items():
             self.rows[row].block_ids += block_ids
-        assert set(step.slices) <= set(self.rows), "a slice of a row that is not live"
-        batch = [(row, step.slices.get(row, 1)) for row in sorted(self.rows) if step.slices.get(row, 1)]
+        assert set(step.chunks) <= set(self.rows), "a chunk of a row that is not live"
+        batch = [(row, step.chunks.get(row, 1)) for row in sorted(self.rows) if step.chunks.get(row, 1)]
         self.largest_batch = max(self.largest_batch, sum(num_tokens for _, num_tokens in batch))
         for row, num_tokens in batch:
             self._write(self.rows[row], num_tokens)

@@ -93,7 +93,7 @@ def make_engine(model: CausalLM, depth: int = 2, **options: Any) -> InlineEngine
         block_size=BLOCK_SIZE,
         max_num_seqs=MAX_ROWS,
         max_num_batched_tokens=256,
-        **({"max_slice_tokens": 48} | options),
+        **({"max_chunk_tokens": 48} | options),
     )
     sizes = (1, MAX_ROWS) if ON_GPU else None
     return InlineEngine(scheduler, Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=sizes), depth)

@@ -45,10 +45,10 @@ else:
             )
             for row, length in enumerate(lengths)
         ]
-        slices = rows.apply(Step(1, start=starts, slices=dict(enumerate(lengths))))
-        rows.gather(slices)
-        rows.append(slices.rows, slices.ends, torch.arange(len(lengths), device=DEVICE) + 70_000)
-        rows.count_sampled(slices.rows)
+        chunks = rows.apply(Step(1, start=starts, chunks=dict(enumerate(lengths))))
+        rows.gather(chunks)
+        rows.append(chunks.rows, chunks.ends, torch.arange(len(lengths), device=DEVICE) + 70_000)
+        rows.count_sampled(chunks.rows)
         return rows
 
     def tensors(batch: Batch) -> dict[str, Tensor]:
@@ -100,9 +100,9 @@ else:
         lengths = edges(block_size, max_len)
         rows = rows_after_prompts(lengths, block_size, max_len)
         batch = rows.gather_decodes(torch.arange(len(lengths), device=DEVICE))
-        slices = rows.apply(Step(2))
-        assert slices.is_decode
-        expected = rows.gather(slices)
+        chunks = rows.apply(Step(2))
+        assert chunks.is_decode
+        expected = rows.gather(chunks)
         width = expected.metadata.block_table.shape[1]  # of the longest
         used = replace(batch.metadata, block_table=batch.metadata.block_table[:, :width])
         check(replace(batch, metadata=used), expected)

@@ -108,10 +108,10 @@ def test_requests_alone_give_varied_tokens(alone: list[list[int]]) -> None:
     "options",
     [
         {"enable_prefix_caching": False},
-        {"enable_prefix_caching": False, "max_slice_tokens": 7},
+        {"enable_prefix_caching": False, "max_chunk_tokens": 7},
         {"num_blocks": 50, "enable_prefix_caching": False},
         {},
-        {"num_blocks": 50, "max_slice_tokens": 7},
+        {"num_blocks": 50, "max_chunk_tokens": 7},
     ],
     ids=["together", "in chunks of 7", "preempted", "prefixes cached", "all at once"],
 )
@@ -141,7 +141,7 @@ def test_a_second_run_finds_its_prompts_cached_and_gives_the_same(model: CausalL
 
 def test_prompt_logprobs_do_not_depend_on_how_a_prompt_is_cut(model: CausalLM) -> None:
     prompt = REQUESTS[0][0]
-    whole, chunked = make_engine(model), make_engine(model, max_slice_tokens=7)
+    whole, chunked = make_engine(model), make_engine(model, max_chunk_tokens=7)
     for engine in (whole, chunked):
         engine.add(0, prompt, 3, prompt_logprobs=2, logprobs=1, temperature=0.0)
         engine.run()

@@ -59,7 +59,7 @@ class DecodeBackend:
 
 
 class MixedBackend:
-    """Attention of slices of any length: those of one token by the decode kernel, the rest by another backend."""
+    """Attention of chunks of any length: those of one token by the decode kernel, the rest by another backend."""
 
     def __init__(self, decode: DecodeBackend, other: AttentionBackend) -> None:
         self._decode, self._other = decode, other
@@ -73,7 +73,7 @@ class MixedBackend:
         spec: AttentionSpec,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """An `AttentionBackend`, once the slices of one token were planned."""
+        """An `AttentionBackend`, once the chunks of one token were planned."""
         n = metadata.num_single
         if n == 0:
             return self._other(q, k_cache, v_cache, metadata, spec, sinks)

@@ -3,11 +3,11 @@
 A request's keys are cut in sections of much the same length, one for every 2,048 keys but at most 16, and each section
 in eight chunks, at places that the request's own length decides. Softmax runs over a chunk; chunks are merged to
 sections one after the other, and sections to the result all at once. Whether a chunk or a section is one program's
-piece of work depends on how much of the batch's work it is, but both go through the same operations in the same order:
+split of work depends on how much of the batch's work it is, but both go through the same operations in the same order:
 a request's result is the same to the bit in any batch for which `launch_constants` are the same, that is, of any size
 from some requests on.
 
-The plan, who does which piece, is made on the GPU from the lengths, once per step; all layers with the same heads and
+The plan, who does which split, is made on the GPU from the lengths, once per step; all layers with the same heads and
 window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
 """
 
@@ -45,7 +45,7 @@ class LaunchConstants:
     num_warps: int = 4
     num_stages: int = 3
     programs_per_sm: int = 4  # that run at once: the registers are shared out accordingly
-    lanes: int = 480  # pieces that together read at full speed: a section that is more than 1 in so many is cut
+    lanes: int = 480  # splits that together read at full speed: a section that is more than 1 in so many is cut
     worth_cutting: int = 256  # keys of a request; with fewer, cutting costs more than it brings
 
     @property
@@ -55,7 +55,7 @@ class LaunchConstants:
 
 
 def launch_constants(spec: AttentionSpec, num_requests: int, device: torch.device) -> LaunchConstants:
-    """What was the fastest on an H200: large tiles for few pieces of work, many programs for many."""
+    """What was the fastest on an H200: large tiles for few splits of work, many programs for many."""
     if spec.head_size > 128:
         return LaunchConstants(programs_per_sm=2, lanes=240)
     if num_requests * spec.num_kv_heads <= FEW_PAIRS and shared_memory(device) >= LARGE_TILES:
@@ -72,16 +72,16 @@ class DecodeWorkspace:
     num_sms: int
     header: Tensor  # [2] int32
     requests: Tensor  # [max_requests, 4] int32
-    work: Tensor  # [max_pieces, FIELDS] int32
-    partial: Tensor  # [max_pieces, heads, head_size] float32
-    partial_ml: Tensor  # [max_pieces, heads, 2] float32
+    work: Tensor  # [max_splits, FIELDS] int32
+    partial: Tensor  # [max_splits, heads, head_size] float32
+    partial_ml: Tensor  # [max_splits, heads, 2] float32
 
     def constants(self, spec: AttentionSpec, num_requests: int) -> LaunchConstants:
         return self.fixed or launch_constants(spec, num_requests, self.header.device)
 
 
-def max_pieces(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
-    """The most pieces of work that a batch can have.
+def max_splits(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
+    """The most splits of work that a batch can have.
 
     A section that is cut is more than one `lanes`-th of the work, and a request's last section may be short: so no more
     than twice as many sections as lanes are cut.
@@ -99,7 +99,7 @@ def allocate_workspace(
     constants: LaunchConstants | None = None,
 ) -> DecodeWorkspace:
     """Buffers for batches of up to `max_requests` requests (padding included) of up to `max_seq_len` tokens."""
-    pieces = max_pieces(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1, device))
+    splits = max_splits(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1, device))
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return DecodeWorkspace(
         fixed=constants,
@@ -107,9 +107,9 @@ def allocate_workspace(
         num_sms=sms,
         header=torch.zeros(2, dtype=torch.int32, device=device),
         requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
-        work=torch.zeros(pieces, int(FIELDS), dtype=torch.int32, device=device),
-        partial=torch.empty(pieces, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
-        partial_ml=torch.empty(pieces, spec.num_heads, 2, dtype=torch.float32, device=device),
+        work=torch.zeros(splits, int(FIELDS), dtype=torch.int32, device=device),
+        partial=torch.empty(splits, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
+        partial_ml=torch.empty(splits, spec.num_heads, 2, dtype=torch.float32, device=device),
     )
 
 

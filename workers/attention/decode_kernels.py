@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-FIELDS = tl.constexpr(8)  # int32 per piece of work, of which 5 are used: one sector of memory
+FIELDS = tl.constexpr(8)  # int32 per split of work, of which 5 are used: one sector of memory
 CHUNKS = tl.constexpr(8)  # per section
 MAX_SECTIONS = tl.constexpr(16)  # per request
 
@@ -19,9 +19,9 @@ MAX_SECTIONS = tl.constexpr(16)  # per request
 def plan_kernel(
     seq_lens,  # [n] int32
     rows,  # [n] int64, only if HAS_ROWS
-    header,  # [2] int32: pieces of work, and how many of their turns were taken
-    requests,  # [n, 4] int32: first piece, pieces, in how many each section is cut, keys of the longest piece
-    work,  # [pieces, FIELDS] int32: 2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk
+    header,  # [2] int32: splits of work, and how many of their turns were taken
+    requests,  # [n, 4] int32: first split, splits, in how many each section is cut, keys of the longest split
+    work,  # [splits, FIELDS] int32: 2 * request (+ 1 if it is one split), row, first key, end, keys per chunk
     n,
     lanes,
     worth_cutting,
@@ -32,9 +32,9 @@ def plan_kernel(
     N_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program. A section is one piece, or cut in chunks where it is more than its share of all the work.
+    """One program. A section is one split, or cut in chunks where it is more than its share of all the work.
 
-    Long pieces come first: short ones fill the gaps at the end.
+    Long splits come first: short ones fill the gaps at the end.
     """
     if PDL:
         gdc_launch_dependents()
@@ -115,9 +115,9 @@ def find_blocks(blocks, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def load_piece(work, piece):
-    """2 * request (+ 1 if it is one piece), row, first key, end, keys per chunk."""
-    field = work + piece * FIELDS
+def load_split(work, split):
+    """2 * request (+ 1 if it is one split), row, first key, end, keys per chunk."""
+    field = work + split * FIELDS
     return tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
 
 
@@ -131,8 +131,8 @@ def attend_kernel(
     out,  # like q, contiguous
     header,  # the plan
     work,
-    partial,  # [pieces, heads, HEAD_SIZE] float32
-    partial_ml,  # [pieces, heads, 2] float32: maximum and sum
+    partial,  # [splits, heads, HEAD_SIZE] float32
+    partial_ml,  # [splits, heads, 2] float32: maximum and sum
     scale,  # times log2(e)
     cap,  # times log2(e)
     q_stride,
@@ -152,9 +152,9 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Programs take turns at (piece, KV head), heads of one piece side by side, since they share memory pages.
+    """Programs take turns at (split, KV head), heads of one split side by side, since they share memory pages.
 
-    Each begins with the turn of its own number; further ones go to whoever asks first, since pieces differ in length.
+    Each begins with the turn of its own number; further ones go to whoever asks first, since splits differ in length.
     """
     if PDL:
         gdc_launch_dependents()
@@ -163,13 +163,13 @@ def attend_kernel(
     own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     items = tl.load(header) * KV_HEADS
     item = tl.program_id(0)
-    tag, row, lowest, end, chunk = load_piece(work, item // KV_HEADS)
+    tag, row, lowest, end, chunk = load_split(work, item // KV_HEADS)
     while item < items:
-        piece, kv_head = item // KV_HEADS, item % KV_HEADS
-        # What comes next is looked up early, or each piece would begin with a chain of loads.
+        split, kv_head = item // KV_HEADS, item % KV_HEADS
+        # What comes next is looked up early, or each split would begin with a chain of loads.
         following = tl.num_programs(0) + tl.atomic_add(header + 1, 1, sem="relaxed")
-        next_piece = tl.minimum(following, items - 1) // KV_HEADS
-        next_tag, next_row, next_lowest, next_end, next_chunk = load_piece(work, next_piece)
+        next_split = tl.minimum(following, items - 1) // KV_HEADS
+        next_tag, next_row, next_lowest, next_end, next_chunk = load_split(work, next_split)
         request = (tag // 2).to(tl.int64)
         head = kv_head * GROUP + head_row
         query = tl.load(
@@ -217,7 +217,7 @@ def attend_kernel(
             place = out + (request * (KV_HEADS * GROUP) + head[:, None]) * HEAD_SIZE + dim[None, :]
             tl.store(place, (acc_all / l_all[:, None]).to(out.dtype.element_ty), mask=own)
         else:
-            part = piece * (KV_HEADS * GROUP) + head
+            part = split * (KV_HEADS * GROUP) + head
             tl.store(partial + part[:, None] * HEAD_SIZE + dim[None, :], acc_all, mask=own)
             tl.store(partial_ml + part * 2, m_all, mask=head_row < GROUP)
             tl.store(partial_ml + part * 2 + 1, l_all, mask=head_row < GROUP)
@@ -229,7 +229,7 @@ def _part(
     partial, partial_ml, start, index, count, head,
     HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The maximum, sum and weighted values of one head in pieces `index` of a request, empty from `count` on."""
+    """The maximum, sum and weighted values of one head in splits `index` of a request, empty from `count` on."""
     dim = tl.arange(0, HEAD_PAD)
     valid = index < count
     part = (start + index).to(tl.int64) * HEADS + head
@@ -286,7 +286,7 @@ def combine_kernel(
     FILLS: tl.constexpr,  # the lines of requests of length 0
     PDL: tl.constexpr,
 ):
-    """One program for some heads of a request. Most requests are in one piece, which leaves nothing to do."""
+    """One program for some heads of a request. Most requests are in one split, which leaves nothing to do."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

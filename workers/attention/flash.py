@@ -1,4 +1,4 @@
-"""FlashAttention-3 behind the attention op: one call for slices of any length, over the paged cache.
+"""FlashAttention-3 behind the attention op: one call for chunks of any length, over the paged cache.
 
 Source: Shah and others, FlashAttention-3, arXiv:2407.08608; the package `flash_attn_interface`. Its operator is called
 as it is: the package's Python function around it imports torch._dynamo, seconds of a start, and checks every call.

@@ -18,7 +18,7 @@ from eagleray.workers.attention.flash import flash_attention, supports
 if torch.cuda.is_available():  # Triton comes with torch for CUDA, and with no other
     from eagleray.workers.attention import kv_kernels, varlen
 
-_QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long slice
+_QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long chunk
 
 
 @torch.library.impl("eagleray::attention", ("cpu", "cuda"))
@@ -38,7 +38,7 @@ def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device
     if supports(spec, dtype, device):
         return flash_attention
     if device.type == "cuda" and varlen.supports(spec, dtype):
-        return varlen.slice_attention
+        return varlen.varlen_attention
     return reference_attention
 
 
@@ -46,7 +46,7 @@ def backend_name(backend: AttentionBackend) -> str:
     """What a person calls the implementation that `choose_backend` chose."""
     if backend is flash_attention:
         return "FlashAttention-3"
-    return "plain PyTorch" if backend is reference_attention else "Triton slices"
+    return "plain PyTorch" if backend is reference_attention else "Triton varlen"
 
 
 def prepare(
@@ -109,9 +109,9 @@ class Visit(NamedTuple):
 
 
 def plan_visits(metadata: AttentionMetadata, block_size: int, window: int | None) -> list[Visit]:
-    """Slices of one token padded together, longer ones request by request and not too many queries at once.
+    """Chunks of one token padded together, longer ones request by request and not too many queries at once.
 
-    Layers with the same window share a plan. Blocks that no query of a long slice sees stay unread.
+    Layers with the same window share a plan. Blocks that no query of a long chunk sees stay unread.
     """
     starts, seq_lens = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
     lengths = [end - start for start, end in pairwise(starts)]

@@ -1,4 +1,4 @@
-"""Paged causal attention over slices of any length, in Triton: for CUDA, or Triton's interpreter.
+"""Paged causal attention over chunks of any length, in Triton: for CUDA, or Triton's interpreter.
 
 It serves layers and GPUs that FlashAttention-3 does not. A program takes a block of one request's queries with all the
 heads of one KV head, one below the other, so that keys and values are read once for the whole group; softmax runs over
@@ -21,7 +21,7 @@ from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.overlap import LAUNCH, OVERLAP
 from eagleray.parallel.shared_memory import shared_memory
 from eagleray.workers.attention.context import AttentionMetadata
-from eagleray.workers.attention.varlen_kernels import slice_attend_kernel
+from eagleray.workers.attention.varlen_kernels import varlen_kernel
 
 HEAD_SIZES = (64, 96, 128, 256)
 _LOG2_E = log2(2.718281828459045)
@@ -49,11 +49,11 @@ def launch_constants(head_size: int, device: torch.device) -> LaunchConstants:
 
 
 def supports(spec: AttentionSpec, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes slices of such a layer on CUDA."""
+    """Whether the kernel computes chunks of such a layer on CUDA."""
     return dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
 
 
-def slice_attention(
+def varlen_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -80,7 +80,7 @@ def slice_attention(
     n = metadata.seq_lens.shape[0]
     query_blocks = num_tokens // (rows // group) + n + 1  # one more for each request, and for the padding
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    slice_attend_kernel[(query_blocks * spec.num_kv_heads,)](
+    varlen_kernel[(query_blocks * spec.num_kv_heads,)](
         q,
         k_cache,
         v_cache,

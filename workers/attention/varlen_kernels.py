@@ -1,4 +1,4 @@
-"""The Triton kernel of attention over slices of any length; what it is for: see `varlen.py`."""
+"""The Triton kernel of attention over chunks of any length; what it is for: see `varlen.py`."""
 
 # Kernels are compiled by Triton, which has no types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -75,7 +75,7 @@ def attend_tiles(
 
 
 @triton.jit(do_not_specialize=["query_start_loc", "seq_lens", "table", "n", "num_tokens", "table_stride"])
-def slice_attend_kernel(
+def varlen_kernel(
     q,  # [num_tokens, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
     v_cache,
@@ -122,7 +122,7 @@ def slice_attend_kernel(
         return
     start = tl.load(query_start_loc + request)
     stop = tl.load(query_start_loc + request + 1, mask=request < n, other=num_tokens)
-    first_query = (index - start // QUERIES - request) * QUERIES  # counted within the slice
+    first_query = (index - start // QUERIES - request) * QUERIES  # counted within the chunk
     num_queries = tl.minimum(stop - start - first_query, QUERIES)
     if num_queries <= 0:
         return

@@ -1,8 +1,8 @@
-"""Steps of slices of any length by CUDA graphs: one per number of tokens, up to where the GPU is slower than Python.
+"""Steps of chunks of any length by CUDA graphs: one per number of tokens, up to where the GPU is slower than Python.
 
 A graph's shapes are fixed, so tokens and requests are padded. A padding token writes to a block that nobody reads; a
 padding request has no tokens. Requests with one token go to the decode kernel, which takes as many requests as there
-may be tokens; the others, of which there are few, to the backend for slices.
+may be tokens; the others, of which there are few, to the backend for chunks.
 """
 
 import bisect
@@ -24,7 +24,7 @@ if CAN_IMPORT:
 
 logger = logging.getLogger(__name__)
 
-MAX_SLICES = 64  # of more than one token
+MAX_CHUNKS = 64  # of more than one token
 
 
 def token_counts(max_num_batched_tokens: int) -> list[int]:
@@ -60,8 +60,8 @@ class MixedGraphs:
         self._input_ids, self._positions = zeros(most, dtype=torch.int64), zeros(most, dtype=torch.int64)
         self._slots = torch.full((most,), spare_slot, dtype=torch.int64, device=device)
         self._seq_lens, self._block_table = zeros(singles), zeros(singles, max_blocks)
-        self._rest_starts, self._rest_lens = zeros(MAX_SLICES + 1), zeros(MAX_SLICES)
-        self._rest_table = zeros(MAX_SLICES, max_blocks)
+        self._rest_starts, self._rest_lens = zeros(MAX_CHUNKS + 1), zeros(MAX_CHUNKS)
+        self._rest_table = zeros(MAX_CHUNKS, max_blocks)
         self._replays: dict[int, Replay] = {}
         self.num_bytes = 0  # of device memory that the graphs took
         if device.type != "cuda":
@@ -110,8 +110,8 @@ class MixedGraphs:
     def takes(self, batch: Batch) -> bool:
         """Whether a graph holds such a batch."""
         metadata = batch.metadata
-        num_slices = len(metadata.seq_lens) - metadata.num_single
-        return len(batch.input_ids) <= self._counts[-1] and num_slices <= MAX_SLICES
+        num_chunks = len(metadata.seq_lens) - metadata.num_single
+        return len(batch.input_ids) <= self._counts[-1] and num_chunks <= MAX_CHUNKS
 
     def run(self, batch: Batch) -> Tensor:
         """Hidden states `[tokens, hidden_size]` of a batch. The next run overwrites them."""
@@ -126,12 +126,12 @@ class MixedGraphs:
 
     def _set_requests(self, metadata: AttentionMetadata, n: int) -> None:
         """The first `n` have one token."""
-        num_slices, width = len(metadata.seq_lens) - n, metadata.block_table.shape[1]
+        num_chunks, width = len(metadata.seq_lens) - n, metadata.block_table.shape[1]
         self._seq_lens[:n] = metadata.seq_lens[:n]
         self._seq_lens[n:] = 0
         self._block_table[:n, :width] = metadata.block_table[:n]
-        self._rest_starts[: num_slices + 1] = metadata.query_start_loc[n:]
-        self._rest_starts[num_slices + 1 :] = metadata.query_start_loc[-1]
-        self._rest_lens[:num_slices] = metadata.seq_lens[n:]
-        self._rest_lens[num_slices:] = 0
-        self._rest_table[:num_slices, :width] = metadata.block_table[n:]
+        self._rest_starts[: num_chunks + 1] = metadata.query_start_loc[n:]
+        self._rest_starts[num_chunks + 1 :] = metadata.query_start_loc[-1]
+        self._rest_lens[:num_chunks] = metadata.seq_lens[n:]
+        self._rest_lens[num_chunks:] = 0
+        self._rest_table[:num_chunks, :width] = metadata.block_table[n:]

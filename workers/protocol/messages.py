@@ -50,7 +50,7 @@ class RowStart(msgspec.Struct, omit_defaults=True):
 
 
 class Step(msgspec.Struct, omit_defaults=True, tag="step"):
-    """One forward pass. A live row that is not in `slices` runs one token.
+    """One forward pass. A live row that is not in `chunks` runs one token.
 
     After a step that ran out of memory a rank skips all up to one that says `restart`; with that, every row stops.
     A rank applies `stop`, then `start`, then `blocks`, then runs the batch in ascending order of rows.
@@ -60,7 +60,7 @@ class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     stop: list[int] = []
     start: list[RowStart] = []
     blocks: dict[int, list[int]] = {}  # row -> block ids to append to its block table
-    slices: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
+    chunks: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
     restart: bool = False
 
 
@@ -87,14 +87,14 @@ class TokenLogprobs(msgspec.Struct, omit_defaults=True):
 
 
 class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
-    """What rank 0 returns. `token_ids` holds one int32 for each row whose slice reached its last known token."""
+    """What rank 0 returns. `token_ids` holds one int32 for each row whose chunk reached its last known token."""
 
     step: int
     token_ids: bytes = b""  # in ascending order of rows
     logprobs: dict[int, TokenLogprobs] = {}  # row -> of its sampled token
     prompt_logprobs: dict[
         int, list[TokenLogprobs]
-    ] = {}  # row -> of the prompt tokens whose predecessor ran in this slice
+    ] = {}  # row -> of the prompt tokens whose predecessor ran in this chunk
     not_finite: list[int] = []  # rows whose logits were NaN or infinite: their tokens mean nothing
     all_masked: list[int] = []  # rows that may draw no token at all: likewise
     gpu_seconds: float = 0.0  # from its launch, or from the output before if that came later, to its output

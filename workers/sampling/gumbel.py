@@ -65,7 +65,7 @@ def log_exponential(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def add_gumbel_(values: Tensor, keys: Tensor, first_id: int) -> Tensor:
-    """Adds noise to `values` [n, share] in place; its columns are tokens from `first_id` on, `keys` [n] is per line."""
+    """Adds noise to `values` [n, shard] in place; its columns are tokens from `first_id` on, `keys` [n] is per line."""
     token_ids = torch.arange(first_id, first_id + values.shape[1], dtype=torch.int32, device=values.device).unsqueeze(0)
     for block in line_blocks(values):
         values[block].sub_(log_exponential(keys[block], token_ids))

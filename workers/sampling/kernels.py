@@ -69,7 +69,7 @@ def tanh(x):
 
 @triton.jit(do_not_specialize=["tiles", "first_id"])
 def _draw_kernel(
-    logits, stride, rows, num_tokens, temperatures, seeds, best_pairs, first_id, share, tiles, cap,
+    logits, stride, rows, num_tokens, temperatures, seeds, best_pairs, first_id, shard, tiles, cap,
     HAS_CAP: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (line, chunk) raises the line's pair to the best of `tiles` tiles of columns."""
@@ -87,7 +87,7 @@ def _draw_kernel(
     best_column = first
     for tile in range(tiles):
         columns = first + tile * TILE
-        inside = columns < share
+        inside = columns < shard
         values = tl.load(logits + columns, mask=inside, other=0.0).to(tl.float32)
         finite = tl.abs(values) < float("inf")
         if HAS_CAP:
@@ -99,7 +99,7 @@ def _draw_kernel(
         is_better = inside & (ordered > best)
         best = tl.where(is_better, ordered, best)
         best_column = tl.where(is_better, columns, best_column)
-    # A lane beyond the share has the lowest value and a higher id than lane 0, so it does not win.
+    # A lane beyond the shard has the lowest value and a higher id than lane 0, so it does not win.
     pairs = (best.to(tl.int64) << 32) + (_LOW - (first_id + best_column).to(tl.int64))
     tl.atomic_max(best_pairs + line, tl.max(pairs, axis=0), sem="relaxed")
 
@@ -113,15 +113,15 @@ def best_plain_pairs(
     first_id: int,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """The highest pair [n] int64 of each line of `logits` [n, share], whose columns are tokens from `first_id` on.
+    """The highest pair [n] int64 of each line of `logits` [n, shard], whose columns are tokens from `first_id` on.
 
     Line i belongs to `rows[i]` of `temperatures` [rows] float32 and mixed `seeds` [rows] int64, and `num_tokens[i]` is
     the position that is drawn for. A temperature of 0 is greedy. With `soft_cap`, logits are first bent to
     `soft_cap * tanh(logit / soft_cap)`. A line with a logit that is not finite has the mark of `packed_pairs.py`.
     Nothing is asked of the host, so graphs may capture it.
     """
-    num_lines, share = logits.shape
-    tile, tiles, chunks = _cut(num_lines, share)
+    num_lines, shard = logits.shape
+    tile, tiles, chunks = _cut(num_lines, shard)
     pairs = torch.full((num_lines,), packed_pairs.PAD, dtype=torch.int64, device=logits.device)
     _draw_kernel[(num_lines, chunks)](
         logits,
@@ -132,7 +132,7 @@ def best_plain_pairs(
         seeds,
         pairs,
         first_id,
-        share,
+        shard,
         tiles,
         1.0 if soft_cap is None else soft_cap,
         soft_cap is not None,
@@ -144,11 +144,11 @@ def best_plain_pairs(
     return pairs
 
 
-def _cut(num_lines: int, share: int) -> tuple[int, int, int]:
+def _cut(num_lines: int, shard: int) -> tuple[int, int, int]:
     """Columns of a tile, tiles of a chunk, and chunks of a line."""
     tile = LARGEST_TILE
-    while tile > SMALLEST_TILE and num_lines * triton.cdiv(share, tile) < FEW_PROGRAMS:
+    while tile > SMALLEST_TILE and num_lines * triton.cdiv(shard, tile) < FEW_PROGRAMS:
         tile //= 2
-    tiles_of_line = triton.cdiv(share, tile)
+    tiles_of_line = triton.cdiv(shard, tile)
     tiles = triton.cdiv(tiles_of_line, min(tiles_of_line, triton.cdiv(ENOUGH_PROGRAMS, num_lines)))
     return tile, tiles, triton.cdiv(tiles_of_line, tiles)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def allow_only_(line: Tensor, columns: Tensor) -> None:
-    """Masks all of `line` [share] but `columns` [a]; a rank that holds none of the allowed tokens masks all."""
+    """Masks all of `line` [shard] but `columns` [a]; a rank that holds none of the allowed tokens masks all."""
     kept = line[columns]
     line.fill_(-torch.inf)
     line[columns] = kept

@@ -24,21 +24,21 @@ class LogprobTensors:
         return [TokenLogprobs(ids[: 1 + num], logprobs[: 1 + num], rank) for ids, logprobs, rank, num in lines]
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, num_top: int, vocab_share: range, tp: TPGroup) -> LogprobTensors:
+def token_logprobs(logits: Tensor, targets: Tensor, num_top: int, vocab_shard: range, tp: TPGroup) -> LogprobTensors:
     """Log-softmax over the whole vocabulary at `targets` [n] int64 and at the `num_top` most likely tokens.
 
-    `logits` [n, share] float32 are this rank's. Ties among the most likely go to the lower id; a target's rank is one
+    `logits` [n, shard] float32 are this rank's. Ties among the most likely go to the lower id; a target's rank is one
     more than the number of tokens that are strictly more likely. `num_top` beyond the vocabulary means all of it.
     """
-    offers = tp.all_gather(top_pairs(logits, vocab_share.start, max(1, num_top)))
+    offers = tp.all_gather(top_pairs(logits, vocab_shard.start, max(1, num_top)))
     merged = merge(offers)[:, : max(1, num_top)]
     top_values, top_ids = unpack(merged)
     highest = top_values[:, :1]
     total = tp.all_reduce((logits - highest).exp_().sum(dim=-1, keepdim=True))
 
-    columns = (targets - vocab_share.start).unsqueeze(1)
-    is_here = (columns >= 0) & (columns < len(vocab_share))
-    here = logits.gather(1, columns.clamp(0, len(vocab_share) - 1))
+    columns = (targets - vocab_shard.start).unsqueeze(1)
+    is_here = (columns >= 0) & (columns < len(vocab_shard))
+    here = logits.gather(1, columns.clamp(0, len(vocab_shard) - 1))
     target_values = tp.all_reduce(torch.where(is_here, here, -torch.inf), "max")
     num_above = tp.all_reduce((logits > target_values).float().sum(dim=-1))  # exact below 2**24, and vectorised
 

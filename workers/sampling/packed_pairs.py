@@ -47,7 +47,7 @@ def marks_of(pairs: Tensor) -> Tensor:
 
 
 def find_marks(logits: Tensor, first_id: int) -> Tensor:
-    """The mark for each line of `logits` [n, share] that holds NaN or an infinity, and `PAD` for the others, [n].
+    """The mark for each line of `logits` [n, shard] that holds NaN or an infinity, and `PAD` for the others, [n].
 
     A finite sum has none of them; one that is not may have overflowed.
     """
@@ -66,21 +66,21 @@ def unpack_host(
 
 
 def best_pairs(values: Tensor, first_id: int) -> Tensor:
-    """The highest pair [n] of each line of `values` [n, share], whose columns are tokens from `first_id` on."""
+    """The highest pair [n] of each line of `values` [n, shard], whose columns are tokens from `first_id` on."""
     token_ids = torch.arange(first_id, first_id + values.shape[1], device=values.device)
     likely, ids = _of_best_groups(values, token_ids, 1)
     return pack(likely, ids).amax(dim=-1)
 
 
 def top_pairs(values: Tensor, first_id: int, width: int) -> Tensor:
-    """The `width` highest pairs [n, width] of each line of `values` [n, share], in order.
+    """The `width` highest pairs [n, width] of each line of `values` [n, shard], in order.
 
-    Columns are tokens from `first_id` on; `PAD` fills up where the share is narrower than `width`.
+    Columns are tokens from `first_id` on; `PAD` fills up where the shard is narrower than `width`.
     """
-    num_lines, share = values.shape
-    kept = min(width, share)
+    num_lines, shard = values.shape
+    kept = min(width, shard)
     top = torch.full((num_lines, width), PAD, dtype=torch.int64, device=values.device)
-    token_ids = torch.arange(first_id, first_id + share, device=values.device)
+    token_ids = torch.arange(first_id, first_id + shard, device=values.device)
     likely, ids = _of_best_groups(values, token_ids, kept)
     for block in line_blocks(likely):
         top[block, :kept] = pack(likely[block], ids[block]).topk(kept, dim=-1).values
@@ -88,16 +88,16 @@ def top_pairs(values: Tensor, first_id: int, width: int) -> Tensor:
 
 
 def _of_best_groups(values: Tensor, token_ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Fewer columns of `values` [n, share], with their ids, that still hold the `width` highest pairs of each line.
+    """Fewer columns of `values` [n, shard], with their ids, that still hold the `width` highest pairs of each line.
 
     Columns stand in groups. A pair outside of the `width` groups with the highest first pairs is below each of those,
     so it is not among the `width` highest itself. Reading only maxima is many times faster than packing everything.
     """
-    num_lines, share = values.shape
-    size = next((size for size in _GROUP_SIZES if 4 * width * size <= share), 0)
+    num_lines, shard = values.shape
+    size = next((size for size in _GROUP_SIZES if 4 * width * size <= shard), 0)
     if not size:
         return values, token_ids.expand(num_lines, -1)
-    num_groups = share // size
+    num_groups = shard // size
     grouped = values[:, : num_groups * size].view(num_lines, num_groups, size)
     pairs = pack(grouped.amax(dim=-1), torch.arange(num_groups, device=values.device))
     groups = unpack_ids(pairs.topk(width, dim=-1).values)

@@ -1,4 +1,4 @@
-"""Draws the next token of every row from vocabulary shares.
+"""Draws the next token of every row from vocabulary shards.
 
 The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution:
 
@@ -85,18 +85,18 @@ class _Batch:
 
 
 class Sampler:
-    """Samples from this rank's share; see the module's text for what is computed.
+    """Samples from this rank's shard; see the module's text for what is computed.
 
     Every rank makes the same calls in the same order. Construction is a collective call too.
     """
 
-    def __init__(self, table: SamplingTable, vocab_share: range, vocab_size: int, tp: TPGroup) -> None:
+    def __init__(self, table: SamplingTable, vocab_shard: range, vocab_size: int, tp: TPGroup) -> None:
         self._table = table
-        self._share = vocab_share
+        self._shard = vocab_shard
         self._vocab_size = vocab_size
         self._tp = tp
-        width = torch.tensor(len(vocab_share), device=table.device)
-        self._max_share = int(tp.all_reduce(width, "max"))
+        width = torch.tensor(len(vocab_shard), device=table.device)
+        self._max_shard = int(tp.all_reduce(width, "max"))
 
     def __call__(
         self,
@@ -109,15 +109,15 @@ class Sampler:
     ) -> SampleOutput:
         """The next token of each of `rows`.
 
-        `logits` [n, share] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
+        `logits` [n, shard] float32 are this rank's, and are modified. `tokens` [max_rows, max_len] int32 holds in line
         `row` the `num_tokens` tokens before the one to be drawn, of which the first `num_prompt_tokens` are the prompt.
         `marks` [n] say which logits are not finite, if somebody has looked (`packed_pairs.py`).
         """
         if marks is None:
-            marks = find_marks(logits, self._share.start)
+            marks = find_marks(logits, self._shard.start)
         features = self._table.features[rows]
         if not features.any():
-            return SampleOutput(self._agree(best_pairs(logits, self._share.start), marks))
+            return SampleOutput(self._agree(best_pairs(logits, self._shard.start), marks))
         batch = _Batch(rows, features, tokens, num_prompt_tokens, num_tokens)
         asking = batch.lines(Feature.LOGPROBS)
         raw = logits.index_select(0, self._tensor(asking)) if asking else None
@@ -128,16 +128,16 @@ class Sampler:
         num_logprobs = {rows[line]: self._table.host[rows[line]].logprobs or 0 for line in asking}
         most = min(max(num_logprobs.values()), self._vocab_size)
         asking_ids = unpack_ids(pairs[self._tensor(asking)])
-        logprobs = token_logprobs(raw, asking_ids, most, self._share, self._tp)
+        logprobs = token_logprobs(raw, asking_ids, most, self._shard, self._tp)
         return SampleOutput(pairs, logprobs, num_logprobs)
 
     def plain_pairs(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor, soft_cap: float | None) -> Tensor:
         """The pair [n] of the next token of each of `rows` [n], as if it asked for nothing but a temperature.
 
-        `raw_logits` [n, share] are this rank's in the model's dtype, before the model's `soft_cap`, and `num_tokens`
+        `raw_logits` [n, shard] are this rank's in the model's dtype, before the model's `soft_cap`, and `num_tokens`
         [n] as above. Rows, lengths and parameters are read on the device: a CUDA graph may capture this.
         """
-        table, first_id = self._table, self._share.start
+        table, first_id = self._table, self._shard.start
         pairs = best_plain_pairs(raw_logits, rows, num_tokens, table.temperatures, table.seeds, first_id, soft_cap)
         return self._tp.all_reduce(pairs, "max")
 
@@ -146,9 +146,9 @@ class Sampler:
         return np.flatnonzero(self._table.features[rows] & ~PLAIN)
 
     def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
-        """Log-probabilities of `targets` [n] int64 under raw `logits` [n, share], and of the `num_top` likeliest."""
+        """Log-probabilities of `targets` [n] int64 under raw `logits` [n, shard], and of the `num_top` likeliest."""
         most = min(num_top, self._vocab_size)
-        return token_logprobs(logits, targets, most, self._share, self._tp).to_wire([most] * len(targets))
+        return token_logprobs(logits, targets, most, self._shard, self._tp).to_wire([most] * len(targets))
 
     def _agree(self, pairs: Tensor, marks: Tensor) -> Tensor:
         """The highest [n] of all ranks' `pairs` [n] and `marks` [n]."""
@@ -182,7 +182,7 @@ class Sampler:
         penalties = (table.repetition[rows], table.frequency[rows], table.presence[rows])
         index = _index(self._tensor(lines), len(batch.rows))
         logits[index] = penalise(
-            logits[index], tokens, num_prompt_tokens, self._tensor(lengths), penalties, self._share
+            logits[index], tokens, num_prompt_tokens, self._tensor(lengths), penalties, self._shard
         )
 
     def _best(self, logits: Tensor, batch: _Batch) -> Tensor:
@@ -198,16 +198,16 @@ class Sampler:
         return best
 
     def _greedy(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
-        return best_pairs(logits, self._share.start)
+        return best_pairs(logits, self._shard.start)
 
     def _draw_free(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
-        """Draws from whole shares, less what min-p drops."""
+        """Draws from whole shards, less what min-p drops."""
         rows, keys = self._rows_and_keys(batch, lines)
         values = logits.div_(self._table.temperatures[rows].unsqueeze(1))
         if (batch.features[lines] & Feature.MIN_P).any():
             highest = self._tp.all_reduce(values.amax(dim=-1), "max")
             values.masked_fill_(values < (highest + self._table.log_min_p[rows]).unsqueeze(1), -torch.inf)
-        return best_pairs(add_gumbel_(values, keys, self._share.start), self._share.start)
+        return best_pairs(add_gumbel_(values, keys, self._shard.start), self._shard.start)
 
     def _draw_restricted(self, logits: Tensor, batch: _Batch, lines: list[int]) -> Tensor:
         rows, keys = self._rows_and_keys(batch, lines)
@@ -216,7 +216,7 @@ class Sampler:
         max_top_k = max(table.host[batch.rows[line]].top_k or NO_TOP_K for line in lines)
         has_min_p = bool((batch.features[lines] & Feature.MIN_P).any())
         restriction = Restriction(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k, has_min_p)
-        return draw_restricted(values, keys, restriction, self._share, self._max_share, self._tp)
+        return draw_restricted(values, keys, restriction, self._shard, self._max_shard, self._tp)
 
     def _rows_and_keys(self, batch: _Batch, lines: list[int]) -> tuple[Tensor, Tensor]:
         rows = self._tensor([batch.rows[line] for line in lines])

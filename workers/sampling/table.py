@@ -38,7 +38,7 @@ PLAIN = Feature.RANDOM  # a row that asks for nothing else has its token drawn b
 
 @dataclass(frozen=True, slots=True)
 class SparseEdits:
-    """The part of a row's token lists that falls into this rank's share, as columns of the share."""
+    """The part of a row's token lists that falls into this rank's shard, as columns of the shard."""
 
     allowed: Tensor  # [a] int64
     stop: Tensor  # [s] int64
@@ -52,8 +52,8 @@ class SamplingTable:
     A row may be set again without being cleared. Values are not checked here: `SamplingParams` did.
     """
 
-    def __init__(self, max_rows: int, vocab_share: range, device: torch.device) -> None:
-        self.vocab_share = vocab_share
+    def __init__(self, max_rows: int, vocab_shard: range, device: torch.device) -> None:
+        self.vocab_shard = vocab_shard
         self.device = device
         self.features: NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
         self.host: dict[int, Sampling] = {}
@@ -80,7 +80,7 @@ class SamplingTable:
             if features & (Feature.ALLOWED | Feature.MIN_TOKENS | Feature.BIAS):
                 self.sparse[row] = self._sparse_edits(sampling)
             if features & Feature.BAD_WORDS:
-                self.bad_words[row] = BadWords.of(sampling.bad_words, self.vocab_share, self.device)
+                self.bad_words[row] = BadWords.of(sampling.bad_words, self.vocab_shard, self.device)
         integers = [(row, mixed_seed(s.seed), s.top_k if s.top_k > 0 else NO_TOP_K) for row, s in samplings.items()]
         rows, seeds, top_k = to_device(torch.tensor(integers, dtype=torch.int64).t().contiguous(), self.device)
         self.seeds[rows], self.top_k[rows] = seeds, top_k
@@ -104,8 +104,8 @@ class SamplingTable:
         self.bad_words.pop(row, None)
 
     def _sparse_edits(self, sampling: Sampling) -> SparseEdits:
-        share = self.vocab_share
-        bias = {token_id - share.start: value for token_id, value in sampling.logit_bias.items() if token_id in share}
+        shard = self.vocab_shard
+        bias = {token_id - shard.start: value for token_id, value in sampling.logit_bias.items() if token_id in shard}
         return SparseEdits(
             allowed=self._columns(sampling.allowed_token_ids),
             stop=self._columns(sampling.stop_token_ids),
@@ -114,8 +114,8 @@ class SamplingTable:
         )
 
     def _columns(self, token_ids: list[int]) -> Tensor:
-        share = self.vocab_share
-        columns = [token_id - share.start for token_id in token_ids if token_id in share]
+        shard = self.vocab_shard
+        columns = [token_id - shard.start for token_id in token_ids if token_id in shard]
         return to_device(torch.tensor(columns, dtype=torch.int64), self.device)
 
 

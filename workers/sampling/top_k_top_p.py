@@ -1,10 +1,10 @@
-"""Top-k and top-p without exchanging logits: ranks exchange the best few pairs of their shares and agree on a cut.
+"""Top-k and top-p without exchanging logits: ranks exchange the best few pairs of their shards and agree on a cut.
 
 The cut of a line is the lowest (value, id) pair that may still be drawn. Each rank offers the `width` highest pairs of
-its share. Merged and sorted they start with the highest pairs of the whole vocabulary, exactly, down to the highest of
+its shard. Merged and sorted they start with the highest pairs of the whole vocabulary, exactly, down to the highest of
 the ranks' last offers: below that some rank may hide a higher pair. If the cut lies in this certain part it is found.
 Otherwise, when a top-k is huge or the distribution so flat that its nucleus is wider than the offers, the lines in
-question offer eight times as many, and in the last resort their whole shares.
+question offer eight times as many, and in the last resort their whole shards.
 """
 
 from dataclasses import dataclass, replace
@@ -37,22 +37,22 @@ class Restriction:
 
 
 def draw_restricted(
-    values: Tensor, keys: Tensor, restriction: Restriction, vocab_share: range, max_share: int, tp: TPGroup
+    values: Tensor, keys: Tensor, restriction: Restriction, vocab_shard: range, max_shard: int, tp: TPGroup
 ) -> Tensor:
-    """This rank's best pair [n] after noise among those at or above the cut; `PAD` where its share has none.
+    """This rank's best pair [n] after noise among those at or above the cut; `PAD` where its shard has none.
 
-    `values` [n, share] float32 are logits over temperature, `keys` [n] int64 the noise keys, `max_share` the widest
-    share of any rank. The ranks call this together, and agree about who needs more candidates.
+    `values` [n, shard] float32 are logits over temperature, `keys` [n] int64 the noise keys, `max_shard` the widest
+    shard of any rank. The ranks call this together, and agree about who needs more candidates.
     """
-    widest = max_share + 1  # one more than any share: then every rank's last offer is `PAD`, and all is certain
+    widest = max_shard + 1  # one more than any shard: then every rank's last offer is `PAD`, and all is certain
     width = min(INITIAL_WIDTH, restriction.max_top_k, widest)
-    offers = top_pairs(values, vocab_share.start, width)
+    offers = top_pairs(values, vocab_shard.start, width)
     cuts, is_open = find_cuts(values, offers, restriction, tp)
     best = _best_at_or_above(cuts, offers, keys)
     while width < widest and bool(is_open.any()):
         lines = is_open.nonzero().squeeze(1)
         width = min(width * _WIDENING, widest)
-        offers = top_pairs(values[lines], vocab_share.start, width)
+        offers = top_pairs(values[lines], vocab_shard.start, width)
         cuts, still_open = find_cuts(values[lines], offers, restriction.of(lines), tp)
         best[lines] = _best_at_or_above(cuts, offers, keys[lines])
         is_open = torch.zeros_like(is_open).index_copy_(0, lines, still_open)
@@ -62,7 +62,7 @@ def draw_restricted(
 def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGroup) -> tuple[Tensor, Tensor]:
     """The cut [n] int64 of each line, and whether it needs wider offers [n] bool, the same on every rank.
 
-    `values` [n, share] is this rank's share and `offers` [n, width] its highest pairs in order. Tokens below min-p are
+    `values` [n, shard] is this rank's shard and `offers` [n, width] its highest pairs in order. Tokens below min-p are
     dropped, then all but the `top_k` highest, and of these the shortest prefix stays that holds `top_p` of their mass;
     a token stays when the mass before it is less than that. Equal values are in order of their ids. The first always
     stays.
@@ -80,7 +80,7 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     total = masses.sum(dim=-1)
     has_top_k = restriction.top_k < NO_TOP_K
     if restriction.max_top_k == NO_TOP_K:
-        total = torch.where(has_top_k, total, tp.all_reduce(_share_mass(values, highest, restriction)))
+        total = torch.where(has_top_k, total, tp.all_reduce(_shard_mass(values, highest, restriction)))
     mass_before = torch.nn.functional.pad(masses.cumsum(dim=-1)[:, :-1], (1, 0))
     stays = is_candidate & (mass_before < (restriction.top_p * total).unsqueeze(1))
 
@@ -90,8 +90,8 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     return cuts, tp.all_reduce(is_open.to(torch.int32), "max") > 0
 
 
-def _share_mass(values: Tensor, highest: Tensor, restriction: Restriction) -> Tensor:
-    """The mass [n] float64 of this rank's share, relative to that of the highest token, without what min-p drops."""
+def _shard_mass(values: Tensor, highest: Tensor, restriction: Restriction) -> Tensor:
+    """The mass [n] float64 of this rank's shard, relative to that of the highest token, without what min-p drops."""
     lowest = highest + restriction.log_min_p.unsqueeze(1)
     sums = []
     for block in line_blocks(values):

@@ -198,14 +198,14 @@ def test_one_call_is_served_in_order_and_wastes_no_token_of_a_step(depth: int) -
     assert [engine.token_ids(index) for index in range(200)] == [generate(prompt, 2) for prompt in prompts]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_slice_tokens": 8}, {"num_blocks": 120}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_chunk_tokens": 8}, {"num_blocks": 120}], ids=str)
 def test_sequences_of_one_prompt_compute_it_once(options: dict[str, Any]) -> None:
     engine = Engine(**options)
     prompt = [index % VOCAB_SIZE for index in range(201)]
     engine.add(0, prompt, max_tokens=3, n=30)
     engine.run()
     assert all(engine.token_ids(index) == generate(prompt, 3) for index in range(30))
-    repeated = 8 * 201 if "max_slice_tokens" in options else 0  # rows that slices end early run side by side
+    repeated = 8 * 201 if "max_chunk_tokens" in options else 0  # rows that chunks end early run side by side
     assert engine.rank.num_tokens_run <= 201 + 30 * (1 + 3 + 2) + repeated
 
 
@@ -286,7 +286,7 @@ small = st.sampled_from(
     [
         {},
         {"num_blocks": 40},
-        {"num_blocks": 40, "enable_prefix_caching": False, "max_slice_tokens": 7},
+        {"num_blocks": 40, "enable_prefix_caching": False, "max_chunk_tokens": 7},
         {"max_num_seqs": 2},
         {"max_num_batched_tokens": NUM_ROWS},
     ]

@@ -41,10 +41,10 @@ def some_prompts(rng: Random, count: int) -> list[list[int]]:
     "options",
     [
         {},
-        {"max_slice_tokens": 7},
+        {"max_chunk_tokens": 7},
         {"enable_prefix_caching": False},
         {"num_blocks": 20},
-        {"num_blocks": 20, "enable_prefix_caching": False, "max_slice_tokens": 3},
+        {"num_blocks": 20, "enable_prefix_caching": False, "max_chunk_tokens": 3},
         {"max_num_seqs": 1},
         {"block_size": 1, "num_blocks": 70},
     ],
@@ -142,7 +142,7 @@ def test_a_running_request_is_not_starved_by_a_long_prompt(depth: int) -> None:
 
 
 def test_prompt_logprobs_come_once_and_in_order(depth: int) -> None:
-    engine = Engine(depth, num_blocks=12, max_slice_tokens=7)
+    engine = Engine(depth, num_blocks=12, max_chunk_tokens=7)
     prompts = [[index] * 15 for index in range(4)]
     for index, prompt in enumerate(prompts):
         engine.add(index, prompt, max_tokens=20, prompt_logprobs=0)
@@ -195,7 +195,7 @@ def test_what_was_computed_before_a_failure_is_not_found_after_it(depth: int) ->
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_left_behind_by_two_thousand_requests_with_aborts(depth: int, seed: int) -> None:
-    engine, rng = Engine(depth, num_blocks=40, max_slice_tokens=9), Random(seed)
+    engine, rng = Engine(depth, num_blocks=40, max_chunk_tokens=9), Random(seed)
     prompts = some_prompts(rng, 2000)
     max_tokens = [rng.randrange(1, 25) for _ in prompts]
     stops = [rng.sample(range(VOCAB_SIZE), rng.randrange(3)) for _ in prompts]
@@ -246,7 +246,7 @@ class ForgetfulRank(ToyRank):
             return StepOutput(step.step)
         before = self.num_tokens_run
         output = super().run(step)
-        num_requests = sum(step.slices.get(row, 1) > 0 for row in self.rows)
+        num_requests = sum(step.chunks.get(row, 1) > 0 for row in self.rows)
         if self._fails(self.num_tokens_run - before, num_requests):
             self.failures.append((self.num_tokens_run - before, num_requests))
             self._skipping = True
@@ -264,7 +264,7 @@ def forgetful_engine(
     return InlineEngine(scheduler, rank, depth), rank
 
 
-@pytest.mark.parametrize("options", [{}, {"num_blocks": 20}, {"max_slice_tokens": 7}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 20}, {"max_chunk_tokens": 7}], ids=str)
 def test_steps_that_run_out_of_memory_change_no_token(depth: int, options: dict[str, Any]) -> None:
     rng = Random(7)
     engine, rank = forgetful_engine(depth, lambda num_tokens, _: num_tokens > 1 and rng.random() < 0.2, **options)

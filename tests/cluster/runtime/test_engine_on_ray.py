@@ -35,7 +35,7 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.runtime.engine_client import EngineClient
 from eagleray.cluster.runtime.resolve import worker_config
 from eagleray.models.config import ModelConfig
-from eagleray.models.loading.loader import checkpoint_pieces, load_model
+from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
 from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress
@@ -143,7 +143,7 @@ def test_phases_of_a_start_are_heard_in_order_with_all_bytes(model_dir: Path, tm
     whole = load_model(
         model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=3
     )
-    save_file({name: piece.target.clone() for name, piece in checkpoint_pieces(whole)}, tmp_path / "model.safetensors")
+    save_file({name: piece.target.clone() for name, piece in checkpoint_shards(whole)}, tmp_path / "model.safetensors")
     heard: list[Progress] = []
     EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append).close()
     assert list(dict.fromkeys(progress.phase for progress in heard)) == [phase for phase in PHASES if phase != FETCHING]

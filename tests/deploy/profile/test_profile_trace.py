@@ -60,11 +60,11 @@ def test_kernels_are_grouped_and_gaps_are_idle() -> None:
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
-        ("_sum_norm_kernel", "collectives"),
+        ("_all_reduce_rms_norm_kernel", "collectives"),
         ("_highest_kernel", "collectives"),
         ("_draw_kernel", "sampling"),
         ("_linear_kernel", "weights"),
-        ("slice_attend_kernel", "attention"),
+        ("varlen_kernel", "attention"),
         ("_rms_norm_kernel", "rest"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading import checkpoint
-from eagleray.models.loading.loader import checkpoint_pieces, load_model
+from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
 
 CONFIG = {
@@ -51,8 +51,8 @@ def whole_tensors(models: list[CausalLM]) -> dict[str, Tensor]:
     """The checkpoint's tensors, put together from every rank's shard."""
     whole: dict[str, Tensor] = {}
     for model in models:
-        for name, piece in checkpoint_pieces(model):
-            whole.setdefault(name, torch.full(piece.shape, float("nan")))[piece.region] = piece.target
+        for name, shard in checkpoint_shards(model):
+            whole.setdefault(name, torch.full(shard.shape, float("nan")))[shard.region] = shard.target
     return whole
 
 

@@ -1,4 +1,4 @@
-"""Pieces that are streamed in parts hold the same bits as pieces that are read whole."""
+"""Shards that are streamed in parts hold the same bits as shards that are read whole."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eagleray.models.loading.weight_stream import WeightStream
-from eagleray.parallel.weight_shard import Piece
+from eagleray.parallel.weight_shard import WeightShard
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -27,9 +27,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def piece(tensor: Tensor, region: tuple[slice, ...], dtype: torch.dtype) -> Piece:
+def shard(tensor: Tensor, region: tuple[slice, ...], dtype: torch.dtype) -> WeightShard:
     target = torch.full(tensor[region].shape, float("nan"), dtype=dtype)
-    return Piece(name="weight", shape=tuple(tensor.shape), region=region, target=target)
+    return WeightShard(name="weight", shape=tuple(tensor.shape), region=region, target=target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,9 +43,9 @@ def test_every_region_arrives(file: Path, dtype: torch.dtype, buffer_bytes: int,
         columns = [slice(0, 48), slice(16, 47)] if tensor.dim() == 2 else []
         regions = [(row, column) for row in rows for column in columns] if columns else [(row,) for row in rows]
         for region in regions:
-            streamed.append(piece(tensor, region, dtype))
+            streamed.append(shard(tensor, region, dtype))
             stream.fill(streamed[-1], file, name)
-            read.append(piece(tensor, region, dtype))
+            read.append(shard(tensor, region, dtype))
             with safe_open(file, framework="pt") as source:
                 read[-1].load(source.get_slice(name))
     stream.finish()
@@ -54,8 +54,8 @@ def test_every_region_arrives(file: Path, dtype: torch.dtype, buffer_bytes: int,
 
 def test_a_failing_thread_is_heard(file: Path) -> None:
     stream = WeightStream(CPU)
-    good = piece(TENSORS["half"], (slice(0, 64), slice(0, 48)), torch.float32)
-    bad = Piece(name="weight", shape=(64, 48), region=good.region, target=torch.empty(64, 47))
+    good = shard(TENSORS["half"], (slice(0, 64), slice(0, 48)), torch.float32)
+    bad = WeightShard(name="weight", shape=(64, 48), region=good.region, target=torch.empty(64, 47))
     stream.fill(good, file, "half")
     stream.fill(bad, file, "half")
     with pytest.raises(RuntimeError, match="shape"):
@@ -66,4 +66,4 @@ def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.ones(4, dtype=torch.int32)}, path)
     with pytest.raises(ValueError, match="has dtype I32, but weights are of F64, F32"):
-        WeightStream(CPU).fill(piece(torch.ones(4), (slice(0, 4),), torch.float32), path, "x")
+        WeightStream(CPU).fill(shard(torch.ones(4), (slice(0, 4),), torch.float32), path, "x")

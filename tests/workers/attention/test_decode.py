@@ -121,7 +121,7 @@ else:
             batches = [[length] * n for length in (1, 256, 257, 513, 1281, longest) for n in (1, 2, 5, 12)]
             for lens in [*batches, [longest, *[257] * 11], [*[1] * 6, *[769] * 3]]:
                 ours.plan_decode(workspace, torch.tensor(lens, dtype=torch.int32, device=DEVICE), small)
-                num_pieces = int(workspace.header[0])
-                assert num_pieces == int(workspace.requests[: len(lens), 1].sum()) <= len(workspace.work)
-                most = max(most, num_pieces)
+                num_splits = int(workspace.header[0])
+                assert num_splits == int(workspace.requests[: len(lens), 1].sum()) <= len(workspace.work)
+                most = max(most, num_splits)
         assert most > 12  # some were cut

@@ -57,7 +57,7 @@ def test_flash_attention_is_not_for_layers_with_sinks(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "window and soft cap"])
-def test_a_slice_longer_than_what_is_attended_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_longer_than_what_is_attended_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "_QUERIES_AT_ONCE", 4)
     requests = Requests([(21, 30), (1, 5), (4, 4)], SPECS[name])
     torch.testing.assert_close(requests.run(), requests.expected(), atol=1e-5, rtol=1e-5)

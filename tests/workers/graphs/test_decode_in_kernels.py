@@ -81,7 +81,7 @@ else:
     def run(model: CausalLM, samplings: list[dict[str, Any]], depth: int) -> tuple[list[list[int]], list[Any]]:
         """Tokens and log-probabilities of one request per sampling, of which at most `MAX_ROWS` run at a time."""
         scheduler = Scheduler(
-            num_blocks=NUM_BLOCKS, block_size=4, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_slice_tokens=7
+            num_blocks=NUM_BLOCKS, block_size=4, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_chunk_tokens=7
         )
         engine = InlineEngine(scheduler, make_worker(model), depth)
         for index, sampling in enumerate(samplings):

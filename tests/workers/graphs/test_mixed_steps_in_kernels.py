@@ -1,4 +1,4 @@
-"""Mixed steps as graphs see them, padded and with the decode kernel for slices of one token, against plain PyTorch."""
+"""Mixed steps as graphs see them, padded and with the decode kernel for chunks of one token, against plain PyTorch."""
 
 import json
 from pathlib import Path
@@ -60,9 +60,9 @@ else:
         return worker.Worker(config, model, TPGroup(), NUM_BLOCKS)
 
     def run(model: CausalLM) -> list[list[int]]:
-        """Prompts in slices of seven tokens beside requests that are decoding, one step ahead."""
+        """Prompts in chunks of seven tokens beside requests that are decoding, one step ahead."""
         scheduler = Scheduler(
-            num_blocks=NUM_BLOCKS, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_slice_tokens=7
+            num_blocks=NUM_BLOCKS, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_chunk_tokens=7
         )
         engine = InlineEngine(scheduler, make_worker(model), 2)
         for index, length in enumerate(PROMPT_LENGTHS):

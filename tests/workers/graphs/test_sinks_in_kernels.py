@@ -21,7 +21,7 @@ if not INTERPRETED:
 
 else:
     from eagleray.models.attention import AttentionSpec
-    from eagleray.models.loading.loader import checkpoint_pieces, load_model
+    from eagleray.models.loading.loader import checkpoint_shards, load_model
     from eagleray.parallel.group import TPGroup
     from eagleray.workers.attention.backends import DecodeBackend, MixedBackend
     from eagleray.workers.attention.reference import reference_attention
@@ -54,7 +54,7 @@ else:
         (directory / "config.json").write_text(json.dumps(CONFIG))
         cpu = torch.device("cpu")
         model = load_model(directory, tp=TPGroup(), dtype=torch.float32, device=cpu, load_format="dummy", seed=3)
-        tensors = {name: piece.target for name, piece in checkpoint_pieces(model)}
+        tensors = {name: shard.target for name, shard in checkpoint_shards(model)}
         for name, tensor in tensors.items():
             if name.endswith("sinks"):
                 tensor.mul_(100)  # as large as scores are
@@ -81,7 +81,7 @@ else:
             assert run == Run(plain.token_ids, captured=(True, True))
 
     @pytest.mark.parametrize(("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2)])
-    def test_a_step_of_one_kind_of_slices_by_no_graph(lengths: list[tuple[int, int]], num_single: int) -> None:
+    def test_a_step_of_one_kind_of_chunks_by_no_graph(lengths: list[tuple[int, int]], num_single: int) -> None:
         spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125, has_sinks=True)
         requests, sinks = Requests(lengths, spec, block_size=16), torch.linspace(-3, 6, 4)
         requests.metadata = replace(requests.metadata, num_single=num_single)

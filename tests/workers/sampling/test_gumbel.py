@@ -1,4 +1,4 @@
-"""The parts of the sampler that have no vocabulary shares: pairs, noise, and the distribution of what is drawn."""
+"""The parts of the sampler that have no vocabulary shards: pairs, noise, and the distribution of what is drawn."""
 
 import msgspec
 import numpy as np
@@ -43,16 +43,16 @@ def test_pairs_order_by_value_then_by_lower_id_and_come_back() -> None:
     assert torch.equal(back_ids, token_ids)
 
 
-@pytest.mark.parametrize("share", [1, 15, 64, 1000, 5003, 20_000])
+@pytest.mark.parametrize("shard", [1, 15, 64, 1000, 5003, 20_000])
 @pytest.mark.parametrize("width", [1, 3, 50, 1000])
-def test_top_pairs_are_those_of_a_stable_sort(share: int, width: int) -> None:
-    """With ties, and in shares that are and are not large enough to look at groups of columns first."""
-    values = np.round(np.random.default_rng(share + width).standard_normal((5, share)) * 20).astype(np.float32)
+def test_top_pairs_are_those_of_a_stable_sort(shard: int, width: int) -> None:
+    """With ties, and in shards that are and are not large enough to look at groups of columns first."""
+    values = np.round(np.random.default_rng(shard + width).standard_normal((5, shard)) * 20).astype(np.float32)
     values[4] = -np.inf
-    order = np.lexsort((np.broadcast_to(np.arange(share), values.shape), -values))[:, :width]
+    order = np.lexsort((np.broadcast_to(np.arange(shard), values.shape), -values))[:, :width]
     top = top_pairs(torch.from_numpy(values), 7, width)
-    assert torch.equal(unpack(top[:, :share])[1], torch.from_numpy(order + 7))
-    assert bool((top[:, share:] == PAD).all())
+    assert torch.equal(unpack(top[:, :shard])[1], torch.from_numpy(order + 7))
+    assert bool((top[:, shard:] == PAD).all())
     assert torch.equal(best_pairs(torch.from_numpy(values), 7), top[:, 0])
 
 
@@ -62,7 +62,7 @@ def test_a_mixed_seed_uses_all_64_bits() -> None:
     assert all(-(2**63) <= seed < 2**63 for seed in mixed)
 
 
-def test_noise_of_a_share_is_the_part_of_the_whole_noise() -> None:
+def test_noise_of_a_shard_is_the_part_of_the_whole_noise() -> None:
     keys = some_keys(5)
     whole, whole_bits = add_gumbel_(torch.zeros(5, 70_000), keys, 0), random_bits(keys, ids(0, 70_000))
     for start, stop in ((0, 3), (3, 33_331), (33_331, 70_000)):

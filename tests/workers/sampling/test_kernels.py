@@ -16,7 +16,7 @@ from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 CPU = torch.device("cpu")
-FIRST_ID = 300  # of the share; nothing may depend on its being 0
+FIRST_ID = 300  # of the shard; nothing may depend on its being 0
 
 if not RUNS_KERNELS:
 
@@ -78,15 +78,15 @@ else:
 
     def draw(logits: Tensor, samplings: list[Sampling], soft_cap: float | None = None, offset: int = 0) -> Tensor:
         """Pairs [n] by the kernel. Rows are in falling order, and lines stand further apart than they are long."""
-        num_lines, share = logits.shape
-        table = SamplingTable(num_lines, range(FIRST_ID, FIRST_ID + share), DEVICE)
+        num_lines, shard = logits.shape
+        table = SamplingTable(num_lines, range(FIRST_ID, FIRST_ID + shard), DEVICE)
         rows = list(range(num_lines))[::-1]
         for row, sampling in zip(rows, samplings, strict=True):
             table.set({row: sampling})
-        apart = torch.full((num_lines, share + 13), torch.inf, dtype=logits.dtype)
-        apart[:, :share] = logits
+        apart = torch.full((num_lines, shard + 13), torch.inf, dtype=logits.dtype)
+        apart[:, :shard] = logits
         return best_plain_pairs(
-            apart.to(DEVICE)[:, :share],
+            apart.to(DEVICE)[:, :shard],
             torch.tensor(rows, device=DEVICE),
             torch.arange(offset, offset + num_lines, dtype=torch.int32, device=DEVICE),
             table.temperatures,
@@ -96,21 +96,21 @@ else:
         ).cpu()
 
     def expected_ids(logits: Tensor, samplings: list[Sampling], offset: int = 0) -> list[int]:
-        num_lines, share = logits.shape
-        vocab_share = range(FIRST_ID, FIRST_ID + share)
-        table = SamplingTable(num_lines, vocab_share, CPU)
+        num_lines, shard = logits.shape
+        vocab_shard = range(FIRST_ID, FIRST_ID + shard)
+        table = SamplingTable(num_lines, vocab_shard, CPU)
         for row, sampling in enumerate(samplings):
             table.set({row: sampling})
-        sampler = Sampler(table, vocab_share, FIRST_ID + share, TPGroup())
+        sampler = Sampler(table, vocab_shard, FIRST_ID + shard, TPGroup())
         rows, num_tokens = list(range(num_lines)), list(range(offset, offset + num_lines))
         tokens = torch.zeros(num_lines, 1, dtype=torch.int32)
         return sampler(logits.float(), rows, tokens, [1] * num_lines, num_tokens).token_ids.tolist()
 
-    def some_logits(num_lines: int, share: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-        return (3 * torch.randn(num_lines, share, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    def some_logits(num_lines: int, shard: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+        return (3 * torch.randn(num_lines, shard, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
     @pytest.mark.parametrize(
-        ("dtype", "share"),
+        ("dtype", "shard"),
         [
             (torch.bfloat16, 1),
             (torch.bfloat16, 127),
@@ -119,10 +119,10 @@ else:
             (torch.bfloat16, 4099),
         ],
     )
-    def test_tokens_are_those_of_the_sampler(dtype: torch.dtype, share: int) -> None:
+    def test_tokens_are_those_of_the_sampler(dtype: torch.dtype, shard: int) -> None:
         temperatures = [0.0, 1.0, 1e-3, 0.3, 10.0, 1.7, 1.0, 9e-6]
         samplings = [Sampling(temperature=t, seed=seed * 2**61) for seed, t in enumerate(temperatures)]
-        logits = some_logits(len(samplings), share, dtype)  # with many ties in 16 bits
+        logits = some_logits(len(samplings), shard, dtype)  # with many ties in 16 bits
         logits[-2:] = 0.5  # one draws any token, the other is as good as greedy
         for offset in (1, 70_000):
             ids = unpack_ids(draw(logits, samplings, offset=offset)).tolist()

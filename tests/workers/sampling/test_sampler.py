@@ -1,4 +1,4 @@
-"""The sampler over vocabulary shares against a plain numpy pipeline over the whole vocabulary, and its corner cases."""
+"""The sampler over vocabulary shards against a plain numpy pipeline over the whole vocabulary, and its corner cases."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 T = TypeVar("T")
 
 VOCAB = 1000
-SHARES = {
+SHARDS = {
     1: [range(0, 1000)],
     2: [range(0, 700), range(700, 1000)],
     3: [range(0, 11), range(11, 600), range(600, 1000)],
@@ -104,17 +104,17 @@ def sample(
         ids = line.prompt + line.output
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
     whole = torch.from_numpy(np.stack([line.logits for line in lines]))
-    shares = SHARES[size] if whole.shape[1] == VOCAB else [range(0, whole.shape[1])]
+    shards = SHARDS[size] if whole.shape[1] == VOCAB else [range(0, whole.shape[1])]
 
     def work(tp: TPGroup) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        share = shares[tp.rank]
-        table = SamplingTable(max_rows, share, torch.device("cpu"))
+        shard = shards[tp.rank]
+        table = SamplingTable(max_rows, shard, torch.device("cpu"))
         for row, line in zip(rows, lines, strict=True):
             table.set({row: EVERYTHING})  # a former request leaves nothing behind
             table.clear(row)
             table.set({row: line.sampling})
-        out = Sampler(table, share, whole.shape[1], tp)(
-            whole[:, share.start : share.stop].clone(),
+        out = Sampler(table, shard, whole.shape[1], tp)(
+            whole[:, shard.start : shard.stop].clone(),
             rows,
             tokens,
             [len(line.prompt) for line in lines],
@@ -425,7 +425,7 @@ class TestExtremes:
         logits = np.full(VOCAB, np.finfo(np.float32).max, np.float32)
         assert sample([Line(Sampling(temperature=0.0), logits)] * 2, size)[0] == [0, 0]
 
-    def test_a_nucleus_wider_than_the_candidates_is_drawn_from_whole_shares(self, size: int) -> None:
+    def test_a_nucleus_wider_than_the_candidates_is_drawn_from_whole_shards(self, size: int) -> None:
         """A flat distribution at top-p 0.9 keeps 900 tokens, far more than the ranks offer at first."""
         lines = [Line(Sampling(top_p=0.9, seed=seed), flat()) for seed in range(300)]
         tokens = sample(lines, size)[0]
@@ -503,10 +503,10 @@ def test_prompt_logprobs_equal_the_log_softmax_of_the_whole_vocabulary(size: int
     targets = rng.integers(0, VOCAB, 9)
 
     def work(tp: TPGroup) -> list[TokenLogprobs]:
-        share = SHARES[size][tp.rank]
-        sampler = Sampler(SamplingTable(1, share, torch.device("cpu")), share, VOCAB, tp)
+        shard = SHARDS[size][tp.rank]
+        sampler = Sampler(SamplingTable(1, shard, torch.device("cpu")), shard, VOCAB, tp)
         whole = torch.from_numpy(logits)
-        return sampler.prompt_logprobs(whole[:, share.start : share.stop], torch.from_numpy(targets), num)
+        return sampler.prompt_logprobs(whole[:, shard.start : shard.stop], torch.from_numpy(targets), num)
 
     results = on_ranks(size, work)
     assert all(result == results[0] for result in results)

@@ -1,9 +1,9 @@
-"""Paged attention over slices: our kernel, FlashAttention-3 where it serves the layer, and the plain implementation.
+"""Paged attention over chunks: our kernel, FlashAttention-3 where it serves the layer, and the plain implementation.
 
 First checks our kernel against the plain implementation in float32. Then prints one JSON object per batch, with medians
 in microseconds of one layer, and what ours makes of the multiplications that the visible keys ask for. Needs a GPU.
 
-Usage: python tests/bench/slice_attention.py [--tune] [--out FILE]
+Usage: python tests/bench/varlen_attention.py [--tune] [--out FILE]
 
 `--tune` times many launch constants on every batch and prints the fastest.
 """
@@ -28,7 +28,7 @@ from eagleray.workers.attention.context import AttentionBackend, AttentionMetada
 from eagleray.workers.attention.flash import flash_attention
 from eagleray.workers.attention.flash import supports as flash_supports
 from eagleray.workers.attention.reference import reference_attention
-from eagleray.workers.attention.varlen import LaunchConstants, launch_constants, slice_attention
+from eagleray.workers.attention.varlen import LaunchConstants, launch_constants, varlen_attention
 
 BLOCK_SIZE = 128
 DEVICE = torch.device("cuda")
@@ -84,7 +84,7 @@ class Problem:
     def largest_error(self) -> float:
         """Of our kernel, against the plain implementation in float32; raises if it is more than rounding."""
         expected = replace(self, q=self.q.float(), cache=self.cache.float()).run(reference_attention)
-        out = self.run(slice_attention).float()
+        out = self.run(varlen_attention).float()
         torch.testing.assert_close(out, expected, atol=1e-2, rtol=1.6e-2)
         return round((out - expected).abs().max().item(), 5)
 
@@ -113,7 +113,7 @@ def microseconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
 def compare(layer: str, batch: str) -> dict[str, Any]:
     problem = Problem.random(SPECS[layer], BATCHES[batch])
     result: dict[str, Any] = {"layer": layer, "batch": batch, "largest_error": problem.largest_error()}
-    result["ours_us"] = microseconds(partial(problem.run, slice_attention))
+    result["ours_us"] = microseconds(partial(problem.run, varlen_attention))
     result["ours_tflops"] = round(problem.operations / result["ours_us"] / 1e6, 1)
     if flash_supports(problem.spec, BF16, DEVICE):
         result["fa3_us"] = microseconds(partial(problem.run, flash_attention))
@@ -136,7 +136,7 @@ def tune(layer: str, batch: str) -> dict[str, Any]:
     """The fastest settings. Those that the GPU's shared memory cannot hold are left out, and counted."""
     problem, times = Problem.random(SPECS[layer], BATCHES[batch]), {}
     for constants in SETTINGS:
-        attend = partial(slice_attention, constants=constants)
+        attend = partial(varlen_attention, constants=constants)
         try:
             times[constants] = microseconds(partial(problem.run, attend), seconds=0.05)
         except triton.runtime.OutOfResources:
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", help="append the lines to this file, too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print(json.dumps({"skipped": "attention over slices is measured on a GPU"}))
+        print(json.dumps({"skipped": "attention over chunks is measured on a GPU"}))
         return
     torch.manual_seed(time.time_ns() % 2**31)
     for result in lines(arguments.tune):
