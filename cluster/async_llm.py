@@ -15,7 +15,7 @@ from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_pr
 from eagleray.cluster.frontend.chat import achat_prompt
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.prompts import Message, Prompt
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.runtime.launch import launch
@@ -57,7 +57,7 @@ class AsyncLLM:
     def _set_up(self, engine: EngineLink, front_end: FrontEnd) -> None:
         self._engine = engine
         self._front_end = front_end
-        self._news: dict[Generation, asyncio.Event] = {}  # of each request that somebody iterates
+        self._news: dict[RequestState, asyncio.Event] = {}  # of each request that somebody iterates
         self._profiled: dict[int, asyncio.Event] = {}  # of each start or stop of a profile that somebody awaits
         self._reader: asyncio.Task[None] | None = None  # runs from the first request on
         self._failure: str | None = None
@@ -201,7 +201,7 @@ class AsyncLLM:
     ) -> None:
         self.close()
 
-    def _submit(self, generation: Generation) -> asyncio.Event:
+    def _submit(self, generation: RequestState) -> asyncio.Event:
         request = self._front_end.add(generation)
         try:
             self._engine.send(Submit([request]))
@@ -251,7 +251,7 @@ class AsyncLLM:
             logger.exception("The front end failed; its requests end with this cause")
             self._fail(f"the front end failed: {error!r}")
 
-    def _abort(self, generation: Generation) -> None:
+    def _abort(self, generation: RequestState) -> None:
         """End a request here and in the engine, if it runs."""
         ids = self._front_end.abort(generation)
         self._wake(generation)
@@ -261,7 +261,7 @@ class AsyncLLM:
             except EngineDeadError as error:
                 self._fail(str(error))
 
-    def _wake(self, generation: Generation) -> None:
+    def _wake(self, generation: RequestState) -> None:
         if generation in self._news and _is_awaited(generation):
             self._news[generation].set()
 
@@ -281,7 +281,7 @@ class AsyncLLM:
             raise EngineDeadError(self._failure)
 
 
-def _is_awaited(generation: Generation) -> bool:
+def _is_awaited(generation: RequestState) -> bool:
     """Whether what is new is to be told now."""
     only_last = generation.output_kind is RequestOutputKind.FINAL_ONLY
     return not only_last or generation.finished or generation.failed

@@ -25,7 +25,7 @@ from eagleray.cluster.frontend.chat import chat_prompt
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.progress_bar import BatchProgress
 from eagleray.cluster.frontend.prompts import Message, Prompt, conversations, prompt_list
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from eagleray.cluster.runtime.launch import launch
@@ -85,7 +85,7 @@ class LLM:
         self._turn = Condition()  # guards all of this, and is notified of news
         self._receiver: int | None = None  # the thread that uses the engine now
         self._unsent: list[RequestMessage] = []  # of other threads, meanwhile
-        self._ended: dict[Generation, list[Generation]] = {}  # where whoever runs a request looks for its end
+        self._ended: dict[RequestState, list[RequestState]] = {}  # where whoever runs a request looks for its end
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -134,11 +134,11 @@ class LLM:
                 prepared.append(self._prepare(prompt, params, priority, group))
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}" if len(all_prompts) > 1 else str(error)) from None
-        generations = [each for each in prepared if isinstance(each, Generation)]
+        generations = [each for each in prepared if isinstance(each, RequestState)]
         alone = not self._front_end.num_running  # bars of several threads would write over each other
         with BatchProgress(generations, enabled=use_tqdm and bool(generations) and alone) as progress:
             self._run(generations, progress)
-        outputs = [each.output() if isinstance(each, Generation) else each for each in prepared]
+        outputs = [each.output() if isinstance(each, RequestState) else each for each in prepared]
         _log_failures(outputs)
         return outputs
 
@@ -200,7 +200,9 @@ class LLM:
             raise EngineClosedError("this LLM is closed; make a new one")
         check_process(self._owner)
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, priority: int, group: str) -> Generation | RequestOutput:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, priority: int, group: str
+    ) -> RequestState | RequestOutput:
         """A request that can run, or the output of one whose prompt does not fit."""
         with self._turn:
             try:
@@ -217,9 +219,9 @@ class LLM:
                     return files
             self._take_turn()
 
-    def _run(self, generations: list[Generation], progress: BatchProgress) -> None:
+    def _run(self, generations: list[RequestState], progress: BatchProgress) -> None:
         """Run requests to their end; whatever interrupts this ends them in the engine, too."""
-        ended: list[Generation] = []
+        ended: list[RequestState] = []
         num_running = len(generations)
         try:
             with self._turn:

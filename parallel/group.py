@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from eagleray.parallel.network import interface_of, own_address
 from eagleray.parallel.symmetric_memory import SymmetricMemory
-from eagleray.parallel.tcp_gather import MAX_BYTES, Mesh
+from eagleray.parallel.tcp_gather import MAX_BYTES, TcpGather
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class _Links:
     """What connects this process with the other ranks of its group."""
 
     process_group: dist.ProcessGroup
-    mesh: Mesh | None = None  # on CPU, for small messages
+    mesh: TcpGather | None = None  # on CPU, for small messages
     symmetric: SymmetricMemory | None = None  # on CUDA, for small sums
 
 
@@ -113,7 +113,7 @@ def init_tp_group(
     )
     assert dist.group.WORLD is not None
     if cpu:
-        _links[name] = _Links(dist.group.WORLD, mesh=Mesh.join(rank, size, store, timeout_s))
+        _links[name] = _Links(dist.group.WORLD, mesh=TcpGather.join(rank, size, store, timeout_s))
     else:
         _links[name] = _Links(dist.group.WORLD, symmetric=_join_symmetric(dist.group.WORLD, device))
     return group

@@ -22,7 +22,7 @@ _SECRET_BYTES = 16
 _RANK = struct.Struct("<i")
 
 
-class Mesh:
+class TcpGather:
     """Connections to every other rank. All ranks gather in the same order, as with any collective."""
 
     def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float) -> None:

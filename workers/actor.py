@@ -10,7 +10,7 @@ import ray
 
 from eagleray.models.loading.model_dir import is_of_hub, model_dir
 from eagleray.workers.heartbeat import Heartbeat
-from eagleray.workers.output_sender import Reporter
+from eagleray.workers.output_sender import OutputSender
 from eagleray.workers.protocol.channel import Endpoint, Peer
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Goodbye, Profile, RankMessage
@@ -25,10 +25,10 @@ from eagleray.workers.protocol.startup import (
     RankHost,
     Ready,
 )
-from eagleray.workers.startup_reporter import StartTeller
+from eagleray.workers.startup_reporter import StartupReporter
 
 if TYPE_CHECKING:
-    from eagleray.workers.oom_guard import StepGuard
+    from eagleray.workers.oom_guard import OomGuard
 
 # NVLink multicast is not available on every machine, and these libraries hang rather than notice.
 CUDA_ENVIRONMENT = {
@@ -57,7 +57,7 @@ class RankActor:
         self._config = config
         self._hub = hub
         self._heartbeat = Heartbeat(rank, hub)
-        self._teller = StartTeller(rank, listener)
+        self._teller = StartupReporter(rank, listener)
         self._store: Any = None
         self._model: Any = None
         self._tp: Any = None
@@ -154,8 +154,8 @@ class RankActor:
         seconds = {part: end - begin for part, begin, end in parts}
         return Loaded(num_blocks, seconds, sum(weights.nbytes for weights in self._model.parameters()))
 
-    def _worker(self, num_blocks: int) -> "tuple[StepGuard, Ready]":
-        from eagleray.workers.oom_guard import StepGuard
+    def _worker(self, num_blocks: int) -> "tuple[OomGuard, Ready]":
+        from eagleray.workers.oom_guard import OomGuard
         from eagleray.workers.out_of_memory import explained
         from eagleray.workers.worker import Worker
 
@@ -165,7 +165,7 @@ class RankActor:
             worker = Worker(self._config, self._model, self._tp, num_blocks)
         graphs = worker.graph_bytes.values()
         alone, max_rows = self._size == 1, self._config.max_num_seqs
-        guard = StepGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
+        guard = OomGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
         return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
 
     def serve(self, num_blocks: int) -> None:
@@ -179,7 +179,7 @@ class RankActor:
         hub = Peer(self._hub, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
         self._teller.close()
-        reporter = Reporter(self._hub) if self._rank == 0 else None
+        reporter = OutputSender(self._hub) if self._rank == 0 else None
         while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
             if isinstance(message, Profile):
                 if (answer := profiler.handle(message)) is not None:
@@ -195,7 +195,7 @@ class RankActor:
         self._heartbeat.close()
 
     @staticmethod
-    def _next_payload(hub: Peer, reporter: Reporter | None) -> bytes:
+    def _next_payload(hub: Peer, reporter: OutputSender | None) -> bytes:
         """The next message; meanwhile a failure of the reporter is noticed, too."""
         while (payload := hub.receive(REPORTER_CHECK_S)) is None:
             if reporter is not None:

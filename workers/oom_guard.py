@@ -28,7 +28,7 @@ class Skipped:
         return self._output
 
 
-class StepGuard:
+class OomGuard:
     """Runs a worker's steps. Only a rank that is alone can leave one out: others would wait for it in their sums."""
 
     def __init__(self, worker: Worker, *, max_rows: int, alone: bool, device: torch.device) -> None:

@@ -17,7 +17,7 @@ class Pending(Protocol):
     def wait(self) -> StepOutput: ...
 
 
-class Reporter:
+class OutputSender:
     """Waits for each output in turn and sends it to the hub."""
 
     def __init__(self, endpoint: Endpoint) -> None:

@@ -15,7 +15,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-class Staging:
+class PinnedCopy:
     """Packs arrays into one page-locked tensor and copies them at once. On CPU there is nothing to copy.
 
     torch's allocator gives page-locked memory out again only after the copies from it are done, so nobody needs to keep

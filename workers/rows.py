@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagleray.workers.attention.context import AttentionMetadata
-from eagleray.workers.pinned_copy import Staging
+from eagleray.workers.pinned_copy import PinnedCopy
 from eagleray.workers.protocol.messages import RowStart, Step
 from eagleray.workers.triton_here import CAN_IMPORT
 
@@ -71,7 +71,7 @@ class Rows:
         self._block_table = torch.full((max_rows + 1, max_blocks), spare_block, dtype=torch.int32, device=device)
         self._device_num_computed = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
         self._block_size = block_size
-        self._staging = Staging(device)
+        self._staging = PinnedCopy(device)
         self._on_new_blocks = on_new_blocks
 
     # ---- a step changes the tables

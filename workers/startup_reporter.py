@@ -10,7 +10,7 @@ from eagleray.workers.protocol.startup import Progress
 PAUSE_S = 0.1  # between counts of one phase
 
 
-class StartTeller:
+class StartupReporter:
     """Every phase at once, counts only now and then. Nothing here waits for whoever listens at `endpoint`."""
 
     def __init__(self, rank: int, endpoint: Endpoint) -> None:

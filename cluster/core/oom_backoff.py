@@ -1,7 +1,7 @@
 """Smaller steps after one that ran out of memory."""
 
 
-class Caution:
+class OomBackoff:
     """How many tokens and requests a step may have.
 
     A failure halves what failed, and the limits double again each time that some requests have ended. With every

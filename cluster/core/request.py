@@ -9,7 +9,7 @@ import msgspec
 from eagleray.cluster.core.block_pool import ROOT, hash_block
 from eagleray.cluster.core.fairness import Group
 from eagleray.cluster.core.messages import EngineRequest
-from eagleray.cluster.core.time_accounting import NOTHING, Begun, Spent, StepClock
+from eagleray.cluster.core.time_accounting import NOTHING, Begun, Spent, TimeAccounting
 from eagleray.workers.protocol.messages import RowStart, Sampling, TokenLogprobs
 
 FrontEndId = bytes
@@ -112,7 +112,7 @@ class Request:
         self.begun = Begun(self.queued_s, before - self.ran)
         return self.begun
 
-    def wait_again(self, clock: StepClock) -> None:
+    def wait_again(self, clock: TimeAccounting) -> None:
         """It was preempted: until its next first step is done, time goes to the queue."""
         if self.waits_since is None:
             assert self.begun is not None

@@ -10,10 +10,10 @@ from operator import attrgetter, itemgetter
 from eagleray.cluster.core.block_pool import BlockPool
 from eagleray.cluster.core.fairness import Fairness, Group, standing
 from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
-from eagleray.cluster.core.oom_backoff import Caution
+from eagleray.cluster.core.oom_backoff import OomBackoff
 from eagleray.cluster.core.request import FrontEndId, Request
-from eagleray.cluster.core.step_plan import InFlight, Plan
-from eagleray.cluster.core.time_accounting import StepClock
+from eagleray.cluster.core.step_plan import InFlight, StepPlan
+from eagleray.cluster.core.time_accounting import TimeAccounting
 from eagleray.cluster.errors import ALL_MASKED
 from eagleray.workers.protocol.messages import Step, StepOutput
 
@@ -50,9 +50,9 @@ class Scheduler:
         enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = BlockPool(num_blocks)
-        self.clock = StepClock()
+        self.clock = TimeAccounting()
         self._block_size = block_size
-        self._caution = Caution(max_num_batched_tokens, max_num_seqs)
+        self._oom_backoff = OomBackoff(max_num_batched_tokens, max_num_seqs)
         self._max_chunk_tokens = max_chunk_tokens or max_num_batched_tokens
         self._caching = enable_prefix_caching
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
@@ -138,7 +138,7 @@ class Scheduler:
 
     def _end(self, request: Request, news: Tokens) -> Tokens:
         request.finished = True
-        self._caution.note_end()
+        self._oom_backoff.note_end()
         del self._requests[request.front_end, request.id]
         if request.row is None:
             self._fairness.leave(request)
@@ -164,8 +164,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Fill the token budget: a token for every row first, then what else there is. None if nothing can run now."""
         begin = time.monotonic()
-        max_tokens = self._caution.max_tokens
-        plan = Plan(max_tokens)
+        max_tokens = self._oom_backoff.max_tokens
+        plan = StepPlan(max_tokens)
         if self.pool.num_free < len(self._running):
             self._make_room(plan)
         if self._fairness.num_waiting and not plan.preempted:
@@ -185,7 +185,7 @@ class Scheduler:
         restart, self._restart = self._restart, False
         return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
 
-    def _make_room(self, plan: Plan) -> None:
+    def _make_room(self, plan: StepPlan) -> None:
         """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
         missing = sum(
             self._num_missing(each, 1) for each in self._running if each.num_computed_tokens >= each.quiet_until
@@ -203,10 +203,10 @@ class Scheduler:
             return
         request = self._fairness.first()
         assert request is not None
-        if not (request.awaits_tokens or (self._has_rows() and self._start(request, self._caution.max_tokens))):
+        if not (request.awaits_tokens or (self._has_rows() and self._start(request, self._oom_backoff.max_tokens))):
             self._preempt(max((each for each in self._running if each.group is rich), key=attrgetter("arrival")))
 
-    def _continue_running(self, plan: Plan) -> list[Request]:
+    def _continue_running(self, plan: StepPlan) -> list[Request]:
         """Run a token of every row that has no more; those that have more are returned.
 
         Most decode, with nothing to look after until `quiet_until`: those are done at once.
@@ -233,7 +233,7 @@ class Scheduler:
         plan.budget -= num_quiet
         return with_more
 
-    def _share(self, with_more: list[Request], plan: Plan) -> None:
+    def _share(self, with_more: list[Request], plan: StepPlan) -> None:
         """Share what single tokens left of the budget among long chunks and newcomers.
 
         Half is for who stands first, so that every prompt comes to its end. Newcomers have the other half, and what
@@ -269,7 +269,7 @@ class Scheduler:
         num_blocks = -(-(request.num_computed_tokens + num_tokens) // self._block_size)
         return max(0, num_blocks - len(request.block_ids))
 
-    def _grow_and_run(self, request: Request, num_tokens: int, plan: Plan) -> None:
+    def _grow_and_run(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         """Run so many tokens of a running request, or as many as find blocks."""
         missing = self._num_missing(request, num_tokens)
         if missing > self.pool.num_free:
@@ -291,7 +291,7 @@ class Scheduler:
         self._num_preemptions += 1
         request.wait_again(self.clock)
 
-    def _run(self, request: Request, num_tokens: int, plan: Plan) -> None:
+    def _run(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
@@ -317,9 +317,9 @@ class Scheduler:
         request.num_published = num_full
 
     def _has_rows(self, count: int = 1) -> bool:
-        return len(self._free_rows) >= count and len(self._running) + count <= self._caution.max_requests
+        return len(self._free_rows) >= count and len(self._running) + count <= self._oom_backoff.max_requests
 
-    def _admit_waiting(self, plan: Plan, kept: int, apart_from: set[Group]) -> None:
+    def _admit_waiting(self, plan: StepPlan, kept: int, apart_from: set[Group]) -> None:
         """Start requests while there are rows, blocks, and more of the budget than is `kept`."""
         while plan.budget > kept and self._has_rows() and plan.num_told < MAX_TOLD:
             request = self._fairness.first(apart_from)
@@ -330,7 +330,7 @@ class Scheduler:
             if not request.awaits_tokens and plan.uneven.get(request.row, 1) < self._max_chunk_tokens:
                 apart_from.add(request.group)  # the budget ended its chunk
 
-    def _admit(self, request: Request, plan: Plan, budget: int) -> bool:
+    def _admit(self, request: Request, plan: StepPlan, budget: int) -> bool:
         """Start a waiting request in a row if its first chunk finds blocks."""
         start = self._start(request, budget)
         if start is None:
@@ -360,7 +360,7 @@ class Scheduler:
         cached = self._find_prefix(request)
         num_cached = len(cached) * self._block_size
         num_left = request.num_runnable_tokens - num_cached
-        if num_left > self._caution.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
+        if num_left > self._oom_backoff.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
             budget = (budget + 1) // 2
         num_tokens = min(num_left, self._max_chunk_tokens, budget)
         missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
@@ -463,13 +463,13 @@ class Scheduler:
         request = failed.chunks[0][0]
         if failed.num_tokens == 1 and not request.finished:
             return [(request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))]
-        self._caution.tighten(failed.num_tokens, len(failed.chunks))
+        self._oom_backoff.tighten(failed.num_tokens, len(failed.chunks))
         logger.warning(
             "a step of %d requests and %d tokens is tried again with at most %d and %d: %s",
             len(failed.chunks),
             failed.num_tokens,
-            self._caution.max_requests,
-            self._caution.max_tokens,
+            self._oom_backoff.max_requests,
+            self._oom_backoff.max_tokens,
             cause,
         )
         return []

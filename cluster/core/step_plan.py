@@ -12,7 +12,7 @@ Chunk = tuple[Request, int, int, bool]
 
 
 @dataclass(slots=True)
-class Plan:
+class StepPlan:
     """What a step is to run, and the tokens of its budget that are left."""
 
     budget: int

@@ -31,7 +31,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True):
     before: Spent
 
 
-class StepClock:
+class TimeAccounting:
     """One window of time per step: from the output before, or from when there was work again, to its output."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from eagleray.cluster.frontend.bad_words import bad_word_token_ids
 from eagleray.cluster.frontend.detokenizer import Detokenizer
 from eagleray.cluster.frontend.inputs import ModelLimits, derive_seed, engine_request, sampling_of
 from eagleray.cluster.frontend.prompts import Prompt, check_text, num_to_take
-from eagleray.cluster.frontend.request_state import Completion, Generation
+from eagleray.cluster.frontend.request_state import Completion, RequestState
 from eagleray.cluster.frontend.stop_strings import StopStrings
 from eagleray.cluster.frontend.text_stream import TextStream
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -29,10 +29,10 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
 MAX_PRIORITY = 2**31 - 1
-OnEnd = Callable[[Generation], None]
+OnEnd = Callable[[RequestState], None]
 
 
-def unwatched(_generation: Generation) -> None:
+def unwatched(_generation: RequestState) -> None:
     """For those who do not want to hear of every request's end."""
 
 
@@ -74,8 +74,8 @@ class FrontEnd:
         self._compiled: Compiled | None = None  # the last
         self._numbers = count()  # of requests
         self._next_id = 0  # of sequences, as the engine knows them
-        self._generations: dict[str, Generation] = {}
-        self._live: dict[int, tuple[Generation, Completion]] = {}
+        self._generations: dict[str, RequestState] = {}
+        self._live: dict[int, tuple[RequestState, Completion]] = {}
         self._profile_ids = count()
         self._profile_answers: dict[int, ProfileAnswer] = {}
 
@@ -90,7 +90,7 @@ class FrontEnd:
         group: str | None = None,
         tenant: str = "",
         clip: bool = False,
-    ) -> Generation:
+    ) -> RequestState:
         """Tokenise and check a request, without taking it in yet. Raises `ValueError`; other requests never notice.
 
         What runs is shared fairly among tenants, and of each among its groups: a request is one unless `group` says
@@ -129,7 +129,7 @@ class FrontEnd:
             clip=clip,
         )
         self._next_id += params.num_distinct
-        return Generation(
+        return RequestState(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
@@ -143,7 +143,7 @@ class FrontEnd:
             ],
         )
 
-    def add(self, generation: Generation) -> EngineRequest:
+    def add(self, generation: RequestState) -> EngineRequest:
         """Take a request in; what to submit to the engine. Raises `ValueError` if a running request has its id."""
         if generation.request_id in self._generations:
             raise ValueError(f"request_id {generation.request_id!r} is that of a running request; choose another")
@@ -154,14 +154,14 @@ class FrontEnd:
             self._live[completion.id] = (generation, completion)
         return generation.request
 
-    def process(self, news: EngineOutputs) -> tuple[list[Generation], list[int]]:
+    def process(self, news: EngineOutputs) -> tuple[list[RequestState], list[int]]:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
         now = time.monotonic()
         if news.outputs or news.profiles:  # else it is only a sign of life
             self._heard = now
         self.stats = news.stats
         self._profile_answers |= {answer.id: answer for answer in news.profiles}
-        changed: dict[str, Generation] = {}
+        changed: dict[str, RequestState] = {}
         aborts = []
         for tokens in news.outputs:
             if tokens.id not in self._live:  # ended here while the engine was a step ahead
@@ -200,11 +200,11 @@ class FrontEnd:
             raise ValueError(answer.error)
         return None if answer is None else [Path(file) for file in answer.files]
 
-    def running(self, request_id: str) -> Generation | None:
+    def running(self, request_id: str) -> RequestState | None:
         """The running request of this id."""
         return self._generations.get(request_id)
 
-    def abort(self, generation: Generation) -> list[int]:
+    def abort(self, generation: RequestState) -> list[int]:
         """End a request with finish_reason "abort"; the engine ids to abort, none if it is not running."""
         if self._generations.get(generation.request_id) is not generation:
             return []

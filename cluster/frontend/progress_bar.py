@@ -7,13 +7,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 
 
 class BatchProgress:
     """Shows finished requests and tokens per second on standard error; disabled it does nothing."""
 
-    def __init__(self, generations: list[Generation], *, enabled: bool) -> None:
+    def __init__(self, generations: list[RequestState], *, enabled: bool) -> None:
         self._bar = Progress(
             MofNCompleteColumn(),
             BarColumn(bar_width=20),
@@ -38,7 +38,7 @@ class BatchProgress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, finished: list[Generation]) -> None:
+    def update(self, finished: list[RequestState]) -> None:
         """Count requests that have just ended."""
         if not self._enabled or not finished:
             return

@@ -39,7 +39,7 @@ class Completion:
     num_characters_told: int = 0
     shown: list[CompletionOutput] | None = None  # while nothing is new
 
-    def take(self, news: Tokens, generation: "Generation", eos_token_ids: frozenset[int]) -> None:
+    def take(self, news: Tokens, generation: "RequestState", eos_token_ids: frozenset[int]) -> None:
         """Add tokens up to the one that completes a stop string; see to the end if this is it."""
         self.shown = None
         params = generation.params
@@ -70,7 +70,7 @@ class Completion:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Generation:
+class RequestState:
     """One request and its `n` sequences, of which one is run if all are equal."""
 
     request_id: str

@@ -22,7 +22,7 @@ OWN_WORDS = (
 DEATH_NOTICE_S = 1.0  # how long Ray may take to report a dead process after its peers have noticed
 
 
-class Calls:
+class ActorCalls:
     """One call on each of several actors. `fd` becomes readable when the first ends, so a poll on sockets sees it."""
 
     def __init__(self, refs: "Sequence[ray.ObjectRef[Any]]") -> None:
@@ -46,7 +46,7 @@ class Calls:
             return None
 
     def close(self) -> None:
-        """Stop watching. Calls that end later are not noted."""
+        """Stop watching. ActorCalls that end later are not noted."""
         with self._lock:
             if self.fd >= 0:
                 os.close(self.fd)

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core.messages import EngineOutputs, RequestMessage, Shutdown
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
-from eagleray.cluster.runtime.actor_calls import Calls, describe, is_death
+from eagleray.cluster.runtime.actor_calls import ActorCalls, describe, is_death
 from eagleray.cluster.runtime.core_actor import CoreActor
 from eagleray.cluster.runtime.core_link import PING_S, CoreLink
 from eagleray.cluster.runtime.engine_info import EngineInfo
@@ -47,7 +47,7 @@ class EngineClient:
 
     def __init__(self, info: EngineInfo, core: Any, room: Room, silence_limit_s: float = 120.0) -> None:
         self.info = info
-        self._running = Calls([core.run.remote()])
+        self._running = ActorCalls([core.run.remote()])
         self._dead: str | None = None
         self._closed = False
         here = ray.get_runtime_context().get_node_id() == info.node_id
@@ -234,7 +234,7 @@ def _start_core(
     try:
         node = ray.get_runtime_context().get_node_id()
         started = core.start.remote(config, device, group, node, watch.endpoint)
-        watch.wait(Calls([started]), deadline, look)
+        watch.wait(ActorCalls([started]), deadline, look)
         info: EngineInfo = ray.get(started, timeout=max(0.0, deadline - time.monotonic()))
         return info
     finally:

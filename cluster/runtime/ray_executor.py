@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from eagleray.cluster.core.executor import LOOK_S, RankFailedError
 from eagleray.cluster.core.inbox import Inbox
 from eagleray.cluster.errors import EngineStartError
-from eagleray.cluster.runtime.actor_calls import DEATH_NOTICE_S, Calls
+from eagleray.cluster.runtime.actor_calls import DEATH_NOTICE_S, ActorCalls
 from eagleray.cluster.runtime.placement import nodes_of
 from eagleray.cluster.runtime.resolve import check_capacity, check_memory
 from eagleray.cluster.runtime.start_report import StartReport
@@ -63,7 +63,7 @@ class RayExecutor:
             loaded: list[Loaded] = self._call("load", self.hosts[0].store_ip, self.hosts[0].store_port)
             self.num_blocks: int = min(rank.num_blocks for rank in loaded)
             check_capacity(self.num_blocks, config)
-            self._serving = Calls([rank.serve.remote(self.num_blocks) for rank in self._ranks])
+            self._serving = ActorCalls([rank.serve.remote(self.num_blocks) for rank in self._ranks])
             self.start = StartReport.of(loaded, self._await_greetings())
             self.seconds_prepared = time.monotonic() - prepared  # since all processes were there
         except BaseException:
@@ -76,7 +76,7 @@ class RayExecutor:
     def _call(self, method: str, *args: object) -> list[Any]:
         """Call a method on every rank; the first failure ends the wait."""
         refs = [getattr(rank, method).remote(*args) for rank in self._ranks]
-        calls = Calls(refs)
+        calls = ActorCalls(refs)
         try:
             for _ in refs:
                 while (ended := calls.next(0)) is None:
@@ -95,7 +95,7 @@ class RayExecutor:
             self._wait_for(self._serving, f"{missing[0]} did not connect to the engine core in time")
         return list(self._ready.values())
 
-    def _wait_for(self, calls: Calls, late: str) -> None:
+    def _wait_for(self, calls: ActorCalls, late: str) -> None:
         """Until a call ends, a rank says something, or `LOOK_S` is over. Raises `EngineStartError`."""
         left = self._deadline - time.monotonic()
         if left <= 0:

@@ -8,7 +8,7 @@ import zmq
 
 from eagleray.cluster.core.executor import LOOK_S
 from eagleray.cluster.core.inbox import Inbox
-from eagleray.cluster.runtime.actor_calls import Calls
+from eagleray.cluster.runtime.actor_calls import ActorCalls
 from eagleray.workers.protocol.channel import Hub, milliseconds
 from eagleray.workers.protocol.startup import PHASES, PROCESSES, OnProgress, Progress
 
@@ -24,7 +24,7 @@ class StartWatch:
         self._ranks = AllRanks(num_ranks)
         self._on_progress = on_progress
 
-    def wait(self, call: Calls, deadline: float, look: Callable[[], None]) -> None:
+    def wait(self, call: ActorCalls, deadline: float, look: Callable[[], None]) -> None:
         """Until the one call has ended, well or not, or the time is over; closes the call.
 
         Meanwhile it calls `look` at least every `LOOK_S`, which may raise what ends the wait.

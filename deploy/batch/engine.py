@@ -13,7 +13,7 @@ from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.batch.rows import Answer
 from eagleray.deploy.cli.engine import launch_as
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 
 
 class EngineReplica:
@@ -59,7 +59,7 @@ class EngineReplica:
     def _start(self) -> tuple[AsyncLLM, AppReplica]:
         engine, front_end = launch_as(self._config)
         llm = AsyncLLM.attach(engine, front_end)
-        served = Served(
+        served = ServedModel(
             engine=llm,
             model_name=self._model_name,
             max_model_len=engine.info.max_model_len,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 NULL = msgspec.Raw(b"null")
@@ -119,13 +119,13 @@ def parse(line: Line) -> Row:
     if line.duplicate_of is not None:
         raise RowError(
             "duplicate_custom_id",
-            f"line {line.number} has custom_id {shown(row.custom_id)}, as line {line.duplicate_of} has, which is "
+            f"line {line.number} has custom_id {excerpt(row.custom_id)}, as line {line.duplicate_of} has, which is "
             "answered; give every row an id of its own",
         )
     if row.method != "POST":
-        raise RowError("invalid_method", f"line {line.number} has method {shown(row.method)}; give 'POST'")
+        raise RowError("invalid_method", f"line {line.number} has method {excerpt(row.method)}; give 'POST'")
     if row.url not in URLS:
-        raise RowError("invalid_url", f"line {line.number} has url {shown(row.url)}; give one of {', '.join(URLS)}")
+        raise RowError("invalid_url", f"line {line.number} has url {excerpt(row.url)}; give one of {', '.join(URLS)}")
     if _wants_stream(row.body):
         raise RowError(
             "invalid_stream", f"line {line.number} has stream true, but a file holds no stream; leave it out"
@@ -159,7 +159,7 @@ def recorded(text: bytes) -> tuple[int, str | None, bool]:
     """Line number, custom_id and success of a line of the output. Raises `ValueError` if it is none of ours."""
     known = _recorded.decode(text)
     if (found := ID.fullmatch(known.id)) is None:
-        raise ValueError(f"the id {shown(known.id)} is none of a batch")
+        raise ValueError(f"the id {excerpt(known.id)} is none of a batch")
     return int(found[1]), known.custom_id, known.response.status_code == 200
 
 

@@ -14,7 +14,7 @@ from eagleray.deploy.bench.metrics import RequestTimes
 if TYPE_CHECKING:
     from eagleray.cluster.core.engine_link import EngineLink
     from eagleray.cluster.frontend.front_end import FrontEnd
-    from eagleray.cluster.frontend.request_state import Generation
+    from eagleray.cluster.frontend.request_state import RequestState
 
 WAKE_S = 1.0  # so that Ctrl-C is noticed while an engine is silent
 
@@ -38,18 +38,18 @@ class Load:
     def __init__(self, engine: "EngineLink", front_end: "FrontEnd") -> None:
         self._engine = engine
         self._front_end = front_end
-        self._running: dict[Generation, RequestTimes] = {}
+        self._running: dict[RequestState, RequestTimes] = {}
 
     @property
     def num_running(self) -> int:
         """Requests that were sent and have not ended."""
         return len(self._running)
 
-    def prepare(self, planned: Sequence[Planned]) -> "list[Generation]":
+    def prepare(self, planned: Sequence[Planned]) -> "list[RequestState]":
         """Tokenise and check requests. Raises `ValueError` for one that cannot run."""
         return [self._front_end.prepare(each.prompt, each.params) for each in planned]
 
-    def send(self, generations: "Sequence[Generation]", due: Sequence[float]) -> list[RequestTimes]:
+    def send(self, generations: "Sequence[RequestState]", due: Sequence[float]) -> list[RequestTimes]:
         """Submit requests that were due at these times; their times fill up with `receive`."""
         times = [
             RequestTimes(due=when, num_input_tokens=len(generation.prompt_token_ids))
@@ -59,7 +59,7 @@ class Load:
         self._engine.send(Submit([self._front_end.add(each) for each in generations]))
         return times
 
-    def receive(self, timeout_s: float) -> "list[Generation]":
+    def receive(self, timeout_s: float) -> "list[RequestState]":
         """Take the engine's next news, for which it waits so long; the requests that they end."""
         news = self._engine.receive(timeout_s)
         if news is None:
@@ -75,7 +75,7 @@ class Load:
             del self._running[generation]
         return ended
 
-    def _note(self, generation: "Generation", now: float) -> None:
+    def _note(self, generation: "RequestState", now: float) -> None:
         times, completion = self._running[generation], generation.completions[0]
         times.tokens += [now] * (len(completion.token_ids) - len(times.tokens))
         times.error = completion.error
@@ -88,7 +88,7 @@ class Load:
             self._engine.send(Abort(ids))
 
     def run(
-        self, planned: Sequence[Planned], on_end: "Callable[[list[Generation]], None] | None" = None
+        self, planned: Sequence[Planned], on_end: "Callable[[list[RequestState]], None] | None" = None
     ) -> list[RequestTimes]:
         """Send every request when it is due and wait for all to end. They must be in the order of their due times."""
         waiting = deque(zip(self.prepare(planned), (each.due for each in planned), strict=True))

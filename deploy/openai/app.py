@@ -34,11 +34,11 @@ from eagleray.deploy.openai.responses import (
     Tokens,
     Version,
 )
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from eagleray.deploy.openai.sse import EventStream
 
 
-def make_app(served: Served) -> FastAPI:
+def make_app(served: ServedModel) -> FastAPI:
     """OpenAI's API for one model; `/docs` describes it."""
     app = FastAPI(title="Eagleray", version=version("eagleray"), description="OpenAI's API over Eagleray.")
     install_handlers(app)
@@ -49,7 +49,7 @@ def make_app(served: Served) -> FastAPI:
     return app
 
 
-def generation_routes(served: Served) -> APIRouter:
+def generation_routes(served: ServedModel) -> APIRouter:
     """The two ways to generate."""
     router = APIRouter(tags=["generate"], route_class=body_route(served, generates=True))
 
@@ -70,7 +70,7 @@ def generation_routes(served: Served) -> APIRouter:
     return router
 
 
-def token_routes(served: Served) -> APIRouter:
+def token_routes(served: ServedModel) -> APIRouter:
     """vLLM's extensions around the tokenizer."""
     router = APIRouter(tags=["tokens"], route_class=body_route(served, generates=False))
 
@@ -105,7 +105,7 @@ def token_routes(served: Served) -> APIRouter:
     return router
 
 
-def model_routes(served: Served) -> APIRouter:
+def model_routes(served: ServedModel) -> APIRouter:
     """What is served."""
     router = APIRouter(tags=["models"])
     card = ModelCard(

@@ -11,7 +11,7 @@ from typing import Any
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.generate import Count, Growth, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.generate import ChoiceProgress, Count, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -28,10 +28,10 @@ from eagleray.deploy.openai.responses import (
     PromptLogprobs,
 )
 from eagleray.deploy.openai.sampling import chat_params
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 
 
-async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletion | bytes:
+async def chat_completion(served: ServedModel, request: ChatRequest) -> ChatCompletion | bytes:
     """The whole answer, or its JSON if it is large. Raises `ApiError` and `EngineDeadError`."""
     job = await _job(served, request)
     created, count = int(time.time()), Count()
@@ -68,7 +68,7 @@ async def chat_completion(served: Served, request: ChatRequest) -> ChatCompletio
     return reply([_logprobs(request, news, params, tokenizer) for news in whole])
 
 
-async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[list[ChatCompletionChunk], None]:
+async def chat_chunks(served: ServedModel, request: ChatRequest) -> AsyncGenerator[list[ChatCompletionChunk], None]:
     """What is new, choice by choice. Raises as `chat_completion`. Leaving the iteration aborts what runs."""
     job = await _job(served, request)
     created, count = int(time.time()), Count()
@@ -86,7 +86,7 @@ async def chat_chunks(served: Served, request: ChatRequest) -> AsyncGenerator[li
 
     options = request.stream_options or StreamOptions()
     in_each = options.continuous_usage_stats
-    growth: defaultdict[int, Growth] = defaultdict(Growth)
+    growth: defaultdict[int, ChoiceProgress] = defaultdict(ChoiceProgress)
     async with aclosing(outputs(served.engine, job, RequestOutputKind.DELTA)) as news_of_all:
         async for number, output in news_of_all:
             count.add(number, output)
@@ -108,7 +108,7 @@ def _tier(request: ChatRequest) -> dict[str, Any]:
     return {} if request.service_tier is None else {"service_tier": "default"}
 
 
-async def _job(served: Served, request: ChatRequest) -> Job:
+async def _job(served: ServedModel, request: ChatRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
     params = chat_params(request, served.defaults)
@@ -133,7 +133,7 @@ def _token_ids(request: ChatRequest, news: News) -> dict[str, Any]:
 
 
 def _whole(sequence: CompletionOutput) -> News:
-    news = Growth().take(sequence)
+    news = ChoiceProgress().take(sequence)
     assert news is not None, "the output is the last"
     return news
 

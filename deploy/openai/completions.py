@@ -9,17 +9,17 @@ from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.deploy.openai.echo import Echo
-from eagleray.deploy.openai.generate import Count, Growth, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.generate import ChoiceProgress, Count, Job, News, outputs, take_places, usage
 from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.prompts import completion_prompts, prompts_of
 from eagleray.deploy.openai.requests import CompletionRequest, StreamOptions
 from eagleray.deploy.openai.responses import Choice, Completion, TextLogprobs, Usage
 from eagleray.deploy.openai.sampling import completion_params, prompt_only
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 
 
-async def completion(served: Served, request: CompletionRequest) -> Completion | bytes:
+async def completion(served: ServedModel, request: CompletionRequest) -> Completion | bytes:
     """The whole answer, or its JSON if it is large. Raises `ApiError` and `EngineDeadError`."""
     reply = Reply(served, request, await _job(served, request))
     async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.FINAL_ONLY)) as news:
@@ -36,7 +36,7 @@ async def completion(served: Served, request: CompletionRequest) -> Completion |
     return whole()
 
 
-async def completion_chunks(served: Served, request: CompletionRequest) -> AsyncGenerator[list[Completion], None]:
+async def completion_chunks(served: ServedModel, request: CompletionRequest) -> AsyncGenerator[list[Completion], None]:
     """What is new of a prompt, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
     options = request.stream_options or StreamOptions()
     reply = Reply(served, request, await _job(served, request))
@@ -50,7 +50,7 @@ async def completion_chunks(served: Served, request: CompletionRequest) -> Async
         yield [reply.part([], reply.usage())]
 
 
-async def _job(served: Served, request: CompletionRequest) -> Job:
+async def _job(served: ServedModel, request: CompletionRequest) -> Job:
     served.check_model(request.model)
     served.check_priority(request.priority)
     params = completion_params(request, served.defaults)
@@ -65,7 +65,7 @@ async def _job(served: Served, request: CompletionRequest) -> Job:
 class Reply:
     """An answer in the making."""
 
-    def __init__(self, served: Served, request: CompletionRequest, job: Job) -> None:
+    def __init__(self, served: ServedModel, request: CompletionRequest, job: Job) -> None:
         self.job = job
         self.count = Count()
         self._served = served
@@ -73,7 +73,7 @@ class Reply:
         self._echo = bool(request.echo)
         self._prompt_only = prompt_only(request)
         self._created = int(time.time())
-        self._growth: defaultdict[int, Growth] = defaultdict(Growth)
+        self._growth: defaultdict[int, ChoiceProgress] = defaultdict(ChoiceProgress)
         self._prompts: dict[int, Echo] = {}
         self._echoes: dict[int, Echo] = {}  # of choices
         self._contexts: dict[int, Offsets] = {}  # of prompts

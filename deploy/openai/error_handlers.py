@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.requests import CHAT_TAG, TEXT_TAG
-from eagleray.deploy.openai.truncate import MAX_SHOWN, cut, shown
+from eagleray.deploy.openai.truncate import MAX_SHOWN, excerpt, truncate
 from eagleray.deploy.openai.unsupported_fields import IN_CHATS, IN_COMPLETIONS
 
 KNOWN_ABSENT = IN_COMPLETIONS | IN_CHATS
@@ -64,11 +64,11 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
             neutral = " or ".join(map(json.dumps, absent.neutral))
             others = f", or give {neutral}" if neutral else ""
             wanted = f"leave it out{others}"
-            return ApiError(400, f"{path} is {shown(first.get('input'))}, but {absent.lack}; {wanted}", param=path)
+            return ApiError(400, f"{path} is {excerpt(first.get('input'))}, but {absent.lack}; {wanted}", param=path)
         case "extra_forbidden":
             return _unknown_fields([_path(error) for error in errors if error["type"] == "extra_forbidden"])
         case "string_unicode" if not path:
-            name = shown(first.get("input"))
+            name = excerpt(first.get("input"))
             return ApiError(400, f"the name of a field, {name}, holds what is no character; give UTF-8 text")
         case "missing" if path:
             return ApiError(400, f"{path} is missing; it is required", param=path)
@@ -77,7 +77,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if (kind := _kind_of_part(errors)) is not None:
         return ApiError(400, f"{path} has a part of type {kind}; only parts of type text are supported", param=path)
     ways = dict.fromkeys(_wanted(error) for error in errors if _path(error) == path)  # one for each type it may have
-    return ApiError(400, f"{path} is {shown(first.get('input'))}; {' or '.join(ways)}", param=path)
+    return ApiError(400, f"{path} is {excerpt(first.get('input'))}; {' or '.join(ways)}", param=path)
 
 
 def _unknown_fields(names: Sequence[str]) -> ApiError:
@@ -91,7 +91,7 @@ def _unknown_fields(names: Sequence[str]) -> ApiError:
 
 def _path(error: Any) -> str:
     """Where in the body, as "messages.0.role", without pydantic's names of the types that were tried."""
-    names = [cut(str(part), MAX_SHOWN) for part in error["loc"] if part not in ("body", TEXT_TAG, CHAT_TAG)]
+    names = [truncate(str(part), MAX_SHOWN) for part in error["loc"] if part not in ("body", TEXT_TAG, CHAT_TAG)]
     return ".".join(takewhile(lambda name: name != "str" and "[" not in name, names))
 
 
@@ -103,4 +103,4 @@ def _wanted(error: Any) -> str:
 def _kind_of_part(errors: Sequence[Any]) -> str | None:
     """What stands for the type of a message's part that is no text."""
     wrong = (error for error in errors if error["type"] == "literal_error" and error["loc"][-1] == "type")
-    return next((shown(error.get("input")) for error in wrong if error.get("input") not in ("text", "refusal")), None)
+    return next((excerpt(error.get("input")) for error in wrong if error.get("input") not in ("text", "refusal")), None)

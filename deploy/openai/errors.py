@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
-from eagleray.deploy.openai.truncate import MAX_WORDS, cut
+from eagleray.deploy.openai.truncate import MAX_WORDS, truncate
 
 
 class ErrorDetail(BaseModel):
@@ -75,7 +75,7 @@ def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = cut(str(error), MAX_WORDS)
+        message = truncate(str(error), MAX_WORDS)
         if isinstance(error, ContextLengthError):
             raise too_long(message) from error
         name = message.partition(" ")[0]

@@ -18,7 +18,7 @@ from eagleray.deploy.openai.request_context import engine_time, place_taken, ten
 from eagleray.deploy.openai.requests import GenerationRequest
 from eagleray.deploy.openai.responses import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 LOGGED = ("user", "safety_identifier", "session_id", "metadata")  # fields that change nothing in an answer
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Job:
         """One that has its places in the queue (`take_places`)."""
         unique = uuid4().hex
         job = cls(f"{kind}-{request.request_id or unique}", unique, prompts, params, request.priority or 0, clip)
-        told = {name: shown(value) for name in LOGGED if (value := getattr(request, name))}
+        told = {name: excerpt(value) for name in LOGGED if (value := getattr(request, name))}
         if told:
             logger.info("%r is for %s", job.id, ", ".join(f"{name} {value}" for name, value in told.items()))
         return job
@@ -132,7 +132,7 @@ class News:
 
 
 @dataclass(slots=True)
-class Growth:
+class ChoiceProgress:
     """How much of one choice was handed on."""
 
     num_tokens: int = 0

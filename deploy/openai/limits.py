@@ -14,7 +14,7 @@ from eagleray.cluster.frontend.token_bytes import BYTE_OF
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, too_long
-from eagleray.deploy.openai.truncate import MAX_SHOWN, cut
+from eagleray.deploy.openai.truncate import MAX_SHOWN, truncate
 
 MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
@@ -209,7 +209,7 @@ def check_depth(value: object, name: str | None) -> None:
 
 def too_deep(name: str | None = None) -> ApiError:
     """What is said of a field, or of the body."""
-    short = None if name is None else cut(name, MAX_SHOWN)
+    short = None if name is None else truncate(name, MAX_SHOWN)
     message = f"{short or 'the body'} is nested too deeply; put at most {MAX_DEPTH} lists and objects in one another"
     return ApiError(400, message, param=short)
 
@@ -275,6 +275,6 @@ def _check_num(num: int, field: str, what: str) -> None:
 
 def _check_num_fields(value: object, where: str | None) -> None:
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        first = ", ".join(cut(name, MAX_SHOWN) for name in islice(value, 3))
+        first = ", ".join(truncate(name, MAX_SHOWN) for name in islice(value, 3))
         message = f"{where or 'the body'} has {len(value)} fields, {first} among them; send those that are described"
         raise ApiError(400, message, param=where)

@@ -13,7 +13,7 @@ from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.field_types import ROLES
 from eagleray.deploy.openai.requests import ChatMessage, ChatRequest, Conversation
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 CALLS = ("tool_calls", "function_call")  # of tools, in what an assistant said before
 MAY_BE_SILENT = ("assistant", "function")
@@ -54,7 +54,7 @@ def _check_roles(tokenizer: Tokenizer, conversation: Conversation) -> None:
         if role not in known and not tokenizer.chat_template_names(role):
             param = f"messages.{index}.role"
             wanted = f"give {', '.join(ROLES)}, or another that the model's chat template names"
-            raise ApiError(400, f"{param} is {shown(role)}; {wanted}", param=param)
+            raise ApiError(400, f"{param} is {excerpt(role)}; {wanted}", param=param)
         known.add(role)
 
 
@@ -70,7 +70,7 @@ def _message(tokenizer: Tokenizer, message: ChatMessage, where: str) -> Message:
     for calls in CALLS:
         if calls in others and not tokenizer.chat_template_has(calls):
             why = f"but the model's chat template has no {calls}, and would leave them out"
-            raise ApiError(400, f"{where}.{calls} is {shown(others[calls])}, {why}", param=f"{where}.{calls}")
+            raise ApiError(400, f"{where}.{calls} is {excerpt(others[calls])}, {why}", param=f"{where}.{calls}")
     if "tool_calls" in others:
         others["tool_calls"] = _tool_calls(others["tool_calls"], f"{where}.tool_calls")
     named = {} if message.name is None else {"name": message.name}
@@ -102,7 +102,7 @@ def _content(message: ChatMessage, where: str) -> str:
 def _tool_calls(calls: object, where: str) -> list[Any]:
     """With arguments as objects, which chat templates expect, where clients have them as JSON."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ApiError(400, f"{where} is {shown(calls)}; give a list of calls", param=where)
+        raise ApiError(400, f"{where} is {excerpt(calls)}; give a list of calls", param=where)
     return [_tool_call(call, where) for call in calls]
 
 
@@ -119,4 +119,4 @@ def _arguments(arguments: object, where: str) -> object:
     try:
         return json.loads(arguments or "{}")
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"{where} has arguments that are no JSON, {shown(arguments)}", param=where) from error
+        raise ApiError(400, f"{where} has arguments that are no JSON, {excerpt(arguments)}", param=where) from error

@@ -9,8 +9,8 @@ from eagleray.deploy.openai.errors import ApiError, bad_requests, too_long
 from eagleray.deploy.openai.limits import MAX_TOKENIZED, check_length
 from eagleray.deploy.openai.messages import template_messages, template_variables
 from eagleray.deploy.openai.requests import CompletionRequest, Conversation
-from eagleray.deploy.openai.served_model import Served
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.served_model import ServedModel
+from eagleray.deploy.openai.truncate import excerpt
 
 LONG = 100_000  # characters: as many tokens, at most, take some 20 MB to make
 CUT_TOKENS = 64  # that the end of a text may have more where it is cut within a word
@@ -32,7 +32,7 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
 
 
 async def completion_prompts(
-    served: Served, request: CompletionRequest, prompts: list[str | list[int]], params: SamplingParams
+    served: ServedModel, request: CompletionRequest, prompts: list[str | list[int]], params: SamplingParams
 ) -> list[TokensPrompt]:
     """The request's prompts as tokens, of which the last ones are taken where they are to be truncated."""
     last = num_to_take(params.truncate_prompt_tokens, served.max_model_len, params.max_tokens or 1)
@@ -47,7 +47,7 @@ async def completion_prompts(
 
 
 async def texts_tokens(
-    served: Served,
+    served: ServedModel,
     texts: list[str],
     add_special_tokens: bool | None,
     max_tokens: int | None = None,
@@ -85,13 +85,13 @@ def _check_num_tokens(num_tokens: int, max_tokens: int) -> None:
         raise too_long(f"a text has {num_tokens} tokens or more, and at most {max_tokens} are possible; shorten it")
 
 
-async def tokens_text(served: Served, token_ids: list[int]) -> str:
+async def tokens_text(served: ServedModel, token_ids: list[int]) -> str:
     """The text of token ids. Raises `ApiError` 400 for those that the tokenizer does not have."""
     tokenizer = served.tokenizer
     vocabulary = tokenizer.backend.get_vocab_size()
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < vocabulary:
-            message = f"tokens holds {shown(token_id)}; give token ids from 0 to {vocabulary - 1}"
+            message = f"tokens holds {excerpt(token_id)}; give token ids from 0 to {vocabulary - 1}"
             raise ApiError(400, message, param="tokens")
     texts: list[str] = await asyncio.to_thread(  # of the library's ways, only this one lets other threads go on
         tokenizer.backend.decode_batch, [token_ids], skip_special_tokens=False
@@ -99,13 +99,13 @@ async def tokens_text(served: Served, token_ids: list[int]) -> str:
     return texts[0]
 
 
-def token_strings(served: Served, token_ids: list[int]) -> list[str | None]:
+def token_strings(served: ServedModel, token_ids: list[int]) -> list[str | None]:
     """As the vocabulary spells them."""
     return [served.tokenizer.backend.id_to_token(token_id) for token_id in token_ids]
 
 
 async def conversation_prompt(
-    served: Served, conversation: Conversation, max_tokens: int | None = None
+    served: ServedModel, conversation: Conversation, max_tokens: int | None = None
 ) -> TokensPrompt:
     """A conversation in the model's chat template. Raises `ApiError` 400, also for more tokens, as `texts_tokens`."""
     options = dict(conversation.chat_template_kwargs or {})

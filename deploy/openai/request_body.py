@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope
 from eagleray.deploy.openai.error_handlers import validation_error
 from eagleray.deploy.openai.errors import ApiError, BodyError
 from eagleray.deploy.openai.limits import check_bytes, check_shape, too_deep
-from eagleray.deploy.openai.served_model import Served
-from eagleray.deploy.openai.truncate import MAX_SHOWN, cut
+from eagleray.deploy.openai.served_model import ServedModel
+from eagleray.deploy.openai.truncate import MAX_SHOWN, truncate
 
 if TYPE_CHECKING:
     from fastapi._compat import ModelField  # private: what a route's `body_field` is
@@ -29,7 +29,7 @@ Check = Callable[[dict[str, Any]], None]
 Read = Callable[[bytes, str | None], Coroutine[Any, Any, Any]]
 
 
-def body_route(served: Served, *, generates: bool) -> type[APIRoute]:
+def body_route(served: ServedModel, *, generates: bool) -> type[APIRoute]:
     """A kind of route whose bodies are read here; those that generate have prompts that must fit the model."""
     check = served.limits.check_prompts if generates else served.limits.check_tokens
 
@@ -82,7 +82,7 @@ def _validated(check: Check | None, field: "ModelField | None", body: bytes, enc
 def parse(body: bytes, encoding: str | None = None, check: Check | None = None) -> Any:
     """JSON's values. Raises `ApiError` 400 for what is too much or no text, and `json.JSONDecodeError`."""
     if (encoding or "identity") != "identity" or body.startswith((GZIP, ZSTD)):
-        said = f" (content-encoding: {cut(encoding, MAX_SHOWN)})" if encoding else ""
+        said = f" (content-encoding: {truncate(encoding, MAX_SHOWN)})" if encoding else ""
         raise ApiError(400, f"the body is compressed{said}; send plain JSON, without content-encoding")
     check_bytes(body)
     try:

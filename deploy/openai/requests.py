@@ -45,9 +45,9 @@ from eagleray.deploy.openai.unsupported_fields import (
     IN_CHATS,
     IN_COMPLETIONS,
     IN_TOKENS,
-    Absent,
+    UnsupportedField,
     describe,
-    without_nothing,
+    without_neutral,
 )
 
 LOGGED = "Changes nothing: it goes to the server's log together with the answer's id."
@@ -58,12 +58,12 @@ class Known(BaseModel):
     """An object all of whose fields are known: others that ask for something are errors, and so is a number as text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    absent: ClassVar[Mapping[str, Absent]] = {}
+    absent: ClassVar[Mapping[str, UnsupportedField]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _without_nothing(cls, body: Any) -> Any:
-        return without_nothing(body, cls.model_fields, cls.absent) if isinstance(body, dict) else body
+        return without_neutral(body, cls.model_fields, cls.absent) if isinstance(body, dict) else body
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

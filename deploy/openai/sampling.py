@@ -7,7 +7,7 @@ from eagleray.cluster.sampling_params import RANGES, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 SAME_NAME = (
     "n",
@@ -42,14 +42,16 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
     """
     n = 1 if request.n is None else request.n
     if request.best_of not in (None, 1, n):
-        message = f"best_of is {shown(request.best_of)}, but this server ranks no choices; leave it out, or give 1 or n"
+        message = (
+            f"best_of is {excerpt(request.best_of)}, but this server ranks no choices; leave it out, or give 1 or n"
+        )
         raise ApiError(400, message, param="best_of")
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)
     if prompt_only(request):
         if request.min_tokens:
-            message = f"min_tokens is {shown(request.min_tokens)}, more than max_tokens 0; leave one of them out"
+            message = f"min_tokens is {excerpt(request.min_tokens)}, more than max_tokens 0; leave one of them out"
             raise ApiError(400, message, param="min_tokens")
         max_tokens = 1
     wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
@@ -68,12 +70,12 @@ def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     for name in ("max_completion_tokens", "max_tokens"):
         limit = getattr(request, name)
         if limit is not None and not low <= limit <= high:
-            raise ApiError(400, f"{name} is {shown(limit)}; {remedy}", param=name)
+            raise ApiError(400, f"{name} is {excerpt(limit)}; {remedy}", param=name)
     if request.top_logprobs and not request.logprobs:
-        message = f"top_logprobs is {shown(request.top_logprobs)} without logprobs; set logprobs to true"
+        message = f"top_logprobs is {excerpt(request.top_logprobs)} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
     if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-        message = f"top_logprobs is {shown(request.top_logprobs)}; give a number from 0 to 20"
+        message = f"top_logprobs is {excerpt(request.top_logprobs)}; give a number from 0 to 20"
         raise ApiError(400, message, param="top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -108,9 +110,9 @@ def _biases(by_text: dict[str, float] | None) -> dict[int, float] | None:
     if by_text is None:
         return None
     if odd := next((key for key in by_text if not (key.isascii() and key.isdigit() and len(key) <= 10)), None):
-        raise ValueError(f"logit_bias has the key {shown(odd)}; give token ids as keys")
+        raise ValueError(f"logit_bias has the key {excerpt(odd)}; give token ids as keys")
     biases = {int(key): bias for key, bias in by_text.items()}
     if len(biases) < len(by_text):
         twice = next(key for key in by_text if key != str(int(key)))
-        raise ValueError(f"logit_bias has the key {shown(twice)} beside {int(twice)}; give each token id once")
+        raise ValueError(f"logit_bias has the key {excerpt(twice)} beside {int(twice)}; give each token id once")
     return biases

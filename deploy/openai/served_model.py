@@ -8,11 +8,11 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.limits import Limits
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """One model and the name it goes by."""
 
     engine: AsyncLLM
@@ -38,12 +38,12 @@ class Served:
     def check_priority(self, priority: int | None) -> None:
         """Raises `ApiError` 400 for one that asks for something where clients may not."""
         if priority and not self.allow_priority:
-            message = f"priority is {shown(priority)}, but clients of this server do not choose theirs"
+            message = f"priority is {excerpt(priority)}, but clients of this server do not choose theirs"
             remedy = "leave it out, or have its operator set allow_priority (--allow-priority)"
             raise ApiError(400, f"{message}; {remedy}", param="priority")
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for a model that is not this one."""
         if name and name != self.model_name:
-            message = f"the model {shown(name)} does not exist; this server has {self.model_name!r}"
+            message = f"the model {excerpt(name)} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -6,12 +6,12 @@ MAX_SHOWN = 80  # characters
 MAX_WORDS = 1000  # characters of a message that others have worded, and which may repeat values whole
 
 
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """The beginning of its `repr`. Takes no longer for a long one."""
-    return cut(repr(_beginning(value, 3)), MAX_SHOWN)
+    return truncate(repr(_beginning(value, 3)), MAX_SHOWN)
 
 
-def cut(text: str, max_length: int) -> str:
+def truncate(text: str, max_length: int) -> str:
     """A text, or its beginning and a sign that there was more."""
     return text if len(text) <= max_length else f"{text[:max_length]}…"
 

@@ -11,7 +11,7 @@ NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)
-class Absent:
+class UnsupportedField:
     """A field of OpenAI's or vLLM's: what is lacking, and the values with which nobody asks for it."""
 
     lack: str
@@ -32,72 +32,72 @@ SEARCH = "this server does not search"
 BEAMS = "this server does not search by beams"
 TRANSFER = "this server does not move caches"
 
-EVERYWHERE: dict[str, Absent] = {
-    "response_format": Absent(GUIDES, ({"type": "text"},)),
+EVERYWHERE: dict[str, UnsupportedField] = {
+    "response_format": UnsupportedField(GUIDES, ({"type": "text"},)),
     **dict.fromkeys(
         ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag"),
-        Absent(GUIDES),
+        UnsupportedField(GUIDES),
     ),
-    "use_beam_search": Absent(BEAMS, (False,)),
-    "early_stopping": Absent(BEAMS, (False,)),
-    "length_penalty": Absent(BEAMS, (1, 1.0)),
-    "spaces_between_special_tokens": Absent("this server writes tokens as the tokenizer does", (True,)),
-    "thinking_token_budget": Absent("this server does not tell thoughts from answers"),
-    "include_reasoning": Absent("this server does not tell thoughts from answers", (True,)),
-    "stream_interval": Absent("this server sends news as soon as it is there", (1,)),
-    "truncation_side": Absent("this server leaves out the beginnings of prompts", ("left",)),
-    "logprob_token_ids": Absent("this server has log-probabilities of the likeliest tokens"),
-    "return_prompt_text": Absent("`/tokenize` and `/detokenize` tell a conversation's text", (False,)),
-    "return_token_offsets": Absent("this server has no such offsets", (False,)),
-    "repetition_detection": Absent("this server does not look for repetitions"),
-    "watermarking": Absent("this server has no watermarks", (False,)),
-    "cache_salt": Absent("this server's prefix cache is one for all"),
-    "kv_transfer_params": Absent(TRANSFER),
-    "ec_transfer_params": Absent(TRANSFER),
-    "logits_processors": Absent("this server runs no code of clients"),
-    "vllm_xargs": Absent("this server has no extensions"),
+    "use_beam_search": UnsupportedField(BEAMS, (False,)),
+    "early_stopping": UnsupportedField(BEAMS, (False,)),
+    "length_penalty": UnsupportedField(BEAMS, (1, 1.0)),
+    "spaces_between_special_tokens": UnsupportedField("this server writes tokens as the tokenizer does", (True,)),
+    "thinking_token_budget": UnsupportedField("this server does not tell thoughts from answers"),
+    "include_reasoning": UnsupportedField("this server does not tell thoughts from answers", (True,)),
+    "stream_interval": UnsupportedField("this server sends news as soon as it is there", (1,)),
+    "truncation_side": UnsupportedField("this server leaves out the beginnings of prompts", ("left",)),
+    "logprob_token_ids": UnsupportedField("this server has log-probabilities of the likeliest tokens"),
+    "return_prompt_text": UnsupportedField("`/tokenize` and `/detokenize` tell a conversation's text", (False,)),
+    "return_token_offsets": UnsupportedField("this server has no such offsets", (False,)),
+    "repetition_detection": UnsupportedField("this server does not look for repetitions"),
+    "watermarking": UnsupportedField("this server has no watermarks", (False,)),
+    "cache_salt": UnsupportedField("this server's prefix cache is one for all"),
+    "kv_transfer_params": UnsupportedField(TRANSFER),
+    "ec_transfer_params": UnsupportedField(TRANSFER),
+    "logits_processors": UnsupportedField("this server runs no code of clients"),
+    "vllm_xargs": UnsupportedField("this server has no extensions"),
 }
 IN_COMPLETIONS = EVERYWHERE | {
-    "suffix": Absent("this server does not fill in between two texts"),
-    "prompt_embeds": Absent("this server takes prompts as text or token ids"),
+    "suffix": UnsupportedField("this server does not fill in between two texts"),
+    "prompt_embeds": UnsupportedField("this server takes prompts as text or token ids"),
 }
 IN_CHATS = EVERYWHERE | {
-    "tools": Absent(TOOLS),
-    "tool_choice": Absent(TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Absent(TOOLS, (True, False)),  # of which there are none
-    "functions": Absent(TOOLS),
-    "function_call": Absent(TOOLS, ("none", "auto")),
-    "modalities": Absent(AUDIO, (["text"],)),
-    "audio": Absent(AUDIO),
-    "prediction": Absent("this server does not take guesses at its answer"),
-    "web_search_options": Absent(SEARCH, nothing=(None,)),  # an empty one asks for a search
-    "moderation": Absent("this server does not judge what it is sent"),
-    "best_of": Absent("this server ranks no choices", (1,)),
-    "echo": Absent("this server repeats no messages", (False,)),
-    "add_special_tokens": Absent(PROMPTS, (False,)),
-    "chat_template": Absent(PROMPTS),
-    "documents": Absent(PROMPTS),
-    "media_io_kwargs": Absent("this server takes text alone"),
-    "mm_processor_kwargs": Absent("this server takes text alone"),
+    "tools": UnsupportedField(TOOLS),
+    "tool_choice": UnsupportedField(TOOLS, ("none", "auto")),
+    "parallel_tool_calls": UnsupportedField(TOOLS, (True, False)),  # of which there are none
+    "functions": UnsupportedField(TOOLS),
+    "function_call": UnsupportedField(TOOLS, ("none", "auto")),
+    "modalities": UnsupportedField(AUDIO, (["text"],)),
+    "audio": UnsupportedField(AUDIO),
+    "prediction": UnsupportedField("this server does not take guesses at its answer"),
+    "web_search_options": UnsupportedField(SEARCH, nothing=(None,)),  # an empty one asks for a search
+    "moderation": UnsupportedField("this server does not judge what it is sent"),
+    "best_of": UnsupportedField("this server ranks no choices", (1,)),
+    "echo": UnsupportedField("this server repeats no messages", (False,)),
+    "add_special_tokens": UnsupportedField(PROMPTS, (False,)),
+    "chat_template": UnsupportedField(PROMPTS),
+    "documents": UnsupportedField(PROMPTS),
+    "media_io_kwargs": UnsupportedField("this server takes text alone"),
+    "mm_processor_kwargs": UnsupportedField("this server takes text alone"),
 }
 IN_TOKENS = {name: IN_CHATS[name] for name in ("tools", "add_special_tokens", "chat_template", "mm_processor_kwargs")}
-UNKNOWN = Absent("this server has no such field")
+UNKNOWN = UnsupportedField("this server has no such field")
 
 
-def without_nothing(body: dict[str, Any], fields: object, absent: Mapping[str, Absent]) -> dict[str, Any]:
+def without_neutral(body: dict[str, Any], fields: object, absent: Mapping[str, UnsupportedField]) -> dict[str, Any]:
     """A body without what asks for nothing and is none of `fields`, a container of names."""
     left_out = [name for name in body if name not in fields and _is_nothing(body[name], absent.get(name, UNKNOWN))]  # type: ignore[operator]
     return {name: value for name, value in body.items() if name not in left_out} if left_out else body
 
 
-def _is_nothing(value: Any, absent: Absent) -> bool:
+def _is_nothing(value: Any, absent: UnsupportedField) -> bool:
     """JSON's `true` is not its 1, as it is in Python. Parts of an object that are null say nothing either."""
     if isinstance(value, dict):
         value = {name: part for name, part in value.items() if part is not None}
     return any(type(value) is type(each) and value == each for each in absent.accepted)
 
 
-def describe(schema: dict[str, Any], absent: Mapping[str, Absent]) -> None:
+def describe(schema: dict[str, Any], absent: Mapping[str, UnsupportedField]) -> None:
     """Let a body's JSON schema say all this."""
     schema["additionalProperties"] = {"enum": list(NOTHING), "description": "Nothing else is known."}
     for name, each in absent.items():

@@ -35,7 +35,7 @@ from eagleray.deploy.openai.middleware.probes import Figures, Health
 from eagleray.deploy.openai.middleware.request_ids import RequestIds
 from eagleray.deploy.openai.middleware.timing import HttpTime
 from eagleray.deploy.openai.request_context import RETRY_AFTER_S
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from eagleray.deploy.serve.config import ServeArgs, in_one_line
 from eagleray.deploy.serve.metrics import Metrics
 from eagleray.deploy.serve.progress import Teller
@@ -120,7 +120,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve mounts."""
         args = self._args
-        served = Served(
+        served = ServedModel(
             engine=self._llm,
             model_name=args.model_name,
             max_model_len=self._info.max_model_len,

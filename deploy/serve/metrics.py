@@ -10,7 +10,7 @@ from prometheus_client import Histogram as PrometheusHistogram
 from ray.util import metrics as ray_metrics
 
 from eagleray.cluster.core.messages import EngineStats
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.deploy.serve.startup import START_METRIC
 
 TIME_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 600]
@@ -113,7 +113,7 @@ class Metrics:
         for part, value in seconds.items():
             self._start_s.set(value, {"part": part})
 
-    def end(self, generation: Generation) -> None:
+    def end(self, generation: RequestState) -> None:
         """Count a request that has ended. One whose engine is gone has no end of its own, and counts as an error."""
         self._prompt_tokens.add(len(generation.prompt_token_ids))
         for completion in generation.completions:

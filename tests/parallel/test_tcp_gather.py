@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from eagleray.parallel.tcp_gather import MAX_BYTES, Mesh
+from eagleray.parallel.tcp_gather import MAX_BYTES, TcpGather
 
 
 @contextmanager
 def meshes(
     size: int, timeout_s: float = 20.0, before: Callable[[HashStore], None] = lambda store: None
-) -> Iterator[list[Mesh]]:
+) -> Iterator[list[TcpGather]]:
     """Join all ranks; rank 0 first, and the others after `before`."""
     store = HashStore()
     with ThreadPoolExecutor(size) as threads:
-        joining = [threads.submit(Mesh.join, 0, size, store, timeout_s)]
+        joining = [threads.submit(TcpGather.join, 0, size, store, timeout_s)]
         before(store)
-        joining += [threads.submit(Mesh.join, rank, size, store, timeout_s) for rank in range(1, size)]
+        joining += [threads.submit(TcpGather.join, rank, size, store, timeout_s) for rank in range(1, size)]
         joined = [future.result() for future in joining]
         try:
             yield joined

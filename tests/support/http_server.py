@@ -18,7 +18,7 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.middleware.admission import ApiKeys, BodyLimit, BoundedQueue
 from eagleray.deploy.openai.middleware.request_ids import RequestIds
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 
 T = TypeVar("T")
 Wrapper = Callable[[ASGIApp], ASGIApp]
@@ -43,7 +43,7 @@ class Server:
     def __init__(self, engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper, key: str) -> None:
         self.engine = engine
         self._around, self._key = around, key
-        self.served = Served(engine, model_name, max_model_len, created=1_700_000_000, allow_priority=True)
+        self.served = ServedModel(engine, model_name, max_model_len, created=1_700_000_000, allow_priority=True)
         self._started = threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), name="server")
         self._thread.start()

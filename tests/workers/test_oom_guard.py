@@ -17,7 +17,7 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.oom_guard import StepGuard
+from eagleray.workers.oom_guard import OomGuard
 from eagleray.workers.protocol.messages import Step
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
@@ -52,9 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     return model
 
 
-def make_guard(model: CausalLM, *, alone: bool = True) -> StepGuard:
+def make_guard(model: CausalLM, *, alone: bool = True) -> OomGuard:
     config = worker_config(max_model_len=160, block_size=4, max_num_seqs=ROWS, max_num_batched_tokens=128)
-    return StepGuard(Worker(config, model, TPGroup(), NUM_BLOCKS), max_rows=ROWS, alone=alone, device=CPU)
+    return OomGuard(Worker(config, model, TPGroup(), NUM_BLOCKS), max_rows=ROWS, alone=alone, device=CPU)
 
 
 def make_engine(model: CausalLM, depth: int) -> InlineEngine:

@@ -38,7 +38,7 @@ from eagleray.workers.sampling.logprobs import LogprobTensors, token_logprobs
 from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, unpack_ids
 from eagleray.workers.sampling.penalties import penalise
 from eagleray.workers.sampling.table import NO_TOP_K, PLAIN, Feature, SamplingTable
-from eagleray.workers.sampling.top_k_top_p import Restriction, draw_restricted
+from eagleray.workers.sampling.top_k_top_p import TopKTopP, draw_top_k_top_p
 from eagleray.workers.triton_here import CAN_IMPORT
 
 IntArray = npt.NDArray[np.int64]
@@ -215,8 +215,8 @@ class Sampler:
         values = logits.div_(table.temperatures[rows].unsqueeze(1))
         max_top_k = max(table.host[batch.rows[line]].top_k or NO_TOP_K for line in lines)
         has_min_p = bool((batch.features[lines] & Feature.MIN_P).any())
-        restriction = Restriction(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k, has_min_p)
-        return draw_restricted(values, keys, restriction, self._shard, self._max_shard, self._tp)
+        restriction = TopKTopP(table.log_min_p[rows], table.top_k[rows], table.top_p[rows], max_top_k, has_min_p)
+        return draw_top_k_top_p(values, keys, restriction, self._shard, self._max_shard, self._tp)
 
     def _rows_and_keys(self, batch: _Batch, lines: list[int]) -> tuple[Tensor, Tensor]:
         rows = self._tensor([batch.rows[line] for line in lines])

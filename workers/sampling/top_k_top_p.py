@@ -23,7 +23,7 @@ _WIDENING = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Restriction:
+class TopKTopP:
     """What restricts each of n lines, after temperature. A line without top-k has one of `NO_TOP_K`."""
 
     log_min_p: Tensor  # [n] float32, -inf where there is no min-p
@@ -32,12 +32,12 @@ class Restriction:
     max_top_k: int  # the largest of `top_k`, known to the host
     has_min_p: bool  # any line
 
-    def of(self, lines: Tensor) -> "Restriction":
+    def of(self, lines: Tensor) -> "TopKTopP":
         return replace(self, log_min_p=self.log_min_p[lines], top_k=self.top_k[lines], top_p=self.top_p[lines])
 
 
-def draw_restricted(
-    values: Tensor, keys: Tensor, restriction: Restriction, vocab_shard: range, max_shard: int, tp: TPGroup
+def draw_top_k_top_p(
+    values: Tensor, keys: Tensor, restriction: TopKTopP, vocab_shard: range, max_shard: int, tp: TPGroup
 ) -> Tensor:
     """This rank's best pair [n] after noise among those at or above the cut; `PAD` where its shard has none.
 
@@ -47,19 +47,19 @@ def draw_restricted(
     widest = max_shard + 1  # one more than any shard: then every rank's last offer is `PAD`, and all is certain
     width = min(INITIAL_WIDTH, restriction.max_top_k, widest)
     offers = top_pairs(values, vocab_shard.start, width)
-    cuts, is_open = find_cuts(values, offers, restriction, tp)
+    cuts, is_open = find_thresholds(values, offers, restriction, tp)
     best = _best_at_or_above(cuts, offers, keys)
     while width < widest and bool(is_open.any()):
         lines = is_open.nonzero().squeeze(1)
         width = min(width * _WIDENING, widest)
         offers = top_pairs(values[lines], vocab_shard.start, width)
-        cuts, still_open = find_cuts(values[lines], offers, restriction.of(lines), tp)
+        cuts, still_open = find_thresholds(values[lines], offers, restriction.of(lines), tp)
         best[lines] = _best_at_or_above(cuts, offers, keys[lines])
         is_open = torch.zeros_like(is_open).index_copy_(0, lines, still_open)
     return best
 
 
-def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGroup) -> tuple[Tensor, Tensor]:
+def find_thresholds(values: Tensor, offers: Tensor, restriction: TopKTopP, tp: TPGroup) -> tuple[Tensor, Tensor]:
     """The cut [n] int64 of each line, and whether it needs wider offers [n] bool, the same on every rank.
 
     `values` [n, shard] is this rank's shard and `offers` [n, width] its highest pairs in order. Tokens below min-p are
@@ -90,7 +90,7 @@ def find_cuts(values: Tensor, offers: Tensor, restriction: Restriction, tp: TPGr
     return cuts, tp.all_reduce(is_open.to(torch.int32), "max") > 0
 
 
-def _shard_mass(values: Tensor, highest: Tensor, restriction: Restriction) -> Tensor:
+def _shard_mass(values: Tensor, highest: Tensor, restriction: TopKTopP) -> Tensor:
     """The mass [n] float64 of this rank's shard, relative to that of the highest token, without what min-p drops."""
     lowest = highest + restriction.log_min_p.unsqueeze(1)
     sums = []

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.middleware.respond import refuse
-from eagleray.deploy.openai.truncate import shown
+from eagleray.deploy.openai.truncate import excerpt
 
 logger = logging.getLogger(__name__)
 
@@ -54,5 +54,5 @@ class RequestIds:
                 await refuse(answered, ApiError(400, message, code="invalid_request_id"))
         finally:
             seconds = time.monotonic() - begin
-            path = shown(scope["path"])
+            path = excerpt(scope["path"])
             logger.info("request %s: %s %s %d in %.3f s", request_id, scope["method"], path, status, seconds)

@@ -13,13 +13,13 @@ from eagleray.cluster.core.engine_core import EngineCore
 from eagleray.cluster.core.messages import Abort, EngineOutputs, Shutdown, Submit
 from eagleray.cluster.core.request_check import EngineLimits
 from eagleray.cluster.core.scheduler import Scheduler
-from eagleray.cluster.core.time_accounting import StepClock
+from eagleray.cluster.core.time_accounting import TimeAccounting
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.outputs import RequestParts
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.workers.output_sender import Reporter
+from eagleray.workers.output_sender import OutputSender
 from eagleray.workers.protocol.channel import Hub, Peer
 from eagleray.workers.protocol.messages import Profile, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
@@ -49,7 +49,7 @@ class ReportingExecutor:
         self._hub = Hub()
         self.pollable: Sequence[Any] = (self._hub.socket,)
         self._rank = ToyRank(num_blocks, BLOCK_SIZE)
-        self._reporter = Reporter(self._hub.endpoint)
+        self._reporter = OutputSender(self._hub.endpoint)
         self._step_s, self._send_s = step_s, send_s
 
     def send(self, message: Step | Profile) -> None:
@@ -89,7 +89,7 @@ class Engine:
     step_s: float = 0.0
     send_s: float = 0.0
     schedule_s: float = 0.0
-    ended: list[Generation] = field(default_factory=list)
+    ended: list[RequestState] = field(default_factory=list)
 
     def run(self, *prompts: list[int]) -> list[RequestParts]:
         """Requests of `STEPS` tokens, all at once; their parts in the order in which they end."""
@@ -139,7 +139,7 @@ def test_what_is_slow_takes_the_time(slow: dict[str, Any], part: str) -> None:
 
 def test_no_part_is_longer_than_the_time_that_passed() -> None:
     """A rank's clock and the driver's windows need not agree."""
-    clock = StepClock()
+    clock = TimeAccounting()
     clock.start(time.monotonic())
     begin = clock.time
     clock.end_step(gpu_s=100.0)

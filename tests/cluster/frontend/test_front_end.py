@@ -14,7 +14,7 @@ from eagleray.cluster.core.messages import EngineOutputs, EngineRequest, EngineS
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.prompts import Prompt
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import Logprob, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
@@ -45,12 +45,12 @@ def add(
     prompt: Prompt = "Hello",
     kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     **params: Any,
-) -> tuple[Generation, list[EngineRequest]]:
+) -> tuple[RequestState, list[EngineRequest]]:
     generation = front_end.prepare(prompt, SamplingParams(**params), output_kind=kind)
     return generation, [front_end.add(generation)]
 
 
-def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[Generation], list[int]]:
+def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[RequestState], list[int]]:
     return front_end.process(EngineOutputs(list(news), EngineStats()))
 
 

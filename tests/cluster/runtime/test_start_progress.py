@@ -18,7 +18,7 @@ from eagleray.cluster.runtime.start_display import shown_start
 from eagleray.cluster.runtime.start_watch import AllRanks
 from eagleray.workers.protocol.channel import Hub
 from eagleray.workers.protocol.startup import GRAPHS, JOINING, PHASES, PROCESSES, READY, WEIGHTS, Progress
-from eagleray.workers.startup_reporter import StartTeller
+from eagleray.workers.startup_reporter import StartupReporter
 from support.screen import screen
 
 CONFIG = EngineConfig(model="/models/tiny [b]{0}", tensor_parallel_size=2)
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_all_ranks_once_all_have_counted() -> None:
 
 def test_counts_are_told_seldom_but_for_the_last() -> None:
     hub = Hub()
-    teller = StartTeller(1, hub.endpoint)
+    teller = StartupReporter(1, hub.endpoint)
     teller.begin(WEIGHTS)
     for done in range(10_001):
         teller.count(done, 10_000)

@@ -22,7 +22,7 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 from support.typed_values import fields, values
@@ -86,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def app_of(tokenizer: Tokenizer) -> tuple[AppReplica, AsyncLLM]:
     limits = ModelLimits(max_model_len=1000, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({END_ID}))
     engine = AsyncLLM.attach(LocalEngine(), FrontEnd(tokenizer, limits))
-    return AppReplica(make_app(Served(engine, "tiny", 1000, 1))), engine
+    return AppReplica(make_app(ServedModel(engine, "tiny", 1000, 1))), engine
 
 
 @pytest.fixture

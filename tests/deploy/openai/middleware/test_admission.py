@@ -31,7 +31,7 @@ from eagleray.deploy.openai.middleware.probes import Figures, Health
 from eagleray.deploy.openai.middleware.request_ids import RequestIds
 from eagleray.deploy.openai.middleware.respond import answer, refuse
 from eagleray.deploy.openai.request_context import place_taken, tenant_asking
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from support.local_engine import LocalEngine
 
 
@@ -262,7 +262,7 @@ async def test_the_engine_is_told_whose_key_it_was_and_what_was_asked_for_togeth
     llm = AsyncLLM.attach(
         engine, FrontEnd(None, ModelLimits(max_model_len=256, vocab_size=50, eos_token_ids=frozenset()))
     )
-    app = BoundedQueue(make_app(Served(llm, "toy", 256, created=0)), 10, num_tenants=2)
+    app = BoundedQueue(make_app(ServedModel(llm, "toy", 256, created=0)), 10, num_tenants=2)
     body = {"prompt": [[1, 2], [3, 4]], "n": 2, "max_tokens": 3, "stream": stream}
     async with client(ApiKeys(app, ["one", "two"])) as http:
         for key in ("two", "one", "two"):

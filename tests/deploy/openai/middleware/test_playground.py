@@ -14,7 +14,7 @@ from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.middleware.admission import ApiKeys
 from eagleray.deploy.openai.middleware.playground import Playground
 from eagleray.deploy.openai.middleware.probes import Figures, Health
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from eagleray.deploy.serve.metrics import Metrics
 from support.asgi_server import asgi_server
 from support.chromium import Page, chromium_page
@@ -55,7 +55,7 @@ def recorder(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         metrics.look(llm.stats, idle=llm.num_requests == 0)
         return metrics.text()
 
-    recorder = Recorder(make_app(Served(llm, "tiny", ROOM, created=0)))
+    recorder = Recorder(make_app(ServedModel(llm, "tiny", ROOM, created=0)))
     app = Health(Figures(Playground(ApiKeys(recorder, [KEY])), text), lambda: None)
     with asgi_server(app, on_end=llm.close) as url:
         yield url, recorder, llm

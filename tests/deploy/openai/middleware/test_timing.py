@@ -11,11 +11,11 @@ import pytest
 from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
-from eagleray.cluster.frontend.request_state import Generation
+from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.middleware.timing import HttpTime
-from eagleray.deploy.openai.served_model import Served
+from eagleray.deploy.openai.served_model import ServedModel
 from support.asgi_server import asgi_server
 from support.local_engine import LocalEngine
 
@@ -30,7 +30,7 @@ class Seen:
     def __init__(self) -> None:
         self.url = ""
         self.http_s: list[float] = []
-        self.ended: list[Generation] = []
+        self.ended: list[RequestState] = []
 
     def post(self, content: Any = None, **body: Any) -> float:
         """How long a request took its client."""
@@ -50,7 +50,7 @@ def seen(demo_model_dir: Path) -> Iterator[Seen]:
     seen = Seen()
     limits = ModelLimits(max_model_len=1500, vocab_size=49_152, eos_token_ids=frozenset({2}))
     llm = AsyncLLM.attach(LocalEngine(), FrontEnd(Tokenizer.from_dir(demo_model_dir), limits, on_end=seen.ended.append))
-    app = make_app(Served(llm, "local", 1500, created=0))
+    app = make_app(ServedModel(llm, "local", 1500, created=0))
     with asgi_server(HttpTime(app, seen.http_s.append), llm.close) as seen.url:
         yield seen
 
