@@ -1,4 +1,4 @@
-"""The streaming front end for asyncio."""
+"""`AsyncLLM`, the streaming front end for asyncio."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What a user sets once, when an engine starts."""
+"""`EngineConfig`: what a user sets once, when an engine starts."""
 
 from dataclasses import dataclass, fields
 

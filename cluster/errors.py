@@ -1,4 +1,4 @@
-"""What callers of the engine handle."""
+"""The exceptions that callers of the engine handle."""
 
 import os
 

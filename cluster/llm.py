@@ -1,4 +1,4 @@
-"""The offline front end: a list of prompts in, a list of outputs back in the same order."""
+"""`LLM`, the offline front end: a list of prompts in, a list of outputs back in the same order."""
 
 import logging
 import os

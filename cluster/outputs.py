@@ -1,4 +1,4 @@
-"""What callers get back, under vLLM's names."""
+"""`RequestOutput` and its parts: what callers get back, under vLLM's names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

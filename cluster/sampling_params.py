@@ -1,4 +1,4 @@
-"""What a user asks of one request, under vLLM's names; checked when made."""
+"""`SamplingParams`: what a user asks of one request, under vLLM's names; checked when made."""
 
 import math
 from dataclasses import dataclass, fields

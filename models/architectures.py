@@ -1,4 +1,4 @@
-"""The architectures that Eagleray runs, by the name in `config.json`. Imports no torch until a class is asked for."""
+"""The supported architectures, by their name in `config.json`. Imports no torch until a class is asked for."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

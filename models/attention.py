@@ -1,4 +1,4 @@
-"""Attention as one op that takes only tensors and the index of the layer.
+"""Attention as one op that takes only tensors and the layer's index.
 
 The op is declared here, without an implementation: whoever runs the model provides one, and knows what else attention
 needs. `torch.compile` sees one opaque op.

@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says about the network, checked and in our words. Imports no torch.
+"""Reads and checks what a checkpoint's `config.json` says about the network. Imports no torch.
 
 It is read as transformers reads it: its defaults where a key is missing, and both spellings of rotary positions,
 `rope_theta` and `rope_scaling` beside the other keys, and `rope_parameters`. What Eagleray does not implement is an
@@ -113,7 +113,7 @@ class ModelConfig:
         if not isdir(path):
             raise ValueError(f"there is no model directory {str(path)!r}; give a directory with config.json")
         if not isfile(file):
-            raise ValueError(f"{str(path)!r} holds no config.json, so it is no model")
+            raise ValueError(f"{str(path)!r} holds no config.json, so it is not a model")
         raw = read_object(file)
         try:
             return cls.from_dict(raw)

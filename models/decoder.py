@@ -1,4 +1,4 @@
-"""What the families have in common: embedding, a stack of layers, a norm, a head."""
+"""The decoder that all families share: embedding, a stack of layers, a norm, a head."""
 
 from typing import ClassVar
 

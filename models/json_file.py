@@ -1,4 +1,6 @@
-"""The small JSON files of a checkpoint, and the values in them. Whatever is wrong is a `ValueError` with the key."""
+"""Reads the small JSON files of a checkpoint and checks their values. Whatever is wrong is a `ValueError` with the
+key.
+"""
 
 import json
 import sys
@@ -18,7 +20,7 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
             raise ValueError(f"{file} has {size} bytes, and {max_bytes} is the limit; fetch the file again")
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error}; fetch the file again") from error
+        raise ValueError(f"{file} is not UTF-8 text: {error}; fetch the file again") from error
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -31,7 +33,7 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}; fetch the file again") from error
+        raise ValueError(f"{file} is not valid JSON: {error}; fetch the file again") from error
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply; fetch the file again") from None
     if not isinstance(content, dict):

@@ -1,4 +1,6 @@
-"""Small layers as one launch each, in Triton, for CUDA or its interpreter. `layers.py` has the same in PyTorch."""
+"""Triton kernels of small layers (norms, rotary positions, activations), one launch each. `layers.py` has the same in
+PyTorch.
+"""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch

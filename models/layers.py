@@ -1,4 +1,4 @@
-"""Layers that the families share: norms, rotary positions, the gated MLP."""
+"""The layers that families share: norms, rotary positions, the gated MLP."""
 
 import math
 from typing import ClassVar

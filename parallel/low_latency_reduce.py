@@ -1,4 +1,5 @@
-"""Small messages between GPUs of one node in one launch: words or lines travel with flags, and nobody awaits a barrier.
+"""Low-latency collectives of small messages between the GPUs of a node: one launch, flags beside the data, no
+barrier.
 
 A rank writes its words into another's inbox, 32 bits of data beside a 32-bit epoch in one 64-bit store, and reads its
 own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.) Longer

@@ -1,4 +1,4 @@
-"""By which address and network interface this host is reached by the other ranks."""
+"""Finds the address and network interface by which other ranks reach this host."""
 
 import fcntl
 import socket
@@ -32,7 +32,7 @@ def open_store(ip: str, size: int) -> TCPStore:
 
 
 def own_address(store: Store) -> tuple[socket.AddressFamily, str]:
-    """This host's address on its way to the store's host; loopback for a store that is no server."""
+    """This host's address on its way to the store's host; loopback for a store that is not a server."""
     host = getattr(store, "host", LOOPBACK)
     family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:  # connecting a datagram socket sends nothing

@@ -1,4 +1,4 @@
-"""Shared memory, of which a Triton kernel's tiles and stages must not take more than a GPU has."""
+"""How much shared memory a GPU has for a Triton kernel's tiles and stages."""
 
 import torch
 

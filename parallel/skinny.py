@@ -1,4 +1,4 @@
-"""`y = x W^T` for the few rows of a decode, in Triton. Such a product takes as long as reading W does.
+"""Triton kernel for `y = x W^T` with few rows, as in a decode. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
 (`overlap.py`). On H200 this wins up to 64 rows. Two things were tried meanwhile: drawing the start of W into L2 gains

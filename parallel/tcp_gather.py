@@ -1,4 +1,4 @@
-"""Small messages between ranks on CPU: a TCP connection between every two ranks, written and read by the caller itself.
+"""All-gather of small messages between ranks on CPU, over a TCP connection between every two of them.
 
 gloo hands each message to threads of its own. Where ranks fill every core those threads wait for one, and a message of
 2 KB takes hundreds of microseconds instead of twenty; a forward pass sends two of them per layer.

@@ -1,4 +1,4 @@
-"""A rank as a Ray actor: a thin face over `Worker`."""
+"""A rank as a Ray actor: a thin layer over `Worker`."""
 
 import os
 import time

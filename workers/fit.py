@@ -1,4 +1,4 @@
-"""What a rank's shard of a model takes, and what its node has, before anything of that size is touched."""
+"""Checks that a rank's shard fits the memory of its node, before anything of that size is allocated."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Signs of life of a process, from a thread of its own: they come while a step is long, and end when it is stopped."""
+"""A rank's heartbeat: sent by a thread of its own, also during long steps."""
 
 import os
 from threading import Event, Thread

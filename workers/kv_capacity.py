@@ -1,4 +1,4 @@
-"""How many KV blocks this rank has room for."""
+"""Computes how many KV blocks fit on this rank."""
 
 from array import array
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Steps that run out of memory: left out as if they had never come, with those sent after them, until a fresh start.
+"""Skips steps that run out of memory, with those already sent after them, as if they had never come.
 
 By the time the engine core hears of such a step, it has sent the next ones, which build on it. So the rank skips them
 all; the first step of the core's fresh start says so, and every row is started anew with it.

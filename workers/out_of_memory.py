@@ -1,4 +1,4 @@
-"""Memory that runs out, told to a person: what for, how much was asked, who holds the rest, what to change."""
+"""Explains out-of-memory errors: what was being done, how much was asked for, who holds the rest, what to change."""
 
 import gc
 import re

@@ -1,4 +1,4 @@
-"""Sends outputs from a thread of its own: the next step is launched while the last one's tokens are on their way."""
+"""Sends outputs from a thread of its own, so that the next step is launched while the last one's tokens travel."""
 
 import time
 from queue import SimpleQueue

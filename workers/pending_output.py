@@ -1,4 +1,4 @@
-"""A step's output between its launch and the moment when the device has got there."""
+"""A step's output between its launch and its completion on the device."""
 
 from math import isfinite
 

@@ -1,4 +1,4 @@
-"""Host numbers on their way to the device, without the host waiting for the device."""
+"""Copies host values to the device through pinned memory, without blocking the host."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""torch's profiler on one rank, started and stopped between two steps."""
+"""Runs torch's profiler on one rank, started and stopped between two steps."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What stands at both ends of a decode, one launch each, in Triton: rows as a batch, and rows one token further."""
+"""Triton kernels at both ends of a decode: rows to a batch, and rows advanced by one token."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch

@@ -1,4 +1,4 @@
-"""Tells how far this rank's start is, while it goes on."""
+"""Reports the progress of this rank's start while it runs."""
 
 import time
 

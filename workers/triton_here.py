@@ -1,4 +1,4 @@
-"""Whether Triton's kernels run here: on CUDA, for which Triton comes with torch, and anywhere in its interpreter."""
+"""Whether Triton's kernels can run here: on CUDA, or anywhere in its interpreter."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""One rank's part of a step: rows updated, model run, tokens sampled and kept in their rows."""
+"""Executes one rank's part of a step: updates rows, runs the model, samples tokens."""
 
 from collections.abc import Sequence
 from dataclasses import replace

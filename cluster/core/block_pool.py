@@ -1,4 +1,4 @@
-"""KV blocks by number: who uses them, which hold a known prefix, which to give out next."""
+"""The pool of KV blocks: reference counts, the prefix cache and eviction."""
 
 from array import array
 from collections import OrderedDict

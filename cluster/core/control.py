@@ -1,4 +1,4 @@
-"""Whether the ranks profile, and which front end waits for them to begin or to end."""
+"""Tracks whether the ranks are profiling, and which front end waits for the answer."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""The engine's loop: messages from front ends in, steps to the ranks, tokens back to the front ends."""
+"""The engine core's loop: requests in from front ends, steps out to the ranks, tokens back."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What a front end needs of an engine: the Ray client offers it, and so does an engine in the same process."""
+"""The interface between a front end and an engine, on Ray or in the same process."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""Who goes first where rows are scarce: tenants, the groups of each, and how many rows they hold.
+"""Fair scheduling between tenants and between the requests of each: who starts first, and who is preempted.
 
 A group is what a client asked for at once: prompts, with `n` sequences each. A tenant is on whose account: an API key
 of a server, or all of a front end. What is scarce goes to the tenant that holds the fewest rows, of its groups to the

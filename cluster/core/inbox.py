@@ -1,4 +1,6 @@
-"""A hub's messages, read. What cannot be read is counted, logged once and dropped, and nothing else suffers from it."""
+"""Decodes a hub's messages; one that cannot be decoded affects nobody but its sender. What cannot be read is counted,
+logged once and dropped, and nothing else suffers from it.
+"""
 
 import logging
 from collections.abc import Callable

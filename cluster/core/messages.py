@@ -1,4 +1,4 @@
-"""What crosses between front ends and the engine core."""
+"""The messages between front ends and the engine core."""
 
 import msgspec
 

@@ -1,4 +1,4 @@
-"""Smaller steps after one that ran out of memory."""
+"""Limits the size of steps after one that ran out of memory."""
 
 
 class OomBackoff:

@@ -1,4 +1,4 @@
-"""One sequence on its way: what is known of it, and how far the ranks are."""
+"""A sequence's state in the engine core: its tokens, its blocks, and how far the ranks have computed it."""
 
 import time
 from array import array

@@ -1,4 +1,4 @@
-"""What ranks could not run, or only with harm to other requests, is refused at the core's door.
+"""Refuses requests that the ranks could not run, or only with harm to others.
 
 Front ends check what users give, in words for users. This guards against front ends that do not.
 """

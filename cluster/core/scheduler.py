@@ -1,4 +1,6 @@
-"""What to run next. There are no phases: a chunk of a prompt and a decode of one token are both tokens of a request."""
+"""The scheduler: decides which tokens of which requests the next step runs. There are no phases: a chunk of a prompt
+and a decode of one token are both tokens of a request.
+"""
 
 import heapq
 import logging

@@ -1,4 +1,4 @@
-"""A step in the making, and a step whose output is due."""
+"""A step while the scheduler builds it, and while its output is due."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

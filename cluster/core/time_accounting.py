@@ -1,4 +1,4 @@
-"""Where an engine's time goes while it has work: cumulative seconds, so that a request's share is a difference.
+"""Accounts for the engine's time while it has work: cumulative seconds, so that a request's time is a difference.
 
 Nothing is kept per token. Of what happens at once only one gets the time, and the parts add up to the time that passed:
 first comes what the ranks computed, as rank 0 reports it, then the driver's own work as far as the ranks did not

@@ -1,4 +1,4 @@
-"""Words that are not to be generated, as tokens."""
+"""Converts `bad_words` to token sequences."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""From a conversation to a prompt."""
+"""Converts a conversation to a prompt with the model's chat template."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ def _encoded(tokenizer: Tokenizer, text: str) -> TokensPrompt:
 
 
 def with_texts(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose contents may be lists of parts. Raises `ValueError` for parts that are no text."""
+    """Messages whose contents may be lists of parts. Raises `ValueError` for parts that are not text."""
     return [
         {**message, "content": joined(_part(part) for part in message["content"])}
         if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)

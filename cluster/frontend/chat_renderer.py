@@ -1,4 +1,4 @@
-"""Chat templates in a process of their own: bounded in time and memory, and never on the caller's event loop."""
+"""Renders chat templates in a process of its own: bounded in time and memory, off the caller's event loop."""
 
 import asyncio
 import marshal
@@ -136,7 +136,7 @@ def _lanes() -> list[Lane]:
 
 
 def plain(value: Any) -> Any:
-    """As templates may see it: what is no plain value is only said to be there, as in transformers."""
+    """As templates may see it: what is not a plain value is only said to be there, as in transformers."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):  # an enumeration's, say

@@ -1,4 +1,4 @@
-"""Token by token back to text: never half a character, and nothing of a stop string."""
+"""Detokenises a sequence incrementally: never half a character, and no part of a stop string."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

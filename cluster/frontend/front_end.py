@@ -1,4 +1,4 @@
-"""The front ends' bookkeeping, without input and output: what to send for a prompt, and what the engine's news mean."""
+"""The front ends' shared bookkeeping, without I/O: what to send for a prompt, and what the core's outputs mean."""
 
 import secrets
 import time

@@ -1,4 +1,4 @@
-"""What a checkpoint says about how generation goes and ends."""
+"""Reads a checkpoint's `generation_config.json`: end-of-sequence ids and sampling defaults."""
 
 import logging
 from collections.abc import Collection
@@ -53,7 +53,7 @@ def sampling_defaults(model: str | Path) -> dict[str, Any]:
     """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
 
     As transformers, this takes `do_sample: false` for greedy, and config.json, where older models have them, if there
-    is no generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
+    is not a generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
     for what is not there.
     """
     file = Path(model) / FILE

@@ -1,4 +1,4 @@
-"""From a prompt and its sampling parameters to what the engine core is sent, checked against the model."""
+"""Converts a prompt and its sampling parameters to an engine request, checked against the model."""
 
 from array import array
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A progress bar with throughput for a batch of requests."""
+"""A progress bar with throughput for `LLM.generate`."""
 
 import time
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""What a prompt can be."""
+"""The types that a prompt may have."""
 
 from collections.abc import Sequence
 from typing import Any, NotRequired, TypedDict, cast
@@ -45,10 +45,10 @@ def num_to_take(truncate_prompt_tokens: int | None, max_model_len: int, num_new:
 
 
 def check_text(text: str, name: str = "the text") -> None:
-    """Raise `ValueError` for a string that is no Unicode text, such as one with half of a surrogate pair."""
+    """Raise `ValueError` for a string that is not Unicode text, such as one with half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} holds {text[error.start]!r} at position {error.start}, which is no character; give UTF-8 text"
+            f"{name} holds {text[error.start]!r} at position {error.start}, which is not a character; give UTF-8 text"
         ) from None

@@ -1,4 +1,4 @@
-"""A request on its way back: what the engine says of its sequences becomes text, log-probabilities and an end."""
+"""A request's state in the front end: the core's tokens become text, log-probabilities and a finish reason."""
 
 import time
 from dataclasses import dataclass, field

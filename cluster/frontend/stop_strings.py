@@ -1,4 +1,4 @@
-"""Stop strings found in a text that grows, in one pass, however many and long they are (Aho and Corasick 1975)."""
+"""Finds stop strings in a growing text in one pass, however many and long they are (Aho and Corasick 1975)."""
 
 from collections import deque
 from collections.abc import Sequence

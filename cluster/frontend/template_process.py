@@ -1,4 +1,4 @@
-"""The process that puts conversations into chat templates, and lets none take more than its time and memory.
+"""The process that renders chat templates, and limits the time and memory of each.
 
 Templates come with checkpoints, what they are filled with from clients, and nothing in Python bounds what a long loop,
 `'a' * 10**9` or a regular expression takes. So one process imports transformers' renderer, which takes a second or two,

@@ -1,4 +1,4 @@
-"""Token ids to text as they come, in constant work a token: all of it together is the text of all tokens at once.
+"""Converts token ids to text as they arrive, in constant work per token, equal to decoding them all at once.
 
 Where single bytes stand for what has no piece, the library makes U+FFFD of a whole row of them if one is wrong; here
 those stay that were shown before it came.

@@ -1,4 +1,4 @@
-"""The bytes that a token stands for, which need be no whole character."""
+"""The bytes that a token stands for, which need not be whole characters."""
 
 import json
 import re
@@ -23,7 +23,7 @@ BYTE_OF = _alphabet()
 class TokenBytes:
     """Reads the vocabulary, where decoding a token alone would make U+FFFD of a part of a character.
 
-    Knows byte-level BPE and sentencepiece's pieces, whose bytes that are no piece are `<0x00>` to `<0xFF>`. Added
+    Knows byte-level BPE and sentencepiece's pieces, whose bytes without a piece of their own are `<0x00>` to `<0xFF>`. Added
     tokens stand for themselves.
     """
 

@@ -1,4 +1,4 @@
-"""What a token adds to a text, as far as that can be said of a token alone, by how the tokenizer's decoder is made."""
+"""What a token adds to a text, as far as the token alone determines it."""
 
 import json
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates.
+"""The tokenizer: text to token ids and back, and chat templates.
 
 transformers reads a checkpoint's files, see `tokenizer_files.py`; of its tokenizer, this takes the two parts that do
 the work: the `tokenizers` library and the template renderer, so that nothing here imports torch. The renderer has a

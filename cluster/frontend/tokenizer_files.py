@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, built by transformers' own classes out of all the files that they read.
+"""Builds a checkpoint's tokenizer with transformers' own classes, without importing torch.
 
 Which class that is, `AutoTokenizer` decides by config.json and tokenizer_config.json; and ids depend on it, since some
 classes take no more than the vocabulary from tokenizer.json. But `AutoTokenizer` imports torch, which takes seconds and

@@ -1,4 +1,4 @@
-"""Long calls on several Ray actors: which has ended, and which failure is the cause of the others."""
+"""Watches long calls on several Ray actors: which have ended, and which failure caused the others."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""The engine core as a Ray actor: scheduler, block pool and channels in a process of their own."""
+"""The engine core as a Ray actor."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A front end's socket to the engine core: no message is lost unnoticed, and silence is told apart from having no news.
+"""A front end's socket to the engine core: notices lost messages, and tells silence from having no news.
 
 News are numbered. Once a second, whoever waits asks the core for a sign of life and tells it how many messages it has
 been sent. So a connection that broke, a core that is stopped, and a stop of this process itself are all seen for what

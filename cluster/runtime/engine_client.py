@@ -1,4 +1,4 @@
-"""A front end's end of the channel to the engine core, and starting the core."""
+"""Starts the engine core and connects a front end to it."""
 
 import asyncio
 import logging

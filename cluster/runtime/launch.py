@@ -1,4 +1,4 @@
-"""An engine with a front end, out of the options that `LLM` and `AsyncLLM` share."""
+"""Launches an engine with a front end, from the options that `LLM` and `AsyncLLM` share."""
 
 from contextlib import nullcontext
 from pathlib import Path

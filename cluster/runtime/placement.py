@@ -1,4 +1,4 @@
-"""Room for an engine on a Ray cluster: one bundle per rank, found within a bounded time or refused with the figures."""
+"""Places an engine on a Ray cluster: one bundle per rank, within a bounded time or refused with the figures."""
 
 import importlib
 import logging

@@ -1,4 +1,4 @@
-"""What the kernel says of a process on this machine."""
+"""The kernel's view of a process on this machine."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which Ray cluster this process is to join."""
+"""Decides which Ray cluster to join."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster asks for a token, which is found out before Ray would try in vain for 20 s."""
+"""Finds out whether a Ray cluster requires a token, before Ray would retry in vain for 20 s."""
 
 import os
 from collections.abc import Callable

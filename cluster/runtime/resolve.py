@@ -1,4 +1,4 @@
-"""From what the user set to what the ranks are told: every `auto` decided, every limit checked against the model."""
+"""Resolves a user's configuration for the ranks: decides every `auto`, checks every limit against the model."""
 
 import os
 from collections import defaultdict

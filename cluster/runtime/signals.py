@@ -1,4 +1,4 @@
-"""SIGTERM ends this process as an exception does: everything it has started is ended on the way out."""
+"""Handles SIGTERM as an exception, so that everything started is stopped on the way out."""
 
 import os
 import signal

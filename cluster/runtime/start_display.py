@@ -1,4 +1,4 @@
-"""The line of a terminal that shows how far a start is."""
+"""Shows the progress of a start on one line of a terminal."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ def shown_start(config: EngineConfig, console: Console) -> Iterator[startup.OnPr
     """Show that an engine starts, and the progress given to the function that this yields.
 
     The line is gone once the start is ready or has failed, so that what is written next has a line of its own. On what
-    is no terminal nothing is shown.
+    is not a terminal nothing is shown.
     """
     if not console.file.isatty():
         yield startup.unheard

@@ -1,4 +1,4 @@
-"""Where the time of a start went, and what it brought: two lines for a person, figures for a program."""
+"""Reports where the time of a start went: two lines for people, figures for programs."""
 
 from collections.abc import Sequence
 

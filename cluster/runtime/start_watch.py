@@ -1,4 +1,4 @@
-"""Watches a start: what its ranks tell, put together while the call that starts them runs."""
+"""Collects the ranks' progress reports while an engine starts."""
 
 import time
 from collections.abc import Callable

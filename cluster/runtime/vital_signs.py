@@ -1,4 +1,4 @@
-"""Which ranks live: each beats twice a second, from a thread of its own, so that a long step is no silence."""
+"""Tracks which ranks are alive by their heartbeats, so that a long step is not mistaken for a dead rank."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from eagleray.cluster.core.executor import LOOK_S
 from eagleray.cluster.runtime.process_state import DEAD, STOPPED, in_words, kill_if_stopped, state_of
 
 STOPPED_S = 3.0  # silence after which a process that the kernel calls stopped or dead counts as such
-SILENT_S = 15.0  # silence of one that it calls alive, or that is on another node: a busy machine is no death
+SILENT_S = 15.0  # silence of one that it calls alive, or that is on another node: a busy machine is not a death
 PATIENT_S = 120.0  # the same while imports, compilers or a profile hold the interpreter for long
 _AWAY_S = 2.5  # a look that comes so late says that this process itself was stopped, and nothing of others
 

@@ -1,4 +1,4 @@
-"""Replicas on the cluster: how many it has room for, and each as a Ray actor with an engine of its own."""
+"""Batch replicas as Ray actors, each with an engine of its own, as many as the cluster has room for."""
 
 import asyncio
 import logging

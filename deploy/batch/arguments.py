@@ -1,4 +1,4 @@
-"""What `eagleray batch` accepts."""
+"""The command-line arguments of `eagleray batch`."""
 
 import argparse
 from pathlib import Path
@@ -56,5 +56,5 @@ def _replicas(text: str) -> int | None:
     except ValueError:
         count = 0
     if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of replicas; give at least 1, or {AUTO}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of replicas; give at least 1, or {AUTO}")
     return count

@@ -1,4 +1,4 @@
-"""`eagleray batch`: a file of requests in OpenAI's batch format becomes a file of results, even if it is killed."""
+"""`eagleray batch`: answers a file of requests in OpenAI's batch format; a killed job resumes where it stopped."""
 
 import argparse
 import asyncio

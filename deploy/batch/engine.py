@@ -1,4 +1,4 @@
-"""An engine of a batch behind the server's app, in this process, which can be started anew."""
+"""A batch's engine behind the server's app in this process, which can be restarted."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""A batch's input: read once to know it by size, digest and custom_ids, then line by line, never whole in memory."""
+"""Reads a batch's input: once for its size, digest and custom_ids, then line by line, never whole in memory."""
 
 import hashlib
 from array import array

@@ -1,4 +1,4 @@
-"""Results on their way to a file: what is written stays, whatever happens to the job.
+"""Writes results to a file so that whatever is written survives a kill of the job.
 
 Results go to OUTPUT.partial, each in one write, and to the disk with every `sync`. OUTPUT.partial.json says of which
 input and model they are. A job that starts again reads them, cuts off a last line that was torn, and goes on with the

@@ -1,4 +1,4 @@
-"""How far a batch is: a bar on a terminal, and a line of the log now and then everywhere else."""
+"""The progress of a batch: a bar on a terminal, a line in the log now and then everywhere else."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""Rows are answered by the server's own code: the HTTP app is called in this process, without HTTP."""
+"""Answers batch rows with the server's own code, by calling the HTTP app in this process."""
 
 import asyncio
 from collections.abc import MutableMapping

@@ -1,4 +1,4 @@
-"""Rows of OpenAI's batch files: a line of the input as a request, and its result as a line of the output."""
+"""Parses rows of OpenAI's batch files and writes their results."""
 
 import re
 import uuid
@@ -39,7 +39,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class RowError(ValueError):
-    """A line is no request that could be sent; `code` says why in a word."""
+    """A line is not a request that could be sent; `code` says why in a word."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Rows to the engines and results to the journal, with so many rows in flight and no more."""
+"""Hands rows to the replicas and results to the journal, with a bounded number of rows in flight."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Where a batch's input comes from and its output goes: local files, or object stores through fsspec.
+"""Local files and object stores (through fsspec) as a batch's input and output.
 
 An object can be neither appended to nor locked. So a job that writes to an object store keeps its journal in a local
 work directory, uploads the output whole at the end, and fetches the input there, too. To go on after the machine is

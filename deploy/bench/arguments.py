@@ -1,4 +1,4 @@
-"""What the benchmarks and the profiler accept."""
+"""The command-line arguments of the benchmarks and the profiler."""
 
 import argparse
 import math
@@ -212,14 +212,14 @@ def _at_least(text: str, least: int) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return value
 
 
 def folder(text: str) -> Path:
     """Not the empty text of an unset variable, which would be the working directory."""
     if not text:
-        raise argparse.ArgumentTypeError("'' is no directory; name one, or . for the working directory")
+        raise argparse.ArgumentTypeError("'' is not a directory; name one, or . for the working directory")
     return Path(text)
 
 
@@ -231,7 +231,9 @@ def limit(text: str) -> tuple[str, float]:
     except ValueError:
         value = -1.0
     if name not in LIMITABLE or not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no limit such as ttft:200; the names are {', '.join(LIMITABLE)}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a limit such as ttft:200; the names are {', '.join(LIMITABLE)}"
+        )
     return name, value
 
 
@@ -243,7 +245,7 @@ def http_url(text: str) -> str:
     except ValueError:  # a port that is none
         usable = False
     if not usable or parts.query or parts.fragment:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:8000/v1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://127.0.0.1:8000/v1")
     return text.rstrip("/")
 
 
@@ -254,5 +256,5 @@ def seconds(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value

@@ -1,4 +1,4 @@
-"""Sends requests when they are due and notes when each of their tokens comes."""
+"""Sends requests to an engine when they are due, and records when each of their tokens arrives."""
 
 import time
 from collections import deque

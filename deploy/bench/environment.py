@@ -1,4 +1,4 @@
-"""What a benchmark ran on and with, for its record."""
+"""The versions and the hardware that a benchmark ran on."""
 
 import os
 import platform

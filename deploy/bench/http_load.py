@@ -1,4 +1,4 @@
-"""Sends requests to a server with OpenAI's API when they are due, and notes when the parts of each answer come."""
+"""Sends requests to a server with OpenAI's API when they are due, and records when the parts of each answer arrive."""
 
 import asyncio
 import ipaddress

@@ -1,4 +1,4 @@
-"""`eagleray bench latency`: how long batches of one size take, from the first request sent to the last token back."""
+"""`eagleray bench latency`: measures batches of one size, from the first request sent to the last token back."""
 
 import argparse
 import sys

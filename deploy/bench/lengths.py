@@ -1,4 +1,4 @@
-"""How many requests a benchmark's arguments ask for, and how long they are."""
+"""How many requests a benchmark sends, and how long they are."""
 
 import argparse
 

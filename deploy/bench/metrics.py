@@ -1,4 +1,4 @@
-"""What a benchmark reports, computed from the times at which requests were due and their tokens came."""
+"""The figures a benchmark reports, computed from the times at which requests were due and their tokens arrived."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A benchmark's record as a JSON file: settings, versions, hardware and figures."""
+"""Writes a benchmark's results as JSON: settings, versions, hardware and figures."""
 
 import argparse
 import json

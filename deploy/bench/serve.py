@@ -1,4 +1,4 @@
-"""`eagleray bench serve`: what a server with OpenAI's API gives to many clients."""
+"""`eagleray bench serve`: measures a server with OpenAI's API under many clients."""
 
 import argparse
 import asyncio

@@ -1,4 +1,4 @@
-"""What the events of a streamed answer say: its tokens' times, or why it failed."""
+"""Reads the server-sent events of a streamed answer: the times of its tokens, or why it failed."""
 
 import json
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise Failure("no JSON", f"{data[:MAX_MESSAGE].decode(errors='replace')!r}: {error}") from error
     if not isinstance(event, dict):
-        raise Failure("no JSON", f"an event is {str(event)[:MAX_MESSAGE]}, which is no object")
+        raise Failure("no JSON", f"an event is {str(event)[:MAX_MESSAGE]}, which is not an object")
     if event.get("error") is not None:
         raise Failure("error event", error_message(data))
     return event

@@ -1,4 +1,4 @@
-"""`eagleray bench throughput`: what many requests get, all at once or as they arrive."""
+"""`eagleray bench throughput`: measures many requests, sent all at once or as they arrive."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""How a benchmark of many requests looks on a terminal: a bar while it runs, tables at the end."""
+"""The progress bar and the tables of a benchmark."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

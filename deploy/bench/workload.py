@@ -1,4 +1,4 @@
-"""Which requests a benchmark sends, and when: all of it follows from a seed."""
+"""The requests that a benchmark sends, and when, all determined by a seed."""
 
 import math
 from collections.abc import Sequence

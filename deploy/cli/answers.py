@@ -1,4 +1,4 @@
-"""One prompt's answer on its way to the user, as text and as JSON."""
+"""One prompt's answer as it streams in, and as JSON."""
 
 import json
 import unicodedata

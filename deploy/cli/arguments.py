@@ -1,4 +1,6 @@
-"""What the commands accept. Light to import, so that `--help` and a mistyped option answer at once."""
+"""The command-line arguments of `generate` and `chat`, and the parser of all commands. Light to import, so that
+`--help` and a mistyped option answer at once.
+"""
 
 import argparse
 import re

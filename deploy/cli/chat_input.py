@@ -1,4 +1,4 @@
-"""What the user of `eagleray chat` writes: a line, several lines, or what was pasted, as one message."""
+"""Reads a message for `eagleray chat`: one line, several lines or a paste."""
 
 import readline
 import sys

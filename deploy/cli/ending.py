@@ -1,4 +1,4 @@
-"""SIGTERM for a command: it ends as after Ctrl-C, and soon, even if its main thread cannot be interrupted.
+"""Ends a command soon after SIGTERM, even if its main thread cannot be interrupted.
 
 A handler of Python's runs between two of its instructions, so not while Ray's own code waits for a cluster that says
 nothing. What the system hands over when a signal comes is a byte in a pipe, and a thread waits for that.

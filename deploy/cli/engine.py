@@ -1,4 +1,4 @@
-"""A running engine for a command, and what its model can do."""
+"""Starts an engine for as long as a command runs."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`eagleray generate`: prompts go to the engine together, and their answers stream back."""
+"""`eagleray generate`: sends all prompts to the engine and streams their answers."""
 
 import argparse
 import asyncio

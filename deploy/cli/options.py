@@ -1,4 +1,4 @@
-"""Command line options out of a dataclass: name, type and default are its field's, only the help is written here."""
+"""Makes command-line options from the fields of a dataclass: names, types and defaults."""
 
 import argparse
 import types

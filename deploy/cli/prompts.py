@@ -1,4 +1,4 @@
-"""Prompts from the command line, a file or standard input."""
+"""Reads prompts from the command line, a file or standard input."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ class Task:
 
 
 def read_tasks(prompts: Sequence[str], file: Path | None) -> list[Task]:
-    """The prompts given as arguments, else those of `file`, else those of standard input, if it is no terminal.
+    """The prompts given as arguments, else those of `file`, else those of standard input, if it is not a terminal.
 
     Raises `ValueError` when there is none or a line cannot be read.
     """

@@ -1,4 +1,4 @@
-"""What an answer looks like: bare text for files and pipes, rich text for a terminal."""
+"""Renders an answer: bare text for files and pipes, rich text for a terminal."""
 
 from collections.abc import Callable
 from typing import TextIO

@@ -1,4 +1,4 @@
-"""The line of figures at the end of a run."""
+"""The line of figures that ends a run."""
 
 import math
 from collections.abc import Iterable, Sequence

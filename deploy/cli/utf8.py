@@ -1,4 +1,4 @@
-"""Text that people bring: UTF-8, with a byte order mark or without; what Windows saves otherwise is refused by name."""
+"""Decodes text as UTF-8 and names the encoding of what is not."""
 
 import codecs
 

@@ -1,4 +1,4 @@
-"""How answers reach the user: live on a terminal, whole and in the order of the prompts anywhere else."""
+"""Shows answers live on a terminal, and whole, in the order of the prompts, everywhere else."""
 
 from collections.abc import Callable
 from types import TracebackType

@@ -30,7 +30,7 @@ done
 for place in "$1" "$2"; do
     case "$place" in
     /* | *://*) ;;
-    *) fail "$place is no absolute path and no URL; the job runs on the cluster, in another directory" ;;
+    *) fail "$place is neither an absolute path nor a URL; the job runs on the cluster, in another directory" ;;
     esac
 done
 command -v ray >/dev/null || fail "there is no \`ray\` command; install Eagleray here, too, or activate its environment"

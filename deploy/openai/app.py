@@ -1,4 +1,4 @@
-"""The routes."""
+"""The HTTP routes of OpenAI's API."""
 
 import asyncio
 from importlib.metadata import version

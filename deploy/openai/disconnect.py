@@ -1,4 +1,4 @@
-"""Work for a client ends when the client goes away."""
+"""Cancels work when its client disconnects."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -1,4 +1,4 @@
-"""A prompt before its answer."""
+"""Repeats a prompt before its answer (`echo`)."""
 
 from copy import copy
 from typing import Self

@@ -1,4 +1,4 @@
-"""Exceptions as answers: validation, unknown paths, and what the routes raise."""
+"""Turns exceptions and validation errors into OpenAI's error responses."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def error_response(error: ApiError) -> Response:
-    """ASCII throughout: a message may repeat what is no valid Unicode."""
+    """ASCII throughout: a message may repeat what is not valid Unicode."""
     body = json.dumps(error.reply().model_dump(), ensure_ascii=True)
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     return Response(body, error.status, headers, "application/json")
@@ -59,7 +59,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     path = _path(first)
     match first["type"]:
         case "json_invalid":
-            return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+            return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         case "extra_forbidden" if (absent := KNOWN_ABSENT.get(path)) is not None:
             neutral = " or ".join(map(json.dumps, absent.neutral))
             others = f", or give {neutral}" if neutral else ""
@@ -69,7 +69,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
             return _unknown_fields([_path(error) for error in errors if error["type"] == "extra_forbidden"])
         case "string_unicode" if not path:
             name = excerpt(first.get("input"))
-            return ApiError(400, f"the name of a field, {name}, holds what is no character; give UTF-8 text")
+            return ApiError(400, f"the name of a field, {name}, holds what is not a character; give UTF-8 text")
         case "missing" if path:
             return ApiError(400, f"{path} is missing; it is required", param=path)
     if not path:
@@ -101,6 +101,6 @@ def _wanted(error: Any) -> str:
 
 
 def _kind_of_part(errors: Sequence[Any]) -> str | None:
-    """What stands for the type of a message's part that is no text."""
+    """What stands for the type of a message's part that is not text."""
     wrong = (error for error in errors if error["type"] == "literal_error" and error["loc"][-1] == "type")
     return next((excerpt(error.get("input")) for error in wrong if error.get("input") not in ("text", "refusal")), None)

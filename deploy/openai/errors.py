@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's shape and with its status codes."""
+"""API errors in OpenAI's shape, with their status codes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

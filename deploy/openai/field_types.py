@@ -1,4 +1,4 @@
-"""Types of fields whose ranges stand in the OpenAPI document; `SamplingParams` checks them and words the errors."""
+"""Field types whose ranges appear in the OpenAPI document; `SamplingParams` checks them and words the errors."""
 
 from typing import Annotated, Any, Literal
 

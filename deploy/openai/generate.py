@@ -1,4 +1,4 @@
-"""What a request asks of the engine, and what comes of it: news of its choices, and what to count."""
+"""Runs an API request on the engine and yields what is new of each choice."""
 
 import logging
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""Whole answers with many log-probabilities: made and written in a thread, a part at a time.
+"""Serialises answers with many log-probabilities in a thread, part by part.
 
 As objects they take ten times their JSON's memory, and what pydantic does at one go lets no others have their turn.
 """

@@ -1,4 +1,4 @@
-"""What no request needs more of: counted in a body before anything slow is done with it."""
+"""Bounds on what a request may hold, counted before anything slow is done with it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Log-probabilities in the forms of the two endpoints."""
+"""Log-probabilities in the formats of the two endpoints."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -147,7 +147,7 @@ def _unpredicted(token_id: int, tokenizer: Tokenizer | None) -> str:
 
 
 def _spelling(token_id: int, text: str | None, tokenizer: Tokenizer | None) -> str:
-    r"""A token in completions' form: its text, or as OpenAI writes what is no whole character, `bytes:\xf0\x9f`."""
+    r"""A token in completions' form: its text, or as OpenAI writes what is not a whole character, `bytes:\xf0\x9f`."""
     if text is None:
         return f"token_id:{token_id}"
     spelt = None if tokenizer is None or "\N{REPLACEMENT CHARACTER}" not in text else tokenizer.token_bytes.of(token_id)

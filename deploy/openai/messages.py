@@ -1,4 +1,4 @@
-"""Messages of a conversation, and what else a request says, as the model's chat template takes them.
+"""Converts a request's messages to what the model's chat template takes.
 
 Any reply's message goes back in unchanged, however a client writes it: with nulls for what it does not hold, with
 fields of the client's own. These go to the template; what says nothing does not, since templates ask what is there.
@@ -21,7 +21,7 @@ NEUTRAL = {"reasoning_effort": "none", "verbosity": "medium"}  # where a templat
 
 
 def template_messages(tokenizer: Tokenizer, conversation: Conversation) -> list[Message]:
-    """All messages. Raises `ApiError` 400 for what the template would leave out, or is no text."""
+    """All messages. Raises `ApiError` 400 for what the template would leave out, or is not text."""
     _check_roles(tokenizer, conversation)
     return [_message(tokenizer, message, f"messages.{i}") for i, message in enumerate(conversation.messages)]
 
@@ -119,4 +119,4 @@ def _arguments(arguments: object, where: str) -> object:
     try:
         return json.loads(arguments or "{}")
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"{where} has arguments that are no JSON, {excerpt(arguments)}", param=where) from error
+        raise ApiError(400, f"{where} has arguments that are not JSON, {excerpt(arguments)}", param=where) from error

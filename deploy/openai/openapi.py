@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond the routes' bodies: failures, events, keys."""
+"""Adds errors, events and API keys to the OpenAPI document."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What clients send as the prompts that the engine takes. Long texts take long: those are left to threads."""
+"""Converts texts, token ids and conversations to engine prompts. Long texts take long: those are left to threads."""
 
 import asyncio
 
@@ -110,7 +110,7 @@ async def conversation_prompt(
     """A conversation in the model's chat template. Raises `ApiError` 400, also for more tokens, as `texts_tokens`."""
     options = dict(conversation.chat_template_kwargs or {})
     if taken := sorted(options.keys() & RESERVED):
-        message = f"chat_template_kwargs holds {taken[0]}, which is no variable of a template; leave it out"
+        message = f"chat_template_kwargs holds {taken[0]}, which is not a variable of a template; leave it out"
         raise ApiError(400, message, param="chat_template_kwargs")
     goes_on = bool(conversation.continue_final_message)
     if goes_on and conversation.add_generation_prompt:

@@ -1,4 +1,4 @@
-"""Bodies of requests, from bytes to JSON's values: large ones in a thread, to their models, too.
+"""Reads request bodies, from bytes to JSON values, large ones in a thread together with their validation.
 
 Others are served meanwhile but for what C and Rust do at one go: JSON's parser, and pydantic with one list.
 """
@@ -90,7 +90,7 @@ def parse(body: bytes, encoding: str | None = None, check: Check | None = None) 
     except json.JSONDecodeError:
         raise
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is no UTF-8: {error.reason} at byte {error.start}; send UTF-8") from error
+        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}; send UTF-8") from error
     except RecursionError as error:
         raise too_deep() from error
     except ValueError as error:  # of an integer with thousands of digits

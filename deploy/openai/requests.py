@@ -1,4 +1,4 @@
-"""What clients may ask: OpenAI's fields, vLLM's extensions, and nothing that would change an answer and be ignored.
+"""Request models: OpenAI's fields, vLLM's extensions, and nothing that would change an answer and be ignored.
 
 None, JSON's null, stands for a field's default everywhere, be that the model's own. What asks for nothing is dropped
 (`unsupported_fields.py`). `SamplingParams` checks ranges and words the errors.

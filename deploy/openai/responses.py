@@ -1,4 +1,4 @@
-"""What clients get. Fields that are not set are left out; those set to None are null."""
+"""Response models. Fields that are not set are left out; those set to None are null."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ class Usage(BaseModel):
 class TextLogprobs(BaseModel):
     """Lists of one length, an entry for each token."""
 
-    tokens: list[str] = Field(description="Texts; what is no whole character is `bytes:` and escapes, as `\\xf0`.")
+    tokens: list[str] = Field(description="Texts; what is not a whole character is `bytes:` and escapes, as `\\xf0`.")
     token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
     top_logprobs: list[dict[str, float] | None] = Field(description="The most likely tokens, and the token itself.")
     text_offset: list[int] = Field(description="Where the token's text begins in the choice's, in characters.")
@@ -154,7 +154,7 @@ class ModelCard(BaseModel):
     created: int = Field(description="When the server started, in seconds since 1970.")
     owned_by: Literal["eagleray"]
     root: str = Field(description="The model's directory on the server.")
-    parent: str | None = Field(description="null: the model is no adapter of another.")
+    parent: str | None = Field(description="null: the model is not an adapter of another.")
     max_model_len: int = Field(description="Tokens of prompt and answer together.")
     permission: list[ModelPermission]
 

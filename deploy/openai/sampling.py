@@ -1,4 +1,4 @@
-"""A request's fields as `SamplingParams`."""
+"""Converts a request's fields to `SamplingParams`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What an app serves."""
+"""The model that an app serves: its engine, tokenizer, limits and defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

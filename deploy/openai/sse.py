@@ -1,4 +1,4 @@
-"""An answer as server-sent events."""
+"""Sends an answer as server-sent events."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""As much of a request's value as a message or a log repeats."""
+"""Shortens a request's values for messages and logs."""
 
 from itertools import islice
 

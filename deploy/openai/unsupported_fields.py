@@ -1,4 +1,4 @@
-"""What clients may send and this server does not have: refused by name where it asks for something.
+"""Fields that clients may send and this server does not support: refused by name where they ask for something.
 
 Null and what is empty ask for nothing, whatever the field; so does a neutral value, such as `tool_choice: "none"`.
 """

@@ -1,4 +1,4 @@
-"""`eagleray profile`: torch profiles of decode steps, and what rank 0 spends one step on."""
+"""`eagleray profile`: profiles decode steps with torch and shows what rank 0 spends a step on."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What a Chrome trace of torch's profiler says about one step: which kernels ran, for how long, and when none did."""
+"""Reads a Chrome trace of torch's profiler: which kernels ran in one step, for how long, and when none did."""
 
 import gzip
 import json
@@ -102,7 +102,7 @@ def read_trace(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the trace {file} cannot be read: {error}") from error
     if not isinstance(trace, dict) or "traceEvents" not in trace:
-        raise ValueError(f"{file} is no Chrome trace: it has no traceEvents")
+        raise ValueError(f"{file} is not a Chrome trace: it has no traceEvents")
     return trace
 
 

@@ -1,4 +1,4 @@
-"""A model behind Ray Serve: `serve run eagleray.deploy.serve.app:build model=DIR`, and the same from YAML."""
+"""The Ray Serve application: `serve run eagleray.deploy.serve.app:build model=DIR`, and the same from YAML."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What `eagleray serve` accepts."""
+"""The command-line arguments of `eagleray serve`."""
 
 import argparse
 import logging
@@ -82,11 +82,11 @@ def _keys(own: dict[str, Any]) -> dict[str, Any]:
 
 def _port(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535")
     return int(text)
 
 
 def _route(text: str) -> str:
     if not text.startswith("/") or (text.endswith("/") and text != "/"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no prefix; begin it with / and do not end it with one")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a prefix; begin it with / and do not end it with one")
     return text

@@ -1,4 +1,4 @@
-"""`eagleray serve`: deploys a model on Ray Serve, and drains it when told to end.
+"""`eagleray serve`: deploys a model on Ray Serve and drains it when told to stop.
 
 The work is done in a process of its own, which `supervisor` answers for. Imports of Ray stand where they are needed:
 they take seconds, which what is refused need not wait for.

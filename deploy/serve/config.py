@@ -1,4 +1,4 @@
-"""What a server is configured with, from YAML, `serve run` or the command line."""
+"""A server's configuration, from YAML, `serve run` or the command line."""
 
 import json
 from dataclasses import fields
@@ -149,9 +149,9 @@ def _object(given: Any) -> dict[str, Any] | None:
             value = json.loads(given)
         except json.JSONDecodeError as error:
             where = f"{error.msg} at character {error.pos + 1}"
-            raise ValueError(f"{given[:80]!r} is no JSON ({where}); {SCALING_FORM}") from None
+            raise ValueError(f"{given[:80]!r} is not JSON ({where}); {SCALING_FORM}") from None
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{str(given)[:80]!r} is no object; {SCALING_FORM}")
+        raise ValueError(f"{str(given)[:80]!r} is not an object; {SCALING_FORM}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""How Ray Serve is set up for streams of small events, where `eagleray serve` starts Ray itself.
+"""Ray Serve's environment variables for streams of small events, set where `eagleray serve` starts Ray itself.
 
 Serve reads these from the environment of its processes, which is that of Ray's nodes. Where Ray runs already they must
 have been there when it started: `deploy/manifests/README.md` says how. What the user has set stays.

@@ -1,4 +1,4 @@
-"""`eagleray-haproxy`: the HAProxy that comes with Ray Serve, for `RAY_SERVE_HAPROXY_BINARY_PATH`, with things mended.
+"""`eagleray-haproxy`: runs Ray Serve's HAProxy with fixes to its configuration.
 
 Serve's configuration has `option splice-request`. With it HAProxy 2.8 does not see that a client has gone if the body
 of its request came in a packet of its own, as most clients send it: a request that does not stream would run to its

@@ -1,4 +1,4 @@
-"""Asks processes of Ray whether they are well, in the form in which they ask each other: gRPC's health checks."""
+"""Probes Ray's processes over gRPC health checks, as they probe each other."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A server's figures, for Ray's metrics and in Prometheus' text format."""
+"""The server's metrics, for Ray and in Prometheus' text format."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""The Ray that a server has started for itself: which processes it is, and what it leaves."""
+"""The Ray cluster that a server starts for itself: its processes, and cleaning up after it."""
 
 import os
 import secrets

@@ -1,4 +1,4 @@
-"""Processes that a command has brought about, children of children included, as Linux tells of them in /proc."""
+"""The processes below one, read from /proc, and ending them."""
 
 import ctypes
 import os

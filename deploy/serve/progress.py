@@ -1,4 +1,4 @@
-"""How far the start of a server is: told by its replica through Ray, shown by `eagleray serve`."""
+"""The progress of a server's start, reported by its replicas through Ray and shown by `eagleray serve`."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What passes between `eagleray serve` and the process that does its work: news one way, the word to end the other."""
+"""The pipe between `eagleray serve` and its worker process: news one way, the order to stop the other."""
 
 import os
 import threading
@@ -63,7 +63,7 @@ class CommandEnd:
             os.write(self._orders, END)
 
     def hear(self) -> Iterator[News]:
-        """What has come since; nothing is no reason to wait. Raises `EOFError` once the other end is closed."""
+        """What has come since; having none is not a reason to wait. Raises `EOFError` once the other end is closed."""
         try:
             read = os.read(self.news, 65536)
         except BlockingIOError:

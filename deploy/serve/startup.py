@@ -1,4 +1,4 @@
-"""Where the time of a server's start went, from the command to its first answer."""
+"""Measures where the time of a server's start goes, from the command to its first answer."""
 
 import time
 import urllib.request

@@ -1,4 +1,4 @@
-"""Runs the work of `eagleray serve` in a process of its own, and answers for all that comes of it.
+"""Supervises the worker process of `eagleray serve` and everything it starts.
 
 Ray, Serve and HAProxy are processes below that one. This one imports nothing of them and waits for nothing but the
 kernel, so it can end them at any moment, even in the middle of their start, and outlives whatever happens to them. It

@@ -134,7 +134,7 @@ def open_file(file: Path) -> Any:
             raise ValueError(f"there is no file {file}")
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(_explain(file) or f"{file} is no safetensors file: {error}") from error
+        raise ValueError(_explain(file) or f"{file} is not a safetensors file: {error}") from error
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
@@ -151,7 +151,7 @@ def _locate(path: Path) -> dict[str, Path]:
         return dict.fromkeys(open_file(single).keys(), single)
     names = read_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} is no index of tensors: weight_map is {shown(names)}; fetch the file again")
+        raise ValueError(f"{index} is not an index of tensors: weight_map is {shown(names)}; fetch the file again")
     return {name: _within(path, index, name, file) for name, file in names.items()}
 
 
@@ -180,5 +180,5 @@ def _explain(file: Path) -> str | None:
                 at = 8 + header_size + end
                 return f"tensor {name} in {file} is cut short: it ends at byte {at}, but the file has {size} bytes"
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return None  # the header is no header
+        return None  # the header cannot be read
     return None

@@ -1,4 +1,4 @@
-"""Random-normal weights that are the same whole tensor however it is cut.
+"""Random-normal weights that form the same whole tensor however it is sharded.
 
 Each value depends only on the seed, the tensor's name and its place in the whole tensor, so a rank computes its own
 region and nothing else, on its own device.

@@ -1,8 +1,8 @@
-"""Models of the Hugging Face hub on this node: found in its cache, or fetched into it.
+"""Finds models of the Hugging Face hub in this node's cache, or downloads them.
 
 `huggingface_hub` does the work and has its own settings: HF_HOME or HF_HUB_CACHE for the place, HF_TOKEN or
 `hf auth login` for models that not everybody may have, HF_ENDPOINT for a mirror, HF_HUB_OFFLINE to ask nobody.
-Its import takes half a second, so it waits until a model is named that is no directory.
+Its import takes half a second, so it waits until a model is named that is not a directory.
 """
 
 import logging
@@ -41,7 +41,9 @@ def fetch(repository: str, revision: str | None, weights: bool) -> Path:
     with _explained(repository, revision):
         folder = _small_files(repository, revision)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{_about(repository, folder.name)} has no config.json, so it is no model that can be run")
+            raise ValueError(
+                f"{_about(repository, folder.name)} has no config.json, so it is not a model that can be run"
+            )
         if weights:
             missing = [file for file in _weight_files(folder) if not (folder / file).is_file()]
             for file in missing[:1]:
@@ -69,7 +71,7 @@ def _weight_files(folder: Path) -> list[str]:
         return [WEIGHTS]
     files = read_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise ValueError(f"weight_map in {index} is no map from tensors to files; fetch the file again")
+        raise ValueError(f"weight_map in {index} is not a map from tensors to files; fetch the file again")
     return sorted(set(files.values()))
 
 

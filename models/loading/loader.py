@@ -1,4 +1,4 @@
-"""Build one rank's shard of a model and fill it."""
+"""Builds one rank's shard of a model and fills its weights."""
 
 import logging
 from collections.abc import Callable, Iterator

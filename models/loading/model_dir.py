@@ -1,4 +1,4 @@
-"""Where the files of a model are on this node, by the name that the user gave it. Importing this needs no torch."""
+"""Finds the directory of a model on this node by the name that the user gave. Importing this needs no torch."""
 
 from pathlib import Path
 
@@ -19,7 +19,9 @@ def model_dir(model: str, revision: str | None = None, weights: bool = False) ->
     folder = Path(model).expanduser()
     if model == DEMO or folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {model} is no model of the Hugging Face hub; leave it out")
+            raise ValueError(
+                f"revision is {revision!r}, but {model} is not a model of the Hugging Face hub; leave it out"
+            )
         return demo_model() if model == DEMO else folder
     if not is_repository(model):
         raise ValueError(

@@ -1,4 +1,6 @@
-"""What to do about weights that are no safetensors. Imports no torch, so that it can be said before anything starts."""
+"""Recognises weights that are not safetensors and says how to convert them. Imports no torch, so that it can be said
+before anything starts.
+"""
 
 from os.path import isfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights from safetensors files to a GPU: threads copy each its part into page-locked memory, and the GPU takes it.
+"""Streams weights from safetensors files to a GPU through pinned memory, with several threads.
 
 Reading the next part overlaps with the last one's way to the device, and the device converts the dtype. Files are
 mapped: of a tensor that is cut by columns a thread copies a strided view in one go, without the interpreter's lock.

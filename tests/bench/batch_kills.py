@@ -64,7 +64,7 @@ def measured(batch: Batch) -> tuple[float, float]:
 
 
 def kills(batch: Batch, count: int, start: float, work: float, seed: int) -> list[int]:
-    """Rows in the partial file after each kill. A job that is done before its moment is no kill, and ends this.
+    """Rows in the partial file after each kill. A job that is done before its moment is not a kill, and ends this.
 
     Every fourth comes within the seconds of a start, counted from the job's own; the others follow its first new row.
     """

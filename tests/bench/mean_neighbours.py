@@ -55,7 +55,7 @@ ROWS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         COMPLETIONS,
         LONG | {"n": 64, "stop": ["a" * 240 + chr(200 + number) for number in range(64)]},
     ),
-    "B2 bytes that are no character": lambda: (COMPLETIONS, LONG | {"allowed_token_ids": [200, 201], "stream": True}),
+    "B2 bytes that are not characters": lambda: (COMPLETIONS, LONG | {"allowed_token_ids": [200, 201], "stream": True}),
     "B3 4,096 sequences": lambda: (COMPLETIONS, LONG | {"n": 4096}),
     "B3 64 sequences": lambda: (COMPLETIONS, LONG | {"n": 64}),
     "B4 a priority": lambda: (COMPLETIONS, LONG | {"n": 16, "priority": -2147483647}),

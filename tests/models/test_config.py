@@ -232,7 +232,7 @@ def test_a_directory_without_a_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": 0}))
     with pytest.raises(ValueError, match=r"config.json: vocab_size is 0"):

@@ -64,7 +64,7 @@ class DecodeBatch:
         return decode_attention(self.q, k, v, self.table, self.lens, self.spec, longest, workspace, sinks=sinks)
 
     def expected(self) -> Tensor:
-        """By the plain implementation, in float32, of the requests that are no padding."""
+        """By the plain implementation, in float32, of the requests that are not padding."""
         live = self.lens > 0
         lens = self.lens[live]
         metadata = AttentionMetadata(

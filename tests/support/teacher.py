@@ -57,7 +57,7 @@ class Teacher:
 def _load(path: Path, dtype: torch.dtype, device: torch.device, changes: dict[str, Any]) -> torch.nn.Module:
     config = AutoConfig.from_pretrained(path)
     for name, value in changes.items():
-        assert hasattr(config, name), f"{name} is no option of this model"
+        assert hasattr(config, name), f"{name} is not an option of this model"
         setattr(config, name, value)
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         path, config=config, dtype=dtype, attn_implementation="eager"

@@ -1,4 +1,4 @@
-"""The Triton decode kernel behind the attention op: planned once per step, then used by every layer of a kind."""
+"""The Triton decode kernel as an attention backend, planned once per step and used by every layer of a kind."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The forward context: what attention needs beyond its tensors, for exactly as long as one model forward."""
+"""The forward context: what attention needs besides its tensors, for exactly one forward pass."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager

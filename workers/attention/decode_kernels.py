@@ -1,4 +1,5 @@
-"""Triton kernels of decode attention: who does what (`plan_kernel`), the attention itself, and the sum of its parts.
+"""Triton kernels of decode attention: the plan (`plan_kernel`), the attention itself, and the combination of its
+splits.
 
 How a request's keys are cut, and why its result does not depend on the batch: see `decode.py`.
 """

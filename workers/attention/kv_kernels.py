@@ -1,4 +1,4 @@
-"""What attention needs first, in one launch: queries and keys turned, keys and values in the paged cache. In Triton."""
+"""Triton kernel that applies rotary positions and writes keys and values to the paged cache in one launch."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton

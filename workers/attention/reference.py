@@ -1,4 +1,4 @@
-"""The plain PyTorch implementation of `eagleray::attention`: for CPU, and the oracle of every faster one.
+"""The attention op `eagleray::attention` and its plain PyTorch implementation, the reference for every faster one.
 
 Keys and values of the whole batch are written first, so a request may read blocks that another one writes.
 """

@@ -1,4 +1,4 @@
-"""The Triton kernel of attention over chunks of any length; what it is for: see `varlen.py`."""
+"""The Triton kernel of attention over chunks of any length (see `varlen.py`)."""
 
 # Kernels are compiled by Triton, which has no types.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

@@ -1,4 +1,4 @@
-"""A function as a CUDA graph."""
+"""Captures a function as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Triton's kernels compiled side by side before their first launch, which would compile them one after the other."""
+"""Compiles Triton kernels in parallel before their first launch."""
 
 import os
 import sys

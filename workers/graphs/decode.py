@@ -1,4 +1,4 @@
-"""Decoding by CUDA graphs: one graph per size of batch, from row numbers to the next tokens."""
+"""Decode steps as CUDA graphs, one per batch size, from row numbers to the next tokens."""
 
 import bisect
 import logging

@@ -1,4 +1,5 @@
-"""Steps of chunks of any length by CUDA graphs: one per number of tokens, up to where the GPU is slower than Python.
+"""Mixed steps (chunks of any length) as CUDA graphs, one per number of tokens, up to where the GPU is slower than
+Python.
 
 A graph's shapes are fixed, so tokens and requests are padded. A padding token writes to a block that nobody reads; a
 padding request has no tokens. Requests with one token go to the decode kernel, which takes as many requests as there

@@ -1,4 +1,4 @@
-"""What one rank is told when it starts. Importing this needs no torch."""
+"""`WorkerConfig`: what a rank is told when it starts. Importing this needs no torch."""
 
 from dataclasses import dataclass
 

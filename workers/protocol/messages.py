@@ -1,4 +1,4 @@
-"""What crosses between the engine core and the ranks: plain structs in MessagePack that say only what changed.
+"""The messages between the engine core and the ranks: plain MessagePack structs that carry only what changed.
 
 Token ids travel as little-endian int32 bytes, which numpy and `array` read without a loop.
 """

@@ -1,4 +1,4 @@
-"""Ray runs its workers at nice 15 unless RAY_worker_niceness says otherwise where the cluster starts."""
+"""Resets a process to nice 0, since Ray runs its workers at nice 15 by default."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A directory of one's own for a socket, and an end to those of processes that were killed."""
+"""Creates a private directory for a socket, and removes those of killed processes."""
 
 import os
 import shutil

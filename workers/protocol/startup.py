@@ -1,4 +1,4 @@
-"""What a rank reports of its start. Importing this needs no torch."""
+"""What a rank reports while it starts. Importing this needs no torch."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Words that a request must not generate: the last token of each is masked where its others have just been drawn."""
+"""Masks the last token of each bad word whose other tokens have just been drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""The next token of plain rows, greedy or random and nothing else, in one pass over the logits; in Triton.
+"""Triton kernel that draws the next token of plain rows (greedy or random, no other options) in one pass over the
+logits.
 
 It reads this rank's logits once, in the model's precision, and leaves each line's best (value, id) pair as
 `packed_pairs.py` packs it. The noise is that of `gumbel.py`: the same integers, and logarithms within a few

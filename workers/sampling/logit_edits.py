@@ -1,4 +1,4 @@
-"""Edits of single tokens' logits, for the few rows that ask for them: a line at a time, this rank's columns only."""
+"""Edits single tokens' logits (biases, masks) for the few rows that ask for it."""
 
 import torch
 from torch import Tensor

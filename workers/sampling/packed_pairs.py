@@ -1,4 +1,4 @@
-"""(value, token id) pairs as single int64 numbers whose order is "higher value first, then lower id".
+"""Packs (value, token id) pairs into int64 numbers that sort by higher value, then lower id.
 
 The upper half holds the bits of the float32 value, turned so that they compare as integers; the lower half holds the
 complement of the id. No two tokens have the same pair, so a maximum, a sort or a top-k over pairs has one answer,

@@ -1,4 +1,4 @@
-"""Draws the next token of every row from vocabulary shards.
+"""Samples the next token of every row from vocabulary shards.
 
 The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution:
 

@@ -1,4 +1,6 @@
-"""Who gets in: API keys, a limit on bodies, a bounded queue. Pure ASGI, so that streams pass through untouched."""
+"""Middleware that decides who gets in: API keys, a limit on bodies, a bounded queue. Pure ASGI, so that streams pass
+through untouched.
+"""
 
 import hmac
 from collections.abc import Sequence

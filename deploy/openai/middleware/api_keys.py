@@ -1,4 +1,4 @@
-"""API keys as a server's operator writes them. No message repeats one."""
+"""Reads and checks API keys as an operator writes them. No message repeats one."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def keys_of_file(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(
             f"api_keys_file {file} cannot be read: {cause}; name a text file with a key on each line, "
             "or leave it out to let everybody in"

@@ -1,4 +1,4 @@
-"""Which pages of other sites a browser lets read the answers: CORS."""
+"""Decides which other sites' pages may read answers in a browser (CORS)."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def check_origin(origin: str) -> None:
     """Raises `ValueError` for what no browser ever sends, and so would let nobody in."""
     if origin != ANY and ORIGIN.fullmatch(origin) is None:
         raise ValueError(
-            f"{origin!r} is no origin; give scheme, host and port in lower case and no path, such as "
+            f"{origin!r} is not an origin; give scheme, host and port in lower case and no path, such as "
             f"https://app.example.com, or {ANY} for any"
         )
 

@@ -1,4 +1,4 @@
-"""A page to talk with the model, at `/`. It needs no API key itself; what is asked from it does."""
+"""Serves a page at `/` for talking with the model. It needs no API key itself; what is asked from it does."""
 
 from importlib.resources import files
 

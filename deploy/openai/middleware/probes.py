@@ -1,4 +1,4 @@
-"""`/health`, `/ping` and `/metrics`, for those who watch a server. They never queue."""
+"""`/health`, `/ping` and `/metrics`, for monitoring. They never queue."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""`X-Request-Id`: taken or made, kept for the application, given back, and in one line of log per request."""
+"""`X-Request-Id`: taken or generated, returned, and logged in one line per request."""
 
 import logging
 import re

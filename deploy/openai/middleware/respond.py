@@ -1,4 +1,4 @@
-"""An answer without the application, from pure ASGI."""
+"""Sends a response from pure ASGI, without the application."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""What a request spends in the serving process before the engine has it and after the engine is done with it."""
+"""Measures the time a request spends in the serving process outside the engine."""
 
 import time
 from collections.abc import Callable

@@ -72,7 +72,7 @@ def test_a_name_that_is_no_text_is_refused(front_end: FrontEnd, name: str, value
 def test_a_name_that_cannot_be_sent_is_refused(front_end: FrontEnd) -> None:
     for name in ("request_id", "group", "tenant"):
         names: dict[str, Any] = {name: "a\udcff"}
-        with pytest.raises(ValueError, match=rf"^{name} holds .* at position 1, which is no character"):
+        with pytest.raises(ValueError, match=rf"^{name} holds .* at position 1, which is not a character"):
             front_end.prepare("Hello", SamplingParams(), **names)
     with pytest.raises(ValueError, match=r"^directory holds"):
         front_end.start_profile("/tmp/\udcff")

@@ -127,7 +127,7 @@ def test_a_default_that_is_no_number_is_refused(tmp_path: Path, name: str, value
             "temperature is -1; .*; mend the file, or leave it alone with generation_config 'none'",
         ),
         ('{"top_k": "many"}', "top_k is 'many'"),
-        ("{", "is no valid JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "holds list and no object"),
     ],
 )

@@ -168,7 +168,7 @@ def test_a_submitted_job_runs_to_its_end_with_objects_for_files(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["in.jsonl", "/out.jsonl"], "in.jsonl is no absolute path and no URL"),
+        (["in.jsonl", "/out.jsonl"], "in.jsonl is neither an absolute path nor a URL"),
         (["--no-wait", "--", "/in"], "INPUT and"),
     ],
 )

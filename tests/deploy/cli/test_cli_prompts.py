@@ -105,7 +105,9 @@ def test_a_line_that_cannot_be_read_is_named(line: str) -> None:
     "line", ['{"prompt": "\\ud800"}', '{"messages": [{"role": "user", "content": "a\\udfff"}]}', "bad \udcff"]
 )
 def test_a_line_with_what_is_no_character_is_named(line: str) -> None:
-    with pytest.raises(ValueError, match=r"p\.jsonl, line 2: the text holds .* which is no character; give UTF-8 text"):
+    with pytest.raises(
+        ValueError, match=r"p\.jsonl, line 2: the text holds .* which is not a character; give UTF-8 text"
+    ):
         parse_lines(["fine", line], "p.jsonl")
 
 

@@ -201,7 +201,7 @@ def texts(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
 
 
 def name(tokenizer: Tokenizer, token_id: int) -> str:
-    """The model's tokens are bytes: those beyond ASCII are no characters."""
+    """The model's tokens are bytes: those beyond ASCII are not characters."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     (byte, *_) = tokenizer.token_bytes.of(token_id) or b""
     return f"bytes:\\x{byte:02x}" if text == "\N{REPLACEMENT CHARACTER}" else text

@@ -167,7 +167,7 @@ def ids_of(server: Server, data: bytes) -> list[int]:
 def test_an_echo_and_its_answer_are_the_text_of_all_tokens(server: Server, data: bytes, as_text: bool) -> None:
     ids = ids_of(server, data)
     if as_text and b"\xef\xbf\xbd" not in data:
-        pytest.skip("it is no text")
+        pytest.skip("it is not text")
     prompt = data.decode() if as_text else ids
     answer = server.generate({"prompt_token_ids": ids}, max_tokens=6, temperature=0).outputs[0]
     whole = server.served.tokenizer.decode(ids + answer.token_ids)

@@ -119,7 +119,7 @@ def test_large_bodies_are_answered_and_refused_as_small_ones_are(tiny: Server, s
     assert told(COMPLETIONS, prompt="a", nonsense="x" * size)["error"]["param"] == "nonsense"
     assert told(CHAT, user="x" * size)["error"]["message"] == "messages is missing; it is required"
     broken = httpx.post(tiny.url + CHAT, content=b'{"user": "' + b"x" * size, headers=JSON, timeout=60)
-    assert broken.json()["error"]["message"].startswith("the body is no valid JSON")
+    assert broken.json()["error"]["message"].startswith("the body is not valid JSON")
 
 
 def nested(levels: int) -> bytes:
@@ -153,7 +153,7 @@ def test_what_a_template_takes_may_be_nested(tiny: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "message"),
     [
-        (b'{"prompt": "\xff"}', {}, "the body is no UTF-8"),
+        (b'{"prompt": "\xff"}', {}, "the body is not UTF-8"),
         (b"\x1f\x8b\x08\x00", {}, "the body is compressed"),
         (b"{}", {"content-encoding": "br"}, "the body is compressed (content-encoding: br)"),
         (b'{"seed": %b}' % (b"9" * 5000), {}, "too many digits"),

@@ -113,7 +113,7 @@ def test_the_steps_in_which_a_batch_fills_are_foretold(
         ("--output-dir {folder} --batch-size 1 999 --context-len 9", "--batch-size is 999"),
         ("--output-dir {folder}/file/x --context-len 9", "cannot be made: Not a directory"),
         ("--output-dir {folder} --context-len 9", "--output-dir: {folder}/profile.json cannot be written: Is a dir"),
-        ("--output-dir= --context-len 9", "--output-dir: '' is no directory; name one"),
+        ("--output-dir= --context-len 9", "--output-dir: '' is not a directory; name one"),
         ("--context-len 9", "required: --output-dir"),
     ],
 )

@@ -101,7 +101,7 @@ def test_keys_of_a_file_come_on_top_and_an_empty_file_is_no_open_door(tmp_path: 
         (b"", "holds no key"),
         (b"one\n\nsk-two or so\n", f"^line 3 of api_keys_file {keys} holds white space"),
         (b"one\n\xc3\xbc", f"^line 2 of api_keys_file {keys} holds white space or characters that no header may have"),
-        (b"\xff", f"^api_keys_file {keys} cannot be read: it is no UTF-8; name a text file with a key on each line"),
+        (b"\xff", f"^api_keys_file {keys} cannot be read: it is not UTF-8; name a text file with a key on each line"),
     ):
         keys.write_bytes(content)
         with pytest.raises(ValueError, match=words) as caught:
@@ -164,7 +164,7 @@ def test_origins_are_any_or_those_that_are_named(given: dict[str, Any], origins:
 
 @pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://A.example", "https://a, ,https://b"])
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
-    with pytest.raises(ValueError, match="is no origin; give scheme, host and port"):
+    with pytest.raises(ValueError, match="is not an origin; give scheme, host and port"):
         ServeArgs.model_validate({"model": "m", "allowed_origins": origin})
 
 
@@ -201,10 +201,10 @@ def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("{", "'{' is no JSON (Expecting property name enclosed in double quotes at character 2); give it as "),
-        ("", "'' is no JSON (Expecting value at character 1); give it as "),
-        ("5", "'5' is no object; give it as "),
-        ("[1]", "'[1]' is no object; give it as "),
+        ("{", "'{' is not JSON (Expecting property name enclosed in double quotes at character 2); give it as "),
+        ("", "'' is not JSON (Expecting value at character 1); give it as "),
+        ("5", "'5' is not an object; give it as "),
+        ("[1]", "'[1]' is not an object; give it as "),
         ('{"max_replicas": 0}', "max_replicas: Input should be greater than 0"),
         ('{"min_replicas": 3}', "max_replicas (1) must be greater than or equal to min_replicas (3)!"),
     ],

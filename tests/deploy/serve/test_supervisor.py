@@ -100,7 +100,7 @@ def test_a_signal_ends_all_and_lets_a_server_drain(
 def test_a_second_signal_ends_at_once_what_does_not_end(tmp_path: Path) -> None:
     command = Command(tmp_path, "hangs", before_s=1000.0)
     os.kill(command.pid, signal.SIGTERM)
-    time.sleep(0.2)  # signals are no queue: two at once may be one
+    time.sleep(0.2)  # signals do not queue: two at once may be one
     os.kill(command.pid, signal.SIGTERM)
     assert command.end()[0] == 130
 

@@ -185,7 +185,7 @@ def test_a_path_is_never_asked_of_the_hub(hub: HubServer, node: Node, name: str)
 def test_a_directory_comes_before_a_model_of_the_hub(hub: HubServer, node: Node, checkpoint: Path) -> None:
     shutil.copytree(checkpoint, NAME)
     assert node.find() == Path(NAME)
-    with pytest.raises(ValueError, match=f"^revision is 'main', but {NAME} is no model of the Hugging Face hub"):
+    with pytest.raises(ValueError, match=f"^revision is 'main', but {NAME} is not a model of the Hugging Face hub"):
         node.find(revision="main")
     assert not hub.asked
 
@@ -220,7 +220,7 @@ def test_a_model_without_safetensors_is_refused(hub: HubServer, node: Node, chec
 def test_what_is_no_model_is_refused(hub: HubServer, node: Node) -> None:
     hub.repositories["some-body/words"] = Repository()
     hub.repositories["some-body/words"].push({"data.json": b"{}"})
-    with pytest.raises(ValueError, match=r"has no config\.json, so it is no model"):
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is not a model"):
         node.find("some-body/words")
 
 

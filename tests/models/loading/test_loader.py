@@ -218,7 +218,7 @@ def test_a_file_cut_short_within_its_header(path: Path, size: int) -> None:
 
 def test_a_file_of_something_else(path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"\x04\0\0\0\0\0\0\0oopsmore")
-    with pytest.raises(ValueError, match=r"model.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
         load(path)
 
 

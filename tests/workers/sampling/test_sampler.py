@@ -354,7 +354,7 @@ class TestExtremes:
         best, second = (int(token_id) for token_id in np.argsort(-peaked())[:2])
         cases = [
             ([[best]], [], [7, 8], second),
-            ([[7, 8, best]], [7, 8], [], best),  # the prompt is no part of a word
+            ([[7, 8, best]], [7, 8], [], best),  # the prompt is not a part of a word
             ([[7, 8, best]], [7], [8], best),
             ([[7, 8, best]], [], [8], best),
             ([[7, 8, best]], [], [7, 8], second),
