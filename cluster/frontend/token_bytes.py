@@ -23,8 +23,8 @@ BYTE_OF = _alphabet()
 class TokenBytes:
     """Reads the vocabulary, where decoding a token alone would make U+FFFD of a part of a character.
 
-    Knows byte-level BPE and sentencepiece's pieces, whose bytes without a piece of their own are `<0x00>` to `<0xFF>`. Added
-    tokens stand for themselves.
+    Knows byte-level BPE and sentencepiece's pieces, whose bytes without a piece of their own are `<0x00>` to `<0xFF>`.
+    Added tokens stand for themselves.
     """
 
     def __init__(self, backend: Backend) -> None:
