@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from eagleray.cluster.core.block_pool import ROOT, hash_block
 from eagleray.cluster.core.fairness import Group
+from eagleray.cluster.core.kv_cache_manager import Blocks
 from eagleray.cluster.core.messages import EngineRequest
 from eagleray.cluster.core.time_accounting import NOTHING, Begun, Spent, TimeAccounting
 from eagleray.workers.protocol.messages import RowStart, Sampling, TokenLogprobs
@@ -33,11 +33,9 @@ class Request:
     num_listed: int  # numbers of its sampling's lists, which ranks are told with its row
 
     row: int | None = None  # None while it waits
-    block_ids: list[int] = field(default_factory=list)
+    blocks: list[Blocks] = field(default_factory=list)  # one for each KV group
     num_computed_tokens: int = 0  # tokens whose KV is written once the steps in flight are done
     quiet_until: int = 0  # a decode from a position before this needs no block and is not the last
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks of committed tokens
-    num_published: int = 0  # blocks of `block_ids` offered to the prefix cache
     is_finite: bool = True  # False once its logits were NaN or infinite, hence also what its blocks hold
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at the first start
     num_prompt_logprobs: int = 0  # delivered
@@ -46,12 +44,17 @@ class Request:
     ran: Spent = NOTHING  # before it was preempted
     begun: Begun | None = None
     finished: bool = False
-    shares_prompt: bool = False  # `token_ids` and `block_hashes` are other sequences', too
+    shares_prompt: bool = False  # `token_ids` and the hashes of `blocks` are other sequences', too
 
     @classmethod
-    def sequences(cls, front_end: FrontEndId, wire: EngineRequest, arrival: int, group: Group) -> "list[Request]":
-        """All that were asked for together, the first of which has this `arrival`. They share what they begin with."""
-        token_ids, hashes = array("i", wire.prompt_token_ids), list[bytes]()
+    def sequences(
+        cls, front_end: FrontEndId, wire: EngineRequest, arrival: int, group: Group, blocks: list[Blocks]
+    ) -> "list[Request]":
+        """All that were asked for together, the first of which has this `arrival`. They share what they begin with.
+
+        `blocks` are those of a new request.
+        """
+        token_ids = array("i", wire.prompt_token_ids)
         stop_token_ids, num_listed = frozenset(wire.sampling.stop_token_ids), wire.sampling.num_listed
         further = msgspec.structs.replace(wire.sampling, prompt_logprobs=None)
         samplings = [wire.sampling, *(msgspec.structs.replace(further, seed=seed) for seed in wire.seeds)]
@@ -69,7 +72,7 @@ class Request:
                 max_computed_tokens=len(token_ids) + wire.max_tokens - 1,
                 stop_token_ids=stop_token_ids,
                 num_listed=num_listed,
-                block_hashes=hashes,
+                blocks=[Blocks(hashes=each.hashes) for each in blocks],
                 shares_prompt=bool(wire.seeds),
             )
             for index, sampling in enumerate(samplings)
@@ -80,7 +83,7 @@ class Request:
         if self.shares_prompt:
             self.shares_prompt = False
             self.token_ids = self.token_ids[:]
-            self.block_hashes = self.block_hashes.copy()
+            self.blocks = [Blocks(hashes=each.hashes.copy()) for each in self.blocks]
 
     @property
     def num_runnable_tokens(self) -> int:
@@ -137,14 +140,7 @@ class Request:
             row=self.row,
             token_ids=self.token_ids.tobytes(),
             num_prompt_tokens=self.num_prompt_tokens,
-            block_ids=self.block_ids.copy(),
+            block_ids=self.blocks[0].ids.copy(),
             sampling=sampling,
             num_computed_tokens=self.num_computed_tokens,
         )
-
-    def hash_full_blocks(self, block_size: int) -> None:
-        """Bring `block_hashes` up to date with the committed tokens."""
-        hashes = self.block_hashes
-        for start in range(len(hashes) * block_size, len(self.token_ids) - block_size + 1, block_size):
-            parent = hashes[-1] if hashes else ROOT
-            hashes.append(hash_block(parent, self.token_ids[start : start + block_size]))

@@ -9,8 +9,8 @@ from array import array
 from collections import deque
 from operator import attrgetter, itemgetter
 
-from eagleray.cluster.core.block_pool import BlockPool
 from eagleray.cluster.core.fairness import Fairness, Group, standing
+from eagleray.cluster.core.kv_cache_manager import KVCacheManager, KVGroup, Prefix
 from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.core.oom_backoff import OomBackoff
 from eagleray.cluster.core.request import FrontEndId, Request
@@ -27,11 +27,6 @@ NOT_FINITE = (
     "do not stand this prompt: try a dtype with a wider range (bfloat16 or float32), or check the checkpoint"
 )
 MAX_TOLD = 2**20  # tokens of requests that ranks are told in one step, beside those of the last: 4 MiB
-
-
-def headroom(num_blocks: int) -> int:
-    """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
-    return max(1, num_blocks // 100)
 
 
 class Scheduler:
@@ -51,12 +46,10 @@ class Scheduler:
         max_chunk_tokens: int | None = None,
         enable_prefix_caching: bool = True,
     ) -> None:
-        self.pool = BlockPool(num_blocks)
+        self.kv_cache = KVCacheManager([KVGroup(num_blocks, block_size)], enable_prefix_caching=enable_prefix_caching)
         self.clock = TimeAccounting()
-        self._block_size = block_size
         self._oom_backoff = OomBackoff(max_num_batched_tokens, max_num_seqs)
         self._max_chunk_tokens = max_chunk_tokens or max_num_batched_tokens
-        self._caching = enable_prefix_caching
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
         self._stopped_rows: list[int] = []  # not told to the ranks yet
         self._requests: dict[tuple[FrontEndId, int], Request] = {}
@@ -91,8 +84,8 @@ class Scheduler:
         return EngineStats(
             num_running=len(self._running),
             num_waiting=self._fairness.num_waiting,
-            num_used_blocks=self.pool.num_used,
-            num_blocks=self.pool.num_blocks,
+            num_used_blocks=self.kv_cache.num_used,
+            num_blocks=self.kv_cache.num_blocks,
             num_preemptions=self._num_preemptions,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
             spent=self.clock.spent,
@@ -103,10 +96,10 @@ class Scheduler:
     def add(self, front_end: FrontEndId, wire: EngineRequest) -> None:
         """Accept a request. Raises `ValueError` if an id of it is in use or it could never fit the KV cache."""
         group = self._fairness.group((front_end, wire.tenant), wire.group or wire.id, wire.priority, self._num_arrived)
-        requests = Request.sequences(front_end, wire, self._num_arrived, group)
+        requests = Request.sequences(front_end, wire, self._num_arrived, group, self.kv_cache.new_blocks())
         if taken := [request.id for request in requests if (front_end, request.id) in self._requests]:
             raise ValueError(f"request id {taken[0]} is already in use; give every request of a front end its own")
-        capacity = self.pool.num_blocks * self._block_size
+        capacity = self.kv_cache.num_tokens
         if requests[0].num_prompt_tokens + wire.max_tokens - 1 > capacity:
             raise ValueError(
                 f"the prompt has {requests[0].num_prompt_tokens} tokens and max_tokens is {wire.max_tokens}, but the "
@@ -135,7 +128,7 @@ class Scheduler:
             (request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))
             for request in list(self._requests.values())
         ]
-        self.pool.forget_prefixes()
+        self.kv_cache.forget_prefixes()
         return news
 
     def _end(self, request: Request, news: Tokens) -> Tokens:
@@ -154,11 +147,10 @@ class Scheduler:
         assert request.row is not None
         self._running.remove(request)
         self._publish(request)
-        self.pool.release(request.block_ids)
+        self.kv_cache.release(request)
         heapq.heappush(self._free_rows, request.row)
         self._stopped_rows.append(request.row)
         request.row = None
-        request.block_ids = []
         request.num_computed_tokens = request.quiet_until = 0
 
     # ---- a step is made
@@ -168,7 +160,7 @@ class Scheduler:
         begin = time.monotonic()
         max_tokens = self._oom_backoff.max_tokens
         plan = StepPlan(max_tokens)
-        if self.pool.num_free < len(self._running):
+        if self.kv_cache.is_tight(len(self._running)):
             self._make_room(plan)
         if self._fairness.num_waiting and not plan.preempted:
             self._make_way()
@@ -189,14 +181,9 @@ class Scheduler:
 
     def _make_room(self, plan: StepPlan) -> None:
         """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
-        missing = sum(
-            self._num_missing(each, 1) for each in self._running if each.num_computed_tokens >= each.quiet_until
-        )
-        while self.pool.num_free < missing:
+        while not self.kv_cache.fits_next_tokens(each for each in self._running if each.num_runnable_tokens):
             plan.preempted = True
-            victim = max(self._running, key=standing)
-            missing -= self._num_missing(victim, 1)
-            self._preempt(victim)
+            self._preempt(max(self._running, key=standing))
 
     def _make_way(self) -> None:
         """Let who holds far more than one that waits give up a row, where nothing is free."""
@@ -264,26 +251,14 @@ class Scheduler:
     def _longest_chunk(self, request: Request) -> int:
         return min(request.num_runnable_tokens, self._max_chunk_tokens)
 
-    def _num_missing(self, request: Request, num_tokens: int) -> int:
-        """Blocks that a running request lacks for so many of its next tokens; 0 if it has none to run."""
-        if not request.num_runnable_tokens:
-            return 0
-        num_blocks = -(-(request.num_computed_tokens + num_tokens) // self._block_size)
-        return max(0, num_blocks - len(request.block_ids))
-
     def _grow_and_run(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         """Run so many tokens of a running request, or as many as find blocks."""
-        missing = self._num_missing(request, num_tokens)
-        if missing > self.pool.num_free:
-            missing = self.pool.num_free
-            num_tokens = (len(request.block_ids) + missing) * self._block_size - request.num_computed_tokens
+        num_tokens = self.kv_cache.num_tokens_that_fit(request, num_tokens)
         if num_tokens <= 0:
             return
-        if missing:
-            blocks = self.pool.take(missing)
-            request.block_ids += blocks
+        if (blocks := self.kv_cache.allocate(request, num_tokens)) is not None:
             assert request.row is not None
-            plan.blocks[request.row] = blocks
+            plan.blocks[request.row] = blocks[0]
         self._run(request, num_tokens, plan)
 
     def _preempt(self, request: Request) -> None:
@@ -297,7 +272,7 @@ class Scheduler:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
-        request.quiet_until = min(len(request.block_ids) * self._block_size, request.max_computed_tokens)
+        request.quiet_until = min(self.kv_cache.num_tokens_held(request), request.max_computed_tokens)
         samples = end == request.num_known_tokens
         request.num_known_tokens += samples
         plan.budget -= num_tokens
@@ -308,15 +283,8 @@ class Scheduler:
 
     def _publish(self, request: Request) -> None:
         """Let full blocks of committed tokens be found by others."""
-        if not self._caching or not request.is_finite:
-            return
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self._block_size
-        if num_full <= request.num_published:
-            return
-        request.hash_full_blocks(self._block_size)
-        for index in range(request.num_published, num_full):
-            self.pool.publish(request.block_ids[index], request.block_hashes[index])
-        request.num_published = num_full
+        if request.is_finite:
+            self.kv_cache.publish(request)
 
     def _has_rows(self, count: int = 1) -> bool:
         return len(self._free_rows) >= count and len(self._running) + count <= self._oom_backoff.max_requests
@@ -337,46 +305,38 @@ class Scheduler:
         start = self._start(request, budget)
         if start is None:
             return False
-        cached, num_tokens, missing = start
+        prefix, num_tokens = start
         self._fairness.take_row(request)
         self._running.append(request)
         request.leave_prompt()
-        self.pool.share(cached)
-        request.block_ids = cached + self.pool.take(missing)
-        request.num_computed_tokens = num_cached = len(cached) * self._block_size
-        request.num_published = len(cached)
+        self.kv_cache.start(request, prefix, num_tokens)
+        request.num_computed_tokens = prefix.num_tokens
         request.row = heapq.heappop(self._free_rows)
         plan.starts.append(request.row_start())
         plan.started.append(request)
-        self._num_prefix_hit_tokens += num_cached
+        self._num_prefix_hit_tokens += prefix.num_tokens
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_cached
+            request.num_cached_tokens = prefix.num_tokens
         self._run(request, num_tokens, plan)
         return True
 
-    def _start(self, request: Request, budget: int) -> tuple[list[int], int, int] | None:
-        """A waiting request's cached blocks, its first chunk and the blocks to be taken for it; None if there are few.
+    def _start(self, request: Request, budget: int) -> tuple[Prefix, int] | None:
+        """A waiting request's cached prefix and its first chunk; None if there are too few blocks for it.
 
         If others wait, too, one that no step could run whole has half of the budget.
         """
-        cached = self._find_prefix(request)
-        num_cached = len(cached) * self._block_size
-        num_left = request.num_runnable_tokens - num_cached
+        prefix = self._find_prefix(request)
+        num_left = request.num_runnable_tokens - prefix.num_tokens
         if num_left > self._oom_backoff.max_tokens and self._has_rows(2) and self._fairness.has_others(request.group):
             budget = (budget + 1) // 2
         num_tokens = min(num_left, self._max_chunk_tokens, budget)
-        missing = -(-(num_cached + num_tokens) // self._block_size) - len(cached)
-        spare = headroom(self.pool.num_blocks) if self._running else 0
-        if self.pool.num_free - self.pool.num_free_among(cached) < missing + spare:
+        if not self.kv_cache.fits_start(prefix, num_tokens, keep_headroom=bool(self._running)):
             return None
-        return cached, num_tokens, missing
+        return prefix, num_tokens
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """The cached blocks that begin a request. Its last token always runs, since its logits are wanted."""
-        if not self._caching or request.wants_prompt_logprobs:
-            return []
-        request.hash_full_blocks(self._block_size)
-        return self.pool.match(request.block_hashes[: (len(request.token_ids) - 1) // self._block_size])
+    def _find_prefix(self, request: Request) -> Prefix:
+        """What is cached of a request; nothing if it asks for log-probabilities of its prompt, which run with it."""
+        return self.kv_cache.no_prefix() if request.wants_prompt_logprobs else self.kv_cache.match(request)
 
     # ---- a step is done
 
@@ -443,7 +403,7 @@ class Scheduler:
         Ranks clean such blocks before they go to another request.
         """
         request.is_finite = False
-        self.pool.unpublish(request.block_hashes[(request.num_cached_tokens or 0) // self._block_size :])
+        self.kv_cache.unpublish(request, request.num_cached_tokens or 0)
         return self._end(request, Tokens(request.id, finish_reason="error", error=NOT_FINITE))
 
     # ---- a step ran out of memory
@@ -459,7 +419,7 @@ class Scheduler:
             self._preempt(request)
         for request in self._requests.values():
             request.num_known_tokens = len(request.token_ids)
-        self.pool.forget_prefixes()  # some were to be written by the steps that did not run
+        self.kv_cache.forget_prefixes()  # some were to be written by the steps that did not run
         self._stopped_rows.clear()
         self._restart = True
         request = failed.chunks[0][0]

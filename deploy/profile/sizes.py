@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.core.scheduler import headroom
+from eagleray.cluster.core.kv_cache_manager import headroom
 from eagleray.cluster.runtime.resolve import check_model
 
 if TYPE_CHECKING:

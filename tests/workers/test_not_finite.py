@@ -189,7 +189,7 @@ def test_its_blocks_are_not_offered_as_prefixes_but_those_that_it_found_are(mode
     engine.run()
     found = [news[0].num_cached_tokens for news in engine.news.values()]
     assert found == [0, None, None, 4 * BLOCK_SIZE]
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.kv_cache.num_used == 0
     hits = engine.scheduler.stats().num_prefix_hit_tokens
     assert hits == 3 * 4 * BLOCK_SIZE  # and none of what request 1 wrote
 

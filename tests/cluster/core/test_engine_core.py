@@ -92,7 +92,7 @@ def test_a_rank_that_never_answers_ends_every_request_with_the_cause() -> None:
         assert "step_timeout_s, 0.2 s" in (tokens.error or "")
     core.close()
     assert isinstance(core.error, EngineDeadError)
-    assert core.scheduler.pool.num_used == 0
+    assert core.scheduler.kv_cache.num_used == 0
 
 
 def test_a_message_that_cannot_be_read_harms_only_its_sender(core: Core) -> None:

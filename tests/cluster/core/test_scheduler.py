@@ -178,7 +178,7 @@ def test_failure_ends_every_request_with_the_cause(depth: int) -> None:
     news = engine.scheduler.fail("rank 1 is gone")
     assert {tokens.id for _, tokens in news} == {0, 1, 2, 3}
     assert {(tokens.finish_reason, tokens.error) for _, tokens in news} == {("error", "rank 1 is gone")}
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.kv_cache.num_used == 0
     assert engine.scheduler.num_unfinished == 0
 
 
@@ -260,7 +260,7 @@ def forgetful_engine(
 ) -> tuple[InlineEngine, ForgetfulRank]:
     settings = {"num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 32} | options
     scheduler = Scheduler(block_size=4, **settings)
-    rank = ForgetfulRank(scheduler.pool.num_blocks, 4, fails)
+    rank = ForgetfulRank(scheduler.kv_cache.num_blocks, 4, fails)
     return InlineEngine(scheduler, rank, depth), rank
 
 
@@ -278,7 +278,7 @@ def test_steps_that_run_out_of_memory_change_no_token(depth: int, options: dict[
         assert engine.finish_reason(index) == "length"
         scored = [entry.token_ids[0] for tokens in engine.news[index] for entry in tokens.prompt_logprobs]
         assert scored == (prompt[1:] if index % 5 == 0 else [])
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.kv_cache.num_used == 0
     assert engine.scheduler.num_free_rows == 8
 
 
@@ -324,4 +324,4 @@ def test_requests_are_aborted_while_nothing_fits(depth: int) -> None:
     engine.run()
     assert [engine.finish_reason(index) for index in range(8)] == ["abort", "length"] * 4
     assert engine.token_ids(7) == generate([7] * 5, 9)
-    assert engine.scheduler.pool.num_used == 0
+    assert engine.scheduler.kv_cache.num_used == 0
