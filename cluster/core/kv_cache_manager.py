@@ -56,7 +56,7 @@ class KVCacheManager:
         self.groups = tuple(groups)
         self._pools = [BlockPool(group.num_blocks) for group in groups]
         self._sizes = [group.block_size for group in groups]
-        self._caching = enable_prefix_caching
+        self.caches_prefixes = enable_prefix_caching
 
     @property
     def num_blocks(self) -> int:
@@ -118,7 +118,7 @@ class KVCacheManager:
 
     def match(self, holder: Holder) -> Prefix:
         """The longest cached prefix. The last token is never part of it, since its logits are wanted."""
-        if not self._caching:
+        if not self.caches_prefixes:
             return self.no_prefix()
         self._hash(holder)
         found = []
@@ -154,7 +154,7 @@ class KVCacheManager:
 
     def publish(self, holder: Holder) -> None:
         """Let full blocks of committed tokens be found by others, as soon as a step that writes them is scheduled."""
-        if not self._caching:
+        if not self.caches_prefixes:
             return
         num_tokens = min(holder.num_computed_tokens, len(holder.token_ids))
         for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):

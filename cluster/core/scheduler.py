@@ -7,6 +7,7 @@ import logging
 import time
 from array import array
 from collections import deque
+from dataclasses import replace
 from operator import attrgetter, itemgetter
 
 from eagleray.cluster.core.fairness import Fairness, Group, standing
@@ -406,7 +407,34 @@ class Scheduler:
         self.kv_cache.unpublish(request, request.num_cached_tokens or 0)
         return self._end(request, Tokens(request.id, finish_reason="error", error=NOT_FINITE))
 
-    # ---- a step ran out of memory
+    # ---- all begin anew
+
+    def requeue_all(self, num_blocks: int) -> list[News]:
+        """New ranks, whose `num_blocks` blocks hold nothing: all requests wait again, with their committed tokens.
+
+        Outputs of the steps in flight are not expected any more. A request that does not fit now ends with an error.
+        """
+        self._in_flight.clear()
+        self.clock.stop()
+        self._go_back_to_committed_tokens()
+        self._restart = False
+        groups = [replace(group, num_blocks=num_blocks) for group in self.kv_cache.groups]
+        self.kv_cache = KVCacheManager(groups, enable_prefix_caching=self.kv_cache.caches_prefixes)
+        capacity = self.kv_cache.num_tokens
+        cause = f"the KV cache holds {capacity} tokens since the engine started again, too few for this request"
+        return [
+            (request.front_end, self._end(request, Tokens(request.id, finish_reason="error", error=cause)))
+            for request in list(self._requests.values())
+            if request.max_computed_tokens > capacity
+        ]
+
+    def _go_back_to_committed_tokens(self) -> None:
+        for request in sorted(self._running, key=attrgetter("arrival"), reverse=True):
+            self._preempt(request)
+        for request in self._requests.values():
+            request.num_known_tokens = len(request.token_ids)
+        self.kv_cache.forget_prefixes()  # some were to be written by steps that did not run
+        self._stopped_rows.clear()
 
     def _begin_anew(self, failed: InFlight, cause: str) -> list[News]:
         """The step did not run, nor will those behind it: all requests go back to their committed tokens and wait.
@@ -415,12 +443,7 @@ class Scheduler:
         """
         for due in self._in_flight:
             due.chunks = []
-        for request in sorted(self._running, key=attrgetter("arrival"), reverse=True):
-            self._preempt(request)
-        for request in self._requests.values():
-            request.num_known_tokens = len(request.token_ids)
-        self.kv_cache.forget_prefixes()  # some were to be written by the steps that did not run
-        self._stopped_rows.clear()
+        self._go_back_to_committed_tokens()
         self._restart = True
         request = failed.chunks[0][0]
         if failed.num_tokens == 1 and not request.finished:

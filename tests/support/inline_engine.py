@@ -48,6 +48,13 @@ class InlineEngine:
         if tokens := self.scheduler.abort(ME, request_id):
             self.news[request_id].append(tokens)
 
+    def replace_rank(self, rank: Rank, num_blocks: int) -> None:
+        """The rank is gone with the steps in flight, and this one takes its place."""
+        self._rank = rank
+        self._in_flight.clear()
+        for _, tokens in self.scheduler.requeue_all(num_blocks):
+            self.news[tokens.id].append(tokens)
+
     def turn(self) -> bool:
         """Fill the pipeline, then take one step's output; False when there is nothing left to do."""
         while self.scheduler.num_in_flight < self._depth and (step := self.scheduler.schedule()):

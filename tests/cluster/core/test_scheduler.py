@@ -282,6 +282,40 @@ def test_steps_that_run_out_of_memory_change_no_token(depth: int, options: dict[
     assert engine.scheduler.num_free_rows == 8
 
 
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 40}, {"max_chunk_tokens": 7}], ids=str)
+def test_ranks_that_are_replaced_change_no_token(depth: int, options: dict[str, Any]) -> None:
+    """At random moments, with steps in flight, by ranks with fewer blocks or more."""
+    rng = Random(11)
+    engine = Engine(depth, **options)
+    prompts = some_prompts(rng, 40)
+    for index, prompt in enumerate(prompts):
+        engine.add(index, prompt, max_tokens=1 + index % 9, prompt_logprobs=0 if index % 5 == 0 else None)
+    num_replaced = 0
+    while engine.turn():
+        if rng.random() < 0.2:
+            num_replaced += 1
+            engine.replace_rank(ToyRank(num_blocks := rng.choice([24, 40, 90]), 4), num_blocks)
+    assert num_replaced >= 5
+    for index, prompt in enumerate(prompts):
+        assert engine.token_ids(index) == generate(prompt, 1 + index % 9)
+        scored = [entry.token_ids[0] for tokens in engine.news[index] for entry in tokens.prompt_logprobs]
+        assert scored == (prompt[1:] if index % 5 == 0 else [])
+    assert engine.scheduler.kv_cache.num_used == 0
+    assert engine.scheduler.num_free_rows == 8
+
+
+def test_a_request_that_no_longer_fits_ends_with_an_error(depth: int) -> None:
+    engine = Engine(depth)
+    engine.add(0, [1] * 30, max_tokens=20)
+    engine.add(1, [2] * 3, max_tokens=20)
+    engine.turn()
+    engine.replace_rank(ToyRank(6, 4), 6)
+    engine.run()
+    assert engine.finish_reason(0) == "error"
+    assert "holds 24 tokens since the engine started again" in (engine.news[0][-1].error or "")
+    assert engine.token_ids(1) == generate([2] * 3, 20)
+
+
 def test_steps_shrink_until_they_fit_and_grow_again(depth: int) -> None:
     limit = 5
     engine, rank = forgetful_engine(depth, lambda num_tokens, _: num_tokens > limit)
