@@ -83,7 +83,7 @@ class EngineCore:
             self._send_news()
             raise EngineDeadError(str(error)) from None
         finally:
-            self._executor.close()
+            self._executor.stop()
             self._front_ends.close()
 
     def turn(self) -> None:

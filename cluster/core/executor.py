@@ -15,8 +15,12 @@ class RankFailedError(RuntimeError):
 class Executor(Protocol):
     """What the engine core needs of its ranks."""
 
-    num_blocks: int
-    pollable: Sequence[Any]  # sockets and file descriptors that become readable when `receive` has something to say
+    @property
+    def pollable(self) -> Sequence[Any]:
+        """Sockets and file descriptors that become readable when `receive` has something to say, until `stop`."""
+
+    def start(self, size: int) -> int:
+        """Start `size` ranks; how many KV blocks all of them have. Ranks that ran before were stopped."""
 
     def send(self, message: Step | Profile) -> None:
         """Hand a message to every rank, without waiting; they take it in order. Raises `RankFailedError`."""
@@ -27,5 +31,5 @@ class Executor(Protocol):
     def suspects(self) -> str:
         """Ranks that are stopped, in words; empty if none is."""
 
-    def close(self) -> None:
-        """End the ranks."""
+    def stop(self) -> None:
+        """End the ranks; `start` may be called again."""

@@ -36,10 +36,12 @@ class CoreActor:
         model = check_model(config)
         worker = worker_config(config, model, device)
         executor = RayExecutor(worker, group, timeout_s=config.start_timeout_s, listener=listener)
+        num_blocks = executor.start(group.bundle_count)
+        ranks = executor.ranks
         same_node = ray.get_runtime_context().get_node_id() == front_end_node
         front_ends = Hub(None if same_node else ray.util.get_node_ip_address())
         self._core = EngineCore(
-            _scheduler(config, worker.block_size, executor.num_blocks),
+            _scheduler(config, worker.block_size, num_blocks),
             executor,
             front_ends,
             EngineLimits(vocab_size=model.vocab_size, max_model_len=worker.max_model_len),
@@ -51,15 +53,15 @@ class CoreActor:
             max_model_len=worker.max_model_len,
             vocab_size=model.vocab_size,
             block_size=worker.block_size,
-            num_blocks=executor.num_blocks,
+            num_blocks=num_blocks,
             device=device,
             dtype=worker.dtype,
             node_id=ray.get_runtime_context().get_node_id(),
             core_pid=os.getpid(),
-            rank_pids=[host.pid for host in executor.hosts],
-            niceness=max(host.niceness for host in executor.hosts),
-            start=executor.start,
-            seconds_prepared=executor.seconds_prepared,
+            rank_pids=[host.pid for host in ranks.hosts],
+            niceness=max(host.niceness for host in ranks.hosts),
+            start=ranks.start_report,
+            seconds_prepared=ranks.seconds_prepared,
         )
 
     def run(self) -> None:

@@ -39,23 +39,79 @@ GOODBYE_S = 2.0  # how long ranks may take to end by themselves
 
 
 class RayExecutor:
-    """One actor per bundle of a placement group. Constructed, every rank has its share and its KV cache and waits.
-
-    Meanwhile the ranks tell the `listener` how far they are. Raises `EngineStartError` with the failing rank's own
-    error if one does not get there within `timeout_s`.
-    """
+    """Ranks as actors in the bundles of a placement group: a `RankSet` at a time."""
 
     def __init__(self, config: WorkerConfig, group: PlacementGroup, *, timeout_s: float, listener: Endpoint) -> None:
+        """The `listener` is told how far ranks are that start, which they must be within `timeout_s`."""
+        self._config = config
+        self._group = group
+        self._timeout_s = timeout_s
+        self._listener = listener
+        self._generation = 0
+        self._ranks: RankSet | None = None
+
+    @property
+    def ranks(self) -> "RankSet":
+        """Those that run. Raises `RankFailedError` if none do."""
+        if self._ranks is None:
+            raise RankFailedError("the ranks are stopped")
+        return self._ranks
+
+    def start(self, size: int) -> int:
+        """As `Executor.start`. Raises `EngineStartError` with a failing rank's own error, or when the time is over."""
+        if self._ranks is not None:
+            raise RuntimeError("ranks run already; stop them first")
+        if not 1 <= size <= self._group.bundle_count:
+            raise ValueError(
+                f"size is {size}; the placement group has bundles for 1 to {self._group.bundle_count} ranks"
+            )
+        place = (self._group, size, self._generation)
+        self._generation += 1
+        self._ranks = RankSet(self._config, *place, timeout_s=self._timeout_s, listener=self._listener)
+        return self._ranks.num_blocks
+
+    def stop(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+
+    @property
+    def pollable(self) -> Sequence[Any]:
+        return self.ranks.pollable
+
+    def suspects(self) -> str:
+        return self.ranks.suspects()
+
+    def send(self, message: Step | Profile) -> None:
+        self.ranks.send(message)
+
+    def receive(self) -> StepOutput | list[Profiled] | None:
+        return self.ranks.receive()
+
+
+class RankSet:
+    """The ranks of one start. Constructed, every rank has its shard and its KV cache and waits."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        group: PlacementGroup,
+        size: int,
+        generation: int,
+        *,
+        timeout_s: float,
+        listener: Endpoint,
+    ) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._encode = msgspec.msgpack.Encoder().encode
         self._profiled: list[Profiled] = []  # of ranks that have answered before the others
         self._ready: dict[bytes, Ready] = {}
-        self._names = [b"rank %d" % rank for rank in range(group.bundle_count)]
-        here, nodes = ray.get_runtime_context().get_node_id(), nodes_of(group)
+        self._names = [b"rank %d" % rank for rank in range(size)]
+        here, nodes = ray.get_runtime_context().get_node_id(), nodes_of(group)[:size]
         self._hub = Hub(None if set(nodes) == {here} else ray.util.get_node_ip_address())
         self._inbox: Inbox[RankReport] = Inbox(self._hub, msgspec.msgpack.Decoder(RankReport).decode)
         self._signs = VitalSigns([node == here for node in nodes], time.monotonic())
-        self._ranks = _create_actors(config, group, listener, self._hub.endpoint)
+        self._ranks = _create_actors(config, group, size, generation, listener, self._hub.endpoint)
         try:
             self.hosts: list[RankHost] = self._call("prepare", len(set(nodes)) == 1)
             prepared = time.monotonic()
@@ -64,7 +120,7 @@ class RayExecutor:
             self.num_blocks: int = min(rank.num_blocks for rank in loaded)
             check_capacity(self.num_blocks, config)
             self._serving = ActorCalls([rank.serve.remote(self.num_blocks) for rank in self._ranks])
-            self.start = StartReport.of(loaded, self._await_greetings())
+            self.start_report = StartReport.of(loaded, self._await_greetings())
             self.seconds_prepared = time.monotonic() - prepared  # since all processes were there
         except BaseException:
             self._kill()
@@ -180,15 +236,15 @@ class RayExecutor:
 
 
 def _create_actors(
-    config: WorkerConfig, group: PlacementGroup, listener: Endpoint, hub: Endpoint
+    config: WorkerConfig, group: PlacementGroup, size: int, generation: int, listener: Endpoint, hub: Endpoint
 ) -> list[ActorHandle[Any]]:
     actor_class: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankActor)
-    bundles = group.bundle_specs
+    bundles = group.bundle_specs[:size]
     return [
         actor_class.options(
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank),
-        ).remote(rank, len(bundles), config, listener, hub)
+        ).remote(rank, size, generation, config, listener, hub)
         for rank, bundle in enumerate(bundles)
     ]

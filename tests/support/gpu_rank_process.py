@@ -14,10 +14,10 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.low_latency_reduce import MAX_ROWS, has_owners
-from eagleray.workers.actor import CUDA_ENVIRONMENT
 from eagleray.workers.protocol.channel import Endpoint, Hub, Peer
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Step, StepOutput
+from eagleray.workers.rank import CUDA_ENVIRONMENT
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.mixed_requests import run_all

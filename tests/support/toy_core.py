@@ -36,7 +36,6 @@ class ToyExecutor:
     """Runs each step when its output is asked for; `gate` holds outputs back."""
 
     def __init__(self) -> None:
-        self.num_blocks = NUM_BLOCKS
         self.gate = threading.Event()
         self.gate.set()
         self.closed = False
@@ -71,7 +70,10 @@ class ToyExecutor:
     def open(self) -> None:
         self.gate.set()
 
-    def close(self) -> None:
+    def start(self, size: int) -> int:
+        return NUM_BLOCKS
+
+    def stop(self) -> None:
         self.closed = True
 
 

@@ -65,7 +65,10 @@ class ReportingExecutor:
     def suspects(self) -> str:
         return ""
 
-    def close(self) -> None:
+    def start(self, size: int) -> int:
+        return self.num_blocks
+
+    def stop(self) -> None:
         self._hub.close()
 
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from select import select
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from safetensors.torch import save_file
 
 from eagleray import (
@@ -29,15 +31,18 @@ from eagleray import (
     RequestOutput,
     SamplingParams,
 )
+from eagleray.cluster.core.executor import RankFailedError
 from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.ray_executor import RayExecutor
 from eagleray.cluster.runtime.resolve import worker_config
 from eagleray.models.config import ModelConfig
 from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.protocol.messages import TRACE_NUM_STEPS
+from eagleray.workers.protocol.channel import Hub
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RowStart, Sampling, Step, StepOutput
 from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
@@ -109,6 +114,39 @@ def test_a_model_that_cannot_run_is_refused_before_anything_starts(
     with pytest.raises(ValueError, match=message):
         start(tmp_path, tensor_parallel_size=3)
     assert time.monotonic() - begin < 1
+
+
+def test_ranks_start_again_in_another_number(model_dir: Path) -> None:
+    """As many as there are bundles, then fewer, then as before; the same step has the same tokens each time."""
+    config = worker_config(
+        EngineConfig(model=str(model_dir), load_format="dummy"), ModelConfig.from_dir(model_dir), "cpu"
+    )
+    group = placement_group([{"CPU": 0.1}] * 2)
+    listener = Hub()
+    executor = RayExecutor(config, group, timeout_s=100, listener=listener.endpoint)
+    prompt = np.asarray(PROMPT, np.int32).tobytes()
+    blocks = list(range(-(-len(PROMPT) // config.block_size)))
+    row = RowStart(0, prompt, len(PROMPT), blocks, Sampling(temperature=0.0))
+    tokens = []
+    try:
+        for size in (2, 1, 2):
+            assert executor.start(size) > len(blocks)
+            with pytest.raises(RuntimeError, match="ranks run already"):
+                executor.start(size)
+            executor.send(Step(1, start=[row], chunks={0: len(PROMPT)}))
+            while (output := executor.receive()) is None:
+                select(executor.pollable, [], [], 1)
+            assert isinstance(output, StepOutput)
+            tokens.append(output.token_ids)
+            executor.stop()
+            with pytest.raises(RankFailedError, match="the ranks are stopped"):
+                executor.receive()
+    finally:
+        executor.stop()
+        remove_placement_group(group)
+        listener.close()
+    assert tokens[0] == tokens[1] == tokens[2] != b""
+    assert_nothing_is_left()
 
 
 def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
