@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from eagleray.cluster.core.engine_link import EngineLink
-from eagleray.cluster.core.messages import Abort, EngineStats, StartProfile, StopProfile, Submit
+from eagleray.cluster.core.messages import Abort, Control, EngineStats, Submit
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_process, counted
 from eagleray.cluster.frontend.chat import achat_prompt
 from eagleray.cluster.frontend.front_end import FrontEnd
@@ -58,7 +58,7 @@ class AsyncLLM:
         self._engine = engine
         self._front_end = front_end
         self._news: dict[RequestState, asyncio.Event] = {}  # of each request that somebody iterates
-        self._profiled: dict[int, asyncio.Event] = {}  # of each start or stop of a profile that somebody awaits
+        self._replies: dict[int, asyncio.Event] = {}  # of each control that somebody awaits
         self._reader: asyncio.Task[None] | None = None  # runs from the first request on
         self._failure: str | None = None
         self._closed = False
@@ -174,12 +174,12 @@ class AsyncLLM:
     async def start_profile(self, directory: str | Path) -> None:
         """As `LLM.start_profile`; requests that run go on."""
         self._check_open()
-        await self._profile(self._front_end.start_profile(directory))
+        await self._control(self._front_end.start_profile(directory))
 
     async def stop_profile(self) -> list[Path]:
         """As `LLM.stop_profile`; requests that run go on once the traces are written."""
         self._check_open()
-        return await self._profile(self._front_end.stop_profile())
+        return [Path(file) for file in await self._control(self._front_end.stop_profile())]
 
     def close(self) -> None:
         """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests.
@@ -218,19 +218,19 @@ class AsyncLLM:
         if self._reader is None or self._reader.done():  # done with the event loop it ran on
             self._reader = asyncio.create_task(self._read(), name="eagleray news")
 
-    async def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
+    async def _control(self, control: Control) -> list[str]:
         self._check_alive()
-        news = self._profiled[message.id] = asyncio.Event()
+        news = self._replies[control.id] = asyncio.Event()
         try:
-            self._engine.send(message)
+            self._engine.send(control)
             self._start_reader()
-            while (files := self._front_end.profiled(message)) is None:
+            while (results := self._front_end.reply(control)) is None:
                 self._check_alive()
                 await news.wait()
                 news.clear()
-            return files
+            return results
         finally:
-            del self._profiled[message.id]
+            del self._replies[control.id]
 
     async def _read(self) -> None:
         """Take the engine's news until it is gone; whatever ends this reaches every waiter."""
@@ -239,9 +239,9 @@ class AsyncLLM:
                 changed, aborts = self._front_end.process(news := await self._engine.areceive())
                 if aborts:
                     self._engine.send(Abort(aborts))
-                for answer in news.profiles:
-                    if answer.id in self._profiled:
-                        self._profiled[answer.id].set()
+                for reply in news.replies:
+                    if reply.id in self._replies:
+                        self._replies[reply.id].set()
                 for generation in changed:
                     self._wake(generation)
                 await asyncio.sleep(0)  # more news may be there already, and who reads these must have a turn
@@ -268,7 +268,7 @@ class AsyncLLM:
     def _fail(self, cause: str) -> None:
         self._failure = self._failure or cause
         self._front_end.forget()
-        for news in (*self._news.values(), *self._profiled.values()):
+        for news in (*self._news.values(), *self._replies.values()):
             news.set()
 
     def _check_open(self) -> None:

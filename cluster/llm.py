@@ -13,11 +13,10 @@ from typing import Any, Self
 from eagleray.cluster.core.engine_link import EngineLink
 from eagleray.cluster.core.messages import (
     Abort,
+    Control,
     EngineOutputs,
     EngineStats,
     RequestMessage,
-    StartProfile,
-    StopProfile,
     Submit,
 )
 from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError, check_process, counted
@@ -165,7 +164,7 @@ class LLM:
         Raises `ValueError` if a profile runs already or a rank cannot write into `directory`, which is made if need be.
         """
         self._check_open()
-        self._profile(self._front_end.start_profile(directory))
+        self._control(self._front_end.start_profile(directory))
 
     def stop_profile(self) -> list[Path]:
         """Every rank writes a Chrome trace of the steps since `start_profile`: `rank0.json.gz`, … on its own node.
@@ -173,7 +172,7 @@ class LLM:
         Waits for that and returns the files. Raises `ValueError` if no profile runs or one cannot be written.
         """
         self._check_open()
-        return self._profile(self._front_end.stop_profile())
+        return [Path(file) for file in self._control(self._front_end.stop_profile())]
 
     def close(self) -> None:
         """End the engine. Closing twice does nothing, nor does closing a forked copy, whose lock nobody may let go."""
@@ -210,13 +209,13 @@ class LLM:
             except ContextLengthError as error:
                 return _failed(prompt, str(error))
 
-    def _profile(self, message: StartProfile | StopProfile) -> list[Path]:
+    def _control(self, control: Control) -> list[str]:
         with self._turn:
-            self._send(message)
+            self._send(control)
         while True:
             with self._turn:
-                if (files := self._front_end.profiled(message)) is not None:
-                    return files
+                if (results := self._front_end.reply(control)) is not None:
+                    return results
             self._take_turn()
 
     def _run(self, generations: list[RequestState], progress: BatchProgress) -> None:

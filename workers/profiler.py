@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, Profile, Profiled
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RankControl, RankReply
 
 logger = logging.getLogger(__name__)
 
 
 class RankProfiler:
-    """Carries out `Profile` messages. The engine core sees to it that they come in an order that makes sense."""
+    """Carries out the controls about profiles, which the engine core sends in an order that makes sense."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
@@ -28,20 +28,20 @@ class RankProfiler:
         """A step was launched."""
         self._num_steps += 1
 
-    def handle(self, message: Profile) -> Profiled | None:
-        """The answer, if one is due. What fails is the answer's error: a rank must not end for the sake of a trace."""
+    def handle(self, message: RankControl) -> RankReply:
+        """The reply. What fails is its error: a rank must not end for the sake of a trace."""
         try:
-            match message.action:
-                case "start":
-                    self._start(Path(message.directory))
-                    return Profiled(self._rank)
-                case "stop":
-                    return Profiled(self._rank, str(self._stop()))
-                case "drop":
+            match message.verb:
+                case "start_profile":
+                    self._start(Path(message.arguments["directory"]))
+                    return RankReply(self._rank)
+                case "stop_profile":
+                    return RankReply(self._rank, str(self._stop()))
+                case "drop_profile":
                     self.drop()
-                    return None
+                    return RankReply(self._rank)
         except (OSError, RuntimeError) as error:
-            return Profiled(self._rank, error=str(error))
+            return RankReply(self._rank, error=str(error))
 
     def drop(self) -> None:
         """End the profile, if one runs, and forget it. A process that ends with its profiler running may crash."""

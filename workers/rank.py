@@ -13,7 +13,7 @@ from eagleray.workers.heartbeat import Heartbeat
 from eagleray.workers.output_sender import OutputSender
 from eagleray.workers.protocol.channel import Endpoint, Peer
 from eagleray.workers.protocol.config import WorkerConfig
-from eagleray.workers.protocol.messages import Goodbye, Profile, RankMessage
+from eagleray.workers.protocol.messages import Goodbye, RankControl, RankMessage
 from eagleray.workers.protocol.priority import run_at_normal_priority
 from eagleray.workers.protocol.startup import (
     FETCHING,
@@ -196,9 +196,8 @@ class Rank:
         self._teller.close()
         reporter = OutputSender(self._hub) if self._rank == 0 else None
         while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
-            if isinstance(message, Profile):
-                if (answer := profiler.handle(message)) is not None:
-                    hub.send(msgspec.msgpack.encode(answer))
+            if isinstance(message, RankControl):
+                hub.send(msgspec.msgpack.encode(profiler.handle(message)))
                 continue
             begin = time.monotonic()
             pending = worker.launch(message)

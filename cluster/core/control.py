@@ -1,52 +1,90 @@
-"""Tracks whether the ranks are profiling, and which front end waits for the answer."""
+"""Controls: what front ends have all ranks do between two steps, such as starting and stopping a profile."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from eagleray.cluster.core.messages import ProfileAnswer, StartProfile, StopProfile
+from eagleray.cluster.core.messages import Control, ControlReply
 from eagleray.cluster.core.request import FrontEndId
-from eagleray.workers.protocol.messages import Profile, Profiled
+from eagleray.workers.protocol.messages import RankControl, RankReply
 
 
-class Profiling:
-    """One profile at a time, over all front ends."""
+class Verb(Protocol):
+    """What one kind of control, or several that belong together, asks of the ranks."""
 
-    def __init__(self, send: Callable[[Profile], None]) -> None:
-        self._send = send  # to every rank, in order with the steps
-        self._directory: str | None = None  # of the profile that runs or is about to
-        self._asked: tuple[FrontEndId, StartProfile | StopProfile] | None = None
+    def begin(self, control: Control) -> RankControl:
+        """What every rank is told. Raises `ValueError` if it cannot be done now; nothing has changed then."""
+
+    def end(self, control: Control, replies: Sequence[RankReply]) -> tuple[ControlReply, RankControl | None]:
+        """What the front end is told once every rank has replied, in the order of ranks.
+
+        If some have failed, the second is what all are to undo before that.
+        """
+
+
+class Controls:
+    """One at a time, over all front ends."""
+
+    def __init__(self, send: Callable[[RankControl], None]) -> None:
+        """`send` hands a message to every rank, in order with the steps."""
+        self._send = send
+        profiling = Profiling()
+        self._verbs: dict[str, Verb] = {"start_profile": profiling, "stop_profile": profiling}
+        self._asked: tuple[FrontEndId, Control] | None = None
+        self._reply: ControlReply | None = None  # which waits for the ranks to undo what has failed
 
     @property
     def waits(self) -> bool:
-        """Whether ranks still have to answer. No step is sent meanwhile: the profile holds whole steps of all ranks."""
+        """Whether ranks still have to reply. No step is sent meanwhile: all of them change between the same two."""
         return self._asked is not None
 
-    def ask(self, front_end: FrontEndId, message: StartProfile | StopProfile) -> ProfileAnswer | None:
-        """Hand a front end's wish to the ranks; an answer at once if it cannot be done now."""
+    def ask(self, front_end: FrontEndId, control: Control) -> ControlReply | None:
+        """Hand a front end's wish to the ranks; a reply at once if it cannot be done now."""
         if self._asked is not None:
-            return ProfileAnswer(message.id, error="a profile is being started or stopped; wait for that to end")
-        if isinstance(message, StopProfile):
-            if self._directory is None:
-                return ProfileAnswer(message.id, error="no profile runs; start one first")
-            self._send(Profile("stop"))
-        else:
-            if self._directory is not None:
-                return ProfileAnswer(message.id, error=f"a profile into {self._directory} runs already; stop it first")
-            self._directory = message.directory
-            self._send(Profile("start", message.directory))
-        self._asked = (front_end, message)
+            return ControlReply(control.id, error=f"{self._asked[1].verb} is under way; wait for it to end")
+        if control.verb not in self._verbs:
+            return ControlReply(control.id, error=f"{control.verb!r} is not one of {', '.join(self._verbs)}")
+        try:
+            self._send(self._verbs[control.verb].begin(control))
+        except ValueError as error:
+            return ControlReply(control.id, error=str(error))
+        self._asked = (front_end, control)
         return None
 
-    def take(self, profiled: Sequence[Profiled]) -> tuple[FrontEndId, ProfileAnswer]:
-        """Every rank's answer: whom to tell, and what. If one rank could not start, the others drop what they have."""
+    def take(self, replies: Sequence[RankReply]) -> tuple[FrontEndId, ControlReply] | None:
+        """Every rank has replied: whom to tell, and what; None while the ranks undo what has failed."""
         assert self._asked is not None
-        (front_end, message), self._asked = self._asked, None
-        directory = self._directory
-        errors = [f"rank {each.rank}: {each.error}" for each in profiled if each.error is not None]
+        front_end, control = self._asked
+        if self._reply is None:
+            self._reply, undo = self._verbs[control.verb].end(control, replies)
+            if undo is not None:
+                self._send(undo)
+                return None
+        reply, self._reply, self._asked = self._reply, None, None
+        return front_end, reply
+
+
+class Profiling:
+    """One profile at a time: `start_profile` into a `directory`, and `stop_profile`, whose results are the files."""
+
+    def __init__(self) -> None:
+        self._directory: str | None = None  # of the profile that runs
+
+    def begin(self, control: Control) -> RankControl:
+        if control.verb == "stop_profile":
+            if self._directory is None:
+                raise ValueError("no profile runs; start one first")
+            return RankControl("stop_profile")
+        if self._directory is not None:
+            raise ValueError(f"a profile into {self._directory} runs already; stop it first")
+        self._directory = control.arguments.get("directory", "")
+        return RankControl("start_profile", {"directory": self._directory})
+
+    def end(self, control: Control, replies: Sequence[RankReply]) -> tuple[ControlReply, RankControl | None]:
+        directory, undo = self._directory, None
+        errors = [f"rank {reply.rank}: {reply.error}" for reply in replies if reply.error is not None]
         error = f"the profile cannot be written to {directory}: {'; '.join(errors)}" if errors else None
-        if isinstance(message, StopProfile):
+        if control.verb == "stop_profile":
             self._directory = None
         elif error is not None:
-            self._directory = None
-            self._send(Profile("drop"))
-        files = [each.file for each in profiled if each.file]
-        return front_end, ProfileAnswer(message.id, files, error)
+            self._directory, undo = None, RankControl("drop_profile")
+        return ControlReply(control.id, [reply.result for reply in replies if reply.result], error), undo

@@ -8,19 +8,18 @@ from collections.abc import Iterable
 import msgspec
 import zmq
 
-from eagleray.cluster.core.control import Profiling
+from eagleray.cluster.core.control import Controls
 from eagleray.cluster.core.executor import LOOK_S, Executor, RankFailedError
 from eagleray.cluster.core.inbox import Inbox
 from eagleray.cluster.core.messages import (
     Abort,
+    Control,
+    ControlReply,
     EngineOutputs,
     EngineRequest,
     FrontEndMessage,
     Ping,
-    ProfileAnswer,
     Shutdown,
-    StartProfile,
-    StopProfile,
     Submit,
     Tokens,
 )
@@ -62,8 +61,8 @@ class EngineCore:
         self._num_refused = 0
         self._num_news: dict[FrontEndId, int] = defaultdict(int)
         self._news: dict[FrontEndId, list[Tokens]] = defaultdict(list)
-        self._profiling = Profiling(executor.send)
-        self._profile_answers: dict[FrontEndId, list[ProfileAnswer]] = defaultdict(list)
+        self._controls = Controls(executor.send)
+        self._replies: dict[FrontEndId, list[ControlReply]] = defaultdict(list)
         self._stopping = False
         self._encode = msgspec.msgpack.Encoder().encode
         self._poller = zmq.Poller()
@@ -113,9 +112,9 @@ class EngineCore:
             case Abort(ids):
                 ended = (self._scheduler.abort(front_end, request_id) for request_id in ids)
                 self._tell((front_end, tokens) for tokens in ended if tokens is not None)
-            case StartProfile() | StopProfile():
-                if (answer := self._profiling.ask(front_end, message)) is not None:
-                    self._profile_answers[front_end].append(answer)
+            case Control():
+                if (reply := self._controls.ask(front_end, message)) is not None:
+                    self._replies[front_end].append(reply)
             case Ping(num_sent):
                 heard = self._num_heard[front_end]
                 self._pinged[front_end] = "" if heard == num_sent else f"{num_sent - heard} of {num_sent} messages"
@@ -140,14 +139,13 @@ class EngineCore:
         while (report := self._executor.receive()) is not None:
             if isinstance(report, StepOutput):
                 self._tell(self._scheduler.update(report))
-            else:
-                front_end, answer = self._profiling.take(report)
-                self._profile_answers[front_end].append(answer)
+            elif (reply := self._controls.take(report)) is not None:
+                self._replies[reply[0]].append(reply[1])
             self._step_due = time.monotonic() + self._step_timeout_s
 
     def _send_step(self) -> bool:
         in_flight = self._scheduler.num_in_flight
-        if in_flight >= self._steps_in_flight or self._profiling.waits:
+        if in_flight >= self._steps_in_flight or self._controls.waits:
             return False
         step = self._scheduler.schedule()
         if step is None:
@@ -162,10 +160,10 @@ class EngineCore:
     def _wait(self) -> None:
         """Sleep until something arrives, or it is time to look after the ranks, which `Executor.receive` does.
 
-        If a step is in flight, no longer than it may take. Writing a profile takes as long as it takes.
+        If a step is in flight, no longer than it may take. A control takes as long as it takes.
         """
         left = LOOK_S
-        if self._scheduler.num_in_flight and not self._profiling.waits:
+        if self._scheduler.num_in_flight and not self._controls.waits:
             left = min(LOOK_S, self._step_due - time.monotonic())
         if left <= 0:
             reason = self._executor.suspects() or "a rank hangs, or the limit is too low for this machine"
@@ -179,16 +177,16 @@ class EngineCore:
             self._news[front_end].append(tokens)
 
     def _send_news(self) -> None:
-        if not self._news and not self._profile_answers and not self._pinged:
+        if not self._news and not self._replies and not self._pinged:
             return
         news, self._news = self._news, defaultdict(list)
         pinged, self._pinged = self._pinged, {}
-        answers, self._profile_answers = self._profile_answers, defaultdict(list)
+        replies, self._replies = self._replies, defaultdict(list)
         stats = self._scheduler.stats()
-        for front_end in news.keys() | answers.keys() | pinged.keys():
+        for front_end in news.keys() | replies.keys() | pinged.keys():
             self._num_news[front_end] += 1  # even if it does not arrive, so that it is missed
             message = EngineOutputs(
-                news[front_end], stats, self._num_news[front_end], answers[front_end], pinged.get(front_end, "")
+                news[front_end], stats, self._num_news[front_end], replies[front_end], pinged.get(front_end, "")
             )
             try:
                 self._front_ends.send(front_end, self._encode(message))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from eagleray.workers.protocol.messages import Profile, Profiled, Step, StepOutput
+from eagleray.workers.protocol.messages import RankControl, RankReply, Step, StepOutput
 
 LOOK_S = 1.0  # how often whoever waits for ranks looks whether they live
 
@@ -22,11 +22,11 @@ class Executor(Protocol):
     def start(self, size: int) -> int:
         """Start `size` ranks; how many KV blocks all of them have. Ranks that ran before were stopped."""
 
-    def send(self, message: Step | Profile) -> None:
+    def send(self, message: Step | RankControl) -> None:
         """Hand a message to every rank, without waiting; they take it in order. Raises `RankFailedError`."""
 
-    def receive(self) -> StepOutput | list[Profiled] | None:
-        """The next output, or all ranks' answers to a `Profile`; None if nothing is there. Raises `RankFailedError`."""
+    def receive(self) -> StepOutput | list[RankReply] | None:
+        """The next output, or all ranks' replies to a control; None if nothing is there. Raises `RankFailedError`."""
 
     def suspects(self) -> str:
         """Ranks that are stopped, in words; empty if none is."""

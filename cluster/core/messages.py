@@ -27,15 +27,12 @@ class Abort(msgspec.Struct, tag="abort"):
     ids: list[int]
 
 
-class StartProfile(msgspec.Struct, tag="start_profile"):
-    """Every rank is to profile from the next step on. `id` is unique within the front end, and in the answer."""
+class Control(msgspec.Struct, omit_defaults=True, tag="control"):
+    """All ranks are to do something between two steps. Answered with a `ControlReply` of the same id."""
 
-    id: int
-    directory: str  # absolute, on each rank's node
-
-
-class StopProfile(msgspec.Struct, tag="stop_profile"):
-    id: int
+    id: int  # chosen by the front end
+    verb: str  # of `cluster/core/control.py`
+    arguments: dict[str, str] = {}
 
 
 class Ping(msgspec.Struct, tag="ping"):
@@ -61,11 +58,11 @@ class Tokens(msgspec.Struct, omit_defaults=True):
     begun: Begun | None = None  # with the first news after it was taken from the queue
 
 
-class ProfileAnswer(msgspec.Struct, omit_defaults=True):
-    """Every rank has started, or has stopped and written its trace; or `error` says why not, and none profiles."""
+class ControlReply(msgspec.Struct, omit_defaults=True):
+    """Every rank has carried out a control, or it could not be done."""
 
     id: int
-    files: list[str] = []  # of rank 0, 1, …, once written
+    results: list[str] = []  # of the ranks, in order, if they have any
     error: str | None = None
 
 
@@ -87,9 +84,9 @@ class EngineOutputs(msgspec.Struct, omit_defaults=True):
     outputs: list[Tokens]
     stats: EngineStats
     number: int = 0  # 1, 2, … for each front end, so that a lost message is noticed
-    profiles: list[ProfileAnswer] = []
+    replies: list[ControlReply] = []
     lost: str = ""  # why requests of this front end may be unknown to the core, if so
 
 
-RequestMessage = Submit | Abort | StartProfile | StopProfile
+RequestMessage = Submit | Abort | Control
 FrontEndMessage = RequestMessage | Ping | Shutdown

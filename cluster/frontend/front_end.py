@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.core.messages import (
+    Control,
+    ControlReply,
     EngineOutputs,
     EngineRequest,
     EngineStats,
-    ProfileAnswer,
-    StartProfile,
-    StopProfile,
 )
 from eagleray.cluster.frontend.bad_words import bad_word_token_ids
 from eagleray.cluster.frontend.detokenizer import Detokenizer
@@ -76,8 +75,8 @@ class FrontEnd:
         self._next_id = 0  # of sequences, as the engine knows them
         self._generations: dict[str, RequestState] = {}
         self._live: dict[int, tuple[RequestState, Completion]] = {}
-        self._profile_ids = count()
-        self._profile_answers: dict[int, ProfileAnswer] = {}
+        self._control_ids = count()
+        self._control_replies: dict[int, ControlReply] = {}
 
     def prepare(
         self,
@@ -157,10 +156,10 @@ class FrontEnd:
     def process(self, news: EngineOutputs) -> tuple[list[RequestState], list[int]]:
         """Requests with news, each once, and the engine ids that a stop string ended: the engine is to abort them."""
         now = time.monotonic()
-        if news.outputs or news.profiles:  # else it is only a sign of life
+        if news.outputs or news.replies:  # else it is only a sign of life
             self._heard = now
         self.stats = news.stats
-        self._profile_answers |= {answer.id: answer for answer in news.profiles}
+        self._control_replies |= {reply.id: reply for reply in news.replies}
         changed: dict[str, RequestState] = {}
         aborts = []
         for tokens in news.outputs:
@@ -179,7 +178,7 @@ class FrontEnd:
                     self._on_end(generation)
         return list(changed.values()), aborts
 
-    def start_profile(self, directory: str | Path) -> StartProfile:
+    def start_profile(self, directory: str | Path) -> Control:
         """What to send the engine so that its ranks profile. A relative directory is this process's own.
 
         Raises `ValueError` for an empty name, which would be the working directory.
@@ -187,18 +186,19 @@ class FrontEnd:
         if not str(directory):
             raise ValueError(f"directory is {directory!r}; name one for the traces, or '.' for the working directory")
         check_text(str(directory), "directory")
-        return StartProfile(next(self._profile_ids), str(Path(directory).expanduser().absolute()))
+        path = str(Path(directory).expanduser().absolute())
+        return Control(next(self._control_ids), "start_profile", {"directory": path})
 
-    def stop_profile(self) -> StopProfile:
+    def stop_profile(self) -> Control:
         """What to send the engine so that its ranks stop that and write their traces."""
-        return StopProfile(next(self._profile_ids))
+        return Control(next(self._control_ids), "stop_profile")
 
-    def profiled(self, message: StartProfile | StopProfile) -> list[Path] | None:
-        """The traces, none after a start; None before the engine's answer. Raises `ValueError` if that is a refusal."""
-        answer = self._profile_answers.pop(message.id, None)
-        if answer is not None and answer.error is not None:
-            raise ValueError(answer.error)
-        return None if answer is None else [Path(file) for file in answer.files]
+    def reply(self, control: Control) -> list[str] | None:
+        """The ranks' results; None before the engine's reply. Raises `ValueError` if that is a refusal."""
+        reply = self._control_replies.pop(control.id, None)
+        if reply is not None and reply.error is not None:
+            raise ValueError(reply.error)
+        return None if reply is None else reply.results
 
     def running(self, request_id: str) -> RequestState | None:
         """The running request of this id."""

@@ -26,9 +26,9 @@ from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import (
     Beat,
     Goodbye,
-    Profile,
-    Profiled,
+    RankControl,
     RankMessage,
+    RankReply,
     RankReport,
     Step,
     StepOutput,
@@ -82,10 +82,10 @@ class RayExecutor:
     def suspects(self) -> str:
         return self.ranks.suspects()
 
-    def send(self, message: Step | Profile) -> None:
+    def send(self, message: Step | RankControl) -> None:
         self.ranks.send(message)
 
-    def receive(self) -> StepOutput | list[Profiled] | None:
+    def receive(self) -> StepOutput | list[RankReply] | None:
         return self.ranks.receive()
 
 
@@ -104,7 +104,7 @@ class RankSet:
     ) -> None:
         self._deadline = time.monotonic() + timeout_s
         self._encode = msgspec.msgpack.Encoder().encode
-        self._profiled: list[Profiled] = []  # of ranks that have answered before the others
+        self._replies: list[RankReply] = []  # of ranks that have answered before the others
         self._ready: dict[bytes, Ready] = {}
         self._names = [b"rank %d" % rank for rank in range(size)]
         here, nodes = ray.get_runtime_context().get_node_id(), nodes_of(group)[:size]
@@ -165,7 +165,7 @@ class RankSet:
         if fault := self._look():
             raise EngineStartError(fault)
 
-    def _next_report(self) -> StepOutput | Profiled | None:
+    def _next_report(self) -> StepOutput | RankReply | None:
         """The next message that says more than that a rank lives or is ready."""
         while (message := self._inbox.receive()) is not None:
             name, report = message
@@ -185,9 +185,9 @@ class RankSet:
     def suspects(self) -> str:
         return self._signs.suspects()
 
-    def send(self, message: Step | Profile) -> None:
-        if isinstance(message, Profile):
-            self._signs.patient = message.action != "drop"
+    def send(self, message: Step | RankControl) -> None:
+        if isinstance(message, RankControl):
+            self._signs.patient = True
         try:
             self._broadcast(message)
         except PeerGoneError as error:
@@ -199,16 +199,16 @@ class RankSet:
         for name in self._names:
             self._hub.send(name, payload)
 
-    def receive(self) -> StepOutput | list[Profiled] | None:
+    def receive(self) -> StepOutput | list[RankReply] | None:
         self._raise_failure(timeout_s=0)
         while (report := self._next_report()) is not None:
             if isinstance(report, StepOutput):
                 return report
-            self._profiled.append(report)
-            if len(self._profiled) == len(self._names):
-                profiled, self._profiled = self._profiled, []
+            self._replies.append(report)
+            if len(self._replies) == len(self._names):
+                replies, self._replies = self._replies, []
                 self._signs.patient = False
-                return sorted(profiled, key=lambda each: each.rank)
+                return sorted(replies, key=lambda each: each.rank)
         if fault := self._look():
             raise RankFailedError(fault)
         return None

@@ -204,12 +204,12 @@ def test_what_no_model_has_is_refused_at_once(raw: dict[str, Any], changes: dict
     ("content", "message"),
     [
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-        (b'{"a": ' * 100_000, "nested too deeply|no valid JSON"),
-        (b"\xef\xbb\xbf{}", "no valid JSON: Unexpected UTF-8 BOM"),
-        (b"\xff\xfe{\0}\0", "no UTF-8 text"),
-        (b"", "no valid JSON"),
+        (b'{"a": ' * 100_000, "nested too deeply|not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON: Unexpected UTF-8 BOM"),
+        (b"\xff\xfe{\0}\0", "not UTF-8 text"),
+        (b"", "not valid JSON"),
         (b"5", "holds int and no object"),
-        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "no valid JSON|digits"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON|digits"),
         (b" " * (16 << 20) + b"{}", "bytes, and 16777216 is the limit"),
     ],
 )

@@ -11,13 +11,12 @@ import msgspec
 
 from eagleray.cluster.core.engine_core import EngineCore
 from eagleray.cluster.core.messages import (
+    Control,
+    ControlReply,
     EngineOutputs,
     EngineRequest,
     FrontEndMessage,
-    ProfileAnswer,
     Shutdown,
-    StartProfile,
-    StopProfile,
     Submit,
     Tokens,
 )
@@ -25,7 +24,7 @@ from eagleray.cluster.core.request_check import EngineLimits
 from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.workers.protocol.channel import Hub, Peer
-from eagleray.workers.protocol.messages import Profile, Profiled, Sampling, Step, StepOutput
+from eagleray.workers.protocol.messages import RankControl, RankReply, Sampling, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
@@ -42,18 +41,16 @@ class ToyExecutor:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.pollable: Sequence[Any] = (self._fd,)
         self._rank = ToyRank(NUM_BLOCKS, BLOCK_SIZE)
-        self._messages: deque[Step | Profile] = deque()
+        self._messages: deque[Step | RankControl] = deque()
         self.sent: list[str] = []  # step, or what a profile is to do
         self.fault: str | None = None  # why the second of two ranks cannot profile
 
-    def send(self, message: Step | Profile) -> None:
-        self.sent.append("step" if isinstance(message, Step) else message.action)
-        if self.sent[-1] == "drop":  # unanswered
-            return
+    def send(self, message: Step | RankControl) -> None:
+        self.sent.append("step" if isinstance(message, Step) else message.verb)
         self._messages.append(message)
         os.eventfd_write(self._fd, 1)
 
-    def receive(self) -> StepOutput | list[Profiled] | None:
+    def receive(self) -> StepOutput | list[RankReply] | None:
         if not self._messages or not self.gate.is_set():
             return None
         message = self._messages.popleft()
@@ -61,8 +58,9 @@ class ToyExecutor:
             os.eventfd_read(self._fd)
         if isinstance(message, Step):
             return self._rank.run(message)
-        file = "trace" if message.action == "stop" else ""
-        return [Profiled(0, file), Profiled(1, file, self.fault)]
+        file = "trace" if message.verb == "stop_profile" else ""
+        fault = None if message.verb == "drop_profile" else self.fault
+        return [RankReply(0, file), RankReply(1, file, fault)]
 
     def suspects(self) -> str:
         return ""
@@ -84,7 +82,7 @@ class FrontEnd:
         self.peer = Peer(hub.endpoint, name)
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Tokens] = {}
-        self.profiles: list[ProfileAnswer] = []
+        self.replies: list[ControlReply] = []
         self.num_messages = 0
 
     def send(self, message: FrontEndMessage) -> None:
@@ -95,12 +93,12 @@ class FrontEnd:
         self.send(Submit([EngineRequest(request_id, token_ids, Sampling(), max_tokens)]))
         self.tokens[request_id] = []
 
-    def ask(self, message: StartProfile | StopProfile) -> ProfileAnswer:
-        before = len(self.profiles)
+    def ask(self, message: Control) -> ControlReply:
+        before = len(self.replies)
         self.send(message)
-        self.wait(lambda: len(self.profiles) > before)
-        assert self.profiles[-1].id == message.id
-        return self.profiles[-1]
+        self.wait(lambda: len(self.replies) > before)
+        assert self.replies[-1].id == message.id
+        return self.replies[-1]
 
     def has_ended(self) -> bool:
         return bool(self.ends)
@@ -112,7 +110,7 @@ class FrontEnd:
             news = msgspec.msgpack.decode(payload, type=EngineOutputs)
             self.num_messages += 1
             assert news.number == self.num_messages
-            self.profiles += news.profiles
+            self.replies += news.replies
             for tokens in news.outputs:
                 self.tokens[tokens.id] += tokens.token_ids
                 if tokens.finish_reason:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from eagleray.workers.profiler import RankProfiler
-from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, Profile, Profiled
+from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RankControl, RankReply
 
 
 def profiler() -> RankProfiler:
@@ -34,10 +34,10 @@ def test_a_trace_holds_the_steps_between_start_and_stop(tmp_path: Path) -> None:
     rank, folder = profiler(), tmp_path / "made" / "if need be"
     for count in (3, 2):  # again, in place of the first
         steps(rank, 5)
-        assert rank.handle(Profile("start", str(folder))) == Profiled(1)
+        assert rank.handle(RankControl("start_profile", {"directory": str(folder)})) == RankReply(1)
         steps(rank, count)
         file = folder / "rank1.json.gz"
-        assert rank.handle(Profile("stop")) == Profiled(1, str(file))
+        assert rank.handle(RankControl("stop_profile")) == RankReply(1, str(file))
         trace = read(file)
         assert trace[TRACE_NUM_STEPS] == count
         assert sum(event["name"] == "aten::matmul" for event in trace["traceEvents"]) == count
@@ -47,38 +47,38 @@ def test_a_trace_holds_the_steps_between_start_and_stop(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     rank = profiler()
-    answer = rank.handle(Profile("start", str(tmp_path / "file" / "below")))
+    answer = rank.handle(RankControl("start_profile", {"directory": str(tmp_path / "file" / "below")}))
     assert answer is not None
     assert "Not a directory" in (answer.error or "")
-    assert rank.handle(Profile("start", str(tmp_path / "folder"))) == Profiled(1)
-    assert rank.handle(Profile("stop")) == Profiled(1, str(tmp_path / "folder" / "rank1.json.gz"))
+    assert rank.handle(RankControl("start_profile", {"directory": str(tmp_path / "folder")})) == RankReply(1)
+    assert rank.handle(RankControl("stop_profile")) == RankReply(1, str(tmp_path / "folder" / "rank1.json.gz"))
 
 
 def test_what_goes_wrong_at_the_end_is_an_answer_too(tmp_path: Path) -> None:
     rank = profiler()
     (tmp_path / "rank1.json.gz").mkdir()
-    rank.handle(Profile("start", str(tmp_path)))
-    answer = rank.handle(Profile("stop"))
+    rank.handle(RankControl("start_profile", {"directory": str(tmp_path)}))
+    answer = rank.handle(RankControl("stop_profile"))
     assert answer is not None
     assert "Is a directory" in (answer.error or "")
     assert list(tmp_path.iterdir()) == [tmp_path / "rank1.json.gz"]
-    rank.handle(Profile("start", str(tmp_path / "folder")))
+    rank.handle(RankControl("start_profile", {"directory": str(tmp_path / "folder")}))
     (tmp_path / "folder").rmdir()
     (tmp_path / "folder").touch()
-    answer = rank.handle(Profile("stop"))
+    answer = rank.handle(RankControl("stop_profile"))
     assert answer is not None
     assert answer.error
-    assert rank.handle(Profile("stop")) == Profiled(1, error="the profiler does not run")
+    assert rank.handle(RankControl("stop_profile")) == RankReply(1, error="the profiler does not run")
 
 
 def test_a_dropped_profile_leaves_nothing_and_another_can_start(tmp_path: Path) -> None:
     rank = profiler()
-    assert rank.handle(Profile("drop")) is None
-    rank.handle(Profile("start", str(tmp_path)))
+    assert rank.handle(RankControl("drop_profile")) == RankReply(1)
+    rank.handle(RankControl("start_profile", {"directory": str(tmp_path)}))
     assert is_running()
-    assert rank.handle(Profile("drop")) is None
+    assert rank.handle(RankControl("drop_profile")) == RankReply(1)
     assert not is_running()
     assert list(tmp_path.iterdir()) == []
-    assert rank.handle(Profile("start", str(tmp_path))) == Profiled(1)
+    assert rank.handle(RankControl("start_profile", {"directory": str(tmp_path)})) == RankReply(1)
     rank.drop()
     assert not is_running()

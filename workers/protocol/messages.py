@@ -64,14 +64,11 @@ class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     restart: bool = False
 
 
-class Profile(msgspec.Struct, tag="profile"):
-    """Between the steps before and after it, every rank starts its profiler, or stops it and writes or drops the trace.
+class RankControl(msgspec.Struct, omit_defaults=True, tag="control"):
+    """Between the steps before and after it, every rank does this and answers with `RankReply`."""
 
-    Each rank answers `start` and `stop` with `Profiled`.
-    """
-
-    action: Literal["start", "stop", "drop"]
-    directory: str = ""  # on each rank's own node; given with `start`
+    verb: Literal["start_profile", "stop_profile", "drop_profile"]
+    arguments: dict[str, str] = {}
 
 
 class Goodbye(msgspec.Struct, tag="goodbye"):
@@ -101,11 +98,11 @@ class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
     out_of_memory: str = ""  # why the step did not run; those after it do not either, up to a restart
 
 
-class Profiled(msgspec.Struct, omit_defaults=True, tag="profiled"):
-    """One rank has started or stopped its profiler, or could not."""
+class RankReply(msgspec.Struct, omit_defaults=True, tag="reply"):
+    """One rank has carried out a `RankControl`, or could not."""
 
     rank: int
-    file: str = ""  # the trace, once it is written
+    result: str = ""  # of `stop_profile` the file with the trace
     error: str | None = None
 
 
@@ -116,5 +113,5 @@ class Beat(msgspec.Struct, tag="beat"):
     pid: int
 
 
-RankMessage = Step | Profile | Goodbye
-RankReport = StepOutput | Profiled | Beat | Ready
+RankMessage = Step | RankControl | Goodbye
+RankReport = StepOutput | RankReply | Beat | Ready

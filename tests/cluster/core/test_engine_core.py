@@ -12,11 +12,10 @@ import zmq
 
 from eagleray.cluster.core.messages import (
     Abort,
+    Control,
+    ControlReply,
     EngineRequest,
-    ProfileAnswer,
     Shutdown,
-    StartProfile,
-    StopProfile,
     Submit,
 )
 from eagleray.cluster.errors import EngineDeadError
@@ -149,7 +148,7 @@ def test_what_cannot_be_read_is_counted_and_logged_once(core: Core, caplog: pyte
         {"type": "submit", "requests": 5},
         {"type": "abort", "ids": [None]},
         {"type": "ping", "num_sent": 2**70 * 1.0},
-        {"type": "start_profile", "id": 1, "directory": 7},
+        {"type": "control", "id": 1, "verb": 7},
         {"type": "unknown"},
         {},
         [],
@@ -157,7 +156,7 @@ def test_what_cannot_be_read_is_counted_and_logged_once(core: Core, caplog: pyte
         "shutdown",
     ]
     deep = half_read + b"\x91" * 100_000 + b"\xc0"
-    no_text = b"\x82\xa4type\xadstart_profile\xa9directory\xa3\xff\xfe\xfd"
+    no_text = b"\x83\xa4type\xa7control\xa2id\x01\xa4verb\xa3\xff\xfe\xfd"
     payloads = [b"", b"\xc1", half_read, deep, no_text, *(msgspec.msgpack.encode(each) for each in wrong)]
     for payload in payloads:
         bad.peer.send(payload)
@@ -256,47 +255,58 @@ def test_a_profile_begins_and_ends_between_steps_and_harms_no_request(core: Core
     runs, asks = core.front_end(b"runs"), core.front_end(b"asks")
     runs.submit(0, [1], max_tokens=150)
     runs.wait(lambda: len(runs.tokens[0]) > 3)
-    assert asks.ask(StartProfile(7, "/traces")) == ProfileAnswer(7)
-    assert asks.ask(StopProfile(8)) == ProfileAnswer(8, ["trace", "trace"])
+    assert asks.ask(Control(7, "start_profile", {"directory": "/traces"})) == ControlReply(7)
+    assert asks.ask(Control(8, "stop_profile")) == ControlReply(8, ["trace", "trace"])
     runs.wait(runs.has_ended)
     assert runs.tokens[0] == generate([1], 150)
-    assert runs.profiles == []
-    assert [what for what in core.executor.sent if what != "step"] == ["start", "stop"]
+    assert runs.replies == []
+    assert [what for what in core.executor.sent if what != "step"] == ["start_profile", "stop_profile"]
 
 
 def test_no_step_is_sent_until_every_rank_profiles(core: Core) -> None:
     front_end = core.front_end(b"one")
     core.executor.gate.clear()
-    front_end.send(StartProfile(0, "/traces"))
+    front_end.send(Control(0, "start_profile", {"directory": "/traces"}))
     front_end.submit(0, [1], max_tokens=3)
-    front_end.send(StopProfile(1))  # refused, and so a sign that the request has been taken in
-    front_end.wait(lambda: bool(front_end.profiles))
-    assert front_end.profiles[0].error == "a profile is being started or stopped; wait for that to end"
-    assert core.executor.sent == ["start"]
+    front_end.send(Control(1, "stop_profile"))  # refused, and so a sign that the request has been taken in
+    front_end.wait(lambda: bool(front_end.replies))
+    assert front_end.replies[0].error == "start_profile is under way; wait for it to end"
+    assert core.executor.sent == ["start_profile"]
     core.executor.open()
     front_end.send(Abort([]))
     front_end.wait(front_end.has_ended)
-    assert front_end.profiles[1:] == [ProfileAnswer(0)]
+    assert front_end.replies[1:] == [ControlReply(0)]
     assert front_end.tokens[0] == generate([1], 3)
 
 
 def test_only_one_profile_runs_over_all_front_ends(core: Core) -> None:
     one, two = core.front_end(b"one"), core.front_end(b"two")
-    assert one.ask(StopProfile(0)).error == "no profile runs; start one first"
-    assert one.ask(StartProfile(1, "/traces")).error is None
-    assert two.ask(StartProfile(1, "/others")).error == "a profile into /traces runs already; stop it first"
-    assert two.ask(StopProfile(2)).error is None
-    assert one.ask(StopProfile(3)).error == "no profile runs; start one first"
+    assert one.ask(Control(0, "stop_profile")).error == "no profile runs; start one first"
+    assert one.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
+    assert (
+        two.ask(Control(1, "start_profile", {"directory": "/others"})).error
+        == "a profile into /traces runs already; stop it first"
+    )
+    assert two.ask(Control(2, "stop_profile")).error is None
+    assert one.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
 
 
 def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
     front_end = core.front_end(b"one")
     core.executor.fault = "disk full"
     error = "the profile cannot be written to /traces: rank 1: disk full"
-    assert front_end.ask(StartProfile(0, "/traces")).error == error
+    assert front_end.ask(Control(0, "start_profile", {"directory": "/traces"})).error == error
     core.executor.fault = None
-    assert front_end.ask(StartProfile(1, "/traces")).error is None
+    assert front_end.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
     core.executor.fault = "disk full"
-    assert front_end.ask(StopProfile(2)).error == error
-    assert front_end.ask(StopProfile(3)).error == "no profile runs; start one first"
-    assert core.executor.sent == ["start", "drop", "start", "stop"]
+    assert front_end.ask(Control(2, "stop_profile")).error == error
+    assert front_end.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
+    assert core.executor.sent == ["start_profile", "drop_profile", "start_profile", "stop_profile"]
+
+
+def test_a_control_that_does_not_exist_is_refused_by_name(core: Core) -> None:
+    front_end = core.front_end(b"one")
+    assert front_end.ask(Control(0, "fly")).error == "'fly' is not one of start_profile, stop_profile"
+    front_end.submit(1, [1])
+    front_end.wait(front_end.has_ended)
+    assert front_end.tokens[1] == generate([1], 8)

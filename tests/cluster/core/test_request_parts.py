@@ -21,7 +21,7 @@ from eagleray.cluster.outputs import RequestParts
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.workers.output_sender import OutputSender
 from eagleray.workers.protocol.channel import Hub, Peer
-from eagleray.workers.protocol.messages import Profile, Step, StepOutput
+from eagleray.workers.protocol.messages import RankControl, Step, StepOutput
 from support.toy_rank import VOCAB_SIZE, ToyRank
 
 BLOCK_SIZE = 4
@@ -52,7 +52,7 @@ class ReportingExecutor:
         self._reporter = OutputSender(self._hub.endpoint)
         self._step_s, self._send_s = step_s, send_s
 
-    def send(self, message: Step | Profile) -> None:
+    def send(self, message: Step | RankControl) -> None:
         assert isinstance(message, Step)
         time.sleep(self._send_s)
         launched = time.monotonic()

@@ -116,7 +116,7 @@ def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenize
         ("", {}, "the prompt is empty; give it some text"),
         ([], {}, "the prompt is empty; give it at least one token"),
         ({"prompt_token_ids": []}, {}, "the prompt is empty"),
-        ("\ud800 x", {}, "no character; give UTF-8 text"),
+        ("\ud800 x", {}, "not a character; give UTF-8 text"),
         (b"abc", {}, "the prompt is b'abc'; give text or"),
         ({"prompt_token_ids": None}, {}, "give text or"),
         ({"text": "x"}, {}, "the prompt is {'text': 'x'}; give text or a list of token ids"),

@@ -21,7 +21,7 @@ def test_a_file_holds_a_prompt_a_line_and_blank_lines_are_none(tmp_path: Path) -
 
 
 def test_an_argument_that_is_no_utf8_is_refused() -> None:
-    with pytest.raises(ValueError, match="no character; give UTF-8 text"):
+    with pytest.raises(ValueError, match="not a character; give UTF-8 text"):
         read_tasks(["good", "bad \udcff"], None)
 
 
