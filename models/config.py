@@ -12,7 +12,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
-from eagleray.models.architectures import ARCHITECTURES, MODEL_TYPES
+from eagleray.models.architectures import ARCHITECTURES, OPTIONS, Architecture
 from eagleray.models.json_file import flag, fraction, number, read_object, shown, whole
 from eagleray.parallel.sharding import shard, shard_heads
 
@@ -24,44 +24,9 @@ _DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says not
     "use_sliding_window": False,
     "max_window_layers": 28,
 }
-_QWEN_DEFAULTS: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096}
-_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "Qwen2ForCausalLM": _QWEN_DEFAULTS,
-    "Qwen3ForCausalLM": {**_QWEN_DEFAULTS, "head_dim": 128},
-    "Gemma2ForCausalLM": {
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-}
-_FAMILY_KEYS = {  # options that some families have: elsewhere they must be absent, or off
-    "attention_bias": ("LlamaForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
-    "mlp_bias": ("LlamaForCausalLM",),
-    "attn_logit_softcapping": ("Gemma2ForCausalLM",),
-    "final_logit_softcapping": ("Gemma2ForCausalLM",),
-    "query_pre_attn_scalar": ("Gemma2ForCausalLM",),
-    "use_sliding_window": ("Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    "sliding_window": ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Gemma2ForCausalLM"),
-    "use_bidirectional_attention": (),
-    "is_encoder_decoder": (),
-    "per_layer_config": (),  # layers that differ
-    "text_config": (),  # a model within the model
-    "decoder": (),
-    "generator": (),
-    "transformers_weights": (),  # another file of weights
-    "fusion_config": (),
-    "distributed_config": (),
-}
 _PARTS = ("per_layer_config", "text_config", "decoder", "generator")  # which only null leaves out
-_HEAD_DIM_MAY_BE_NULL = ("LlamaForCausalLM", "MistralForCausalLM")
-_WHOLE_HEADS = ("LlamaForCausalLM", "Gemma2ForCausalLM")  # transformers insists that they divide the hidden size
 _DTYPES = ("float32", "bfloat16", "float16")
-_LAYER_TYPES = {"sliding_attention", "full_attention"}
+_SLIDING, _FULL = "sliding_attention", "full_attention"  # of `layer_types`
 MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 12
 MAX_WIDTH = 1 << 20  # of hidden states, and of what is within a layer
@@ -123,15 +88,16 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """From the contents of `config.json`. Raises `ValueError` for what is missing, wrong or not supported."""
-        architecture = _architecture(raw)
-        _check_supported(architecture, raw)
-        raw = {**_DEFAULTS, **_FAMILY_DEFAULTS.get(architecture, {}), **raw}
+        name = _architecture(raw)
+        architecture = ARCHITECTURES[name]
+        _check_supported(name, architecture, raw)
+        raw = {**_DEFAULTS, **architecture.defaults, **raw}
         num_heads = whole(raw, "num_attention_heads", MAX_HEADS)
         kv_heads = raw.get("num_key_value_heads")
         head_size = _head_size(architecture, raw, num_heads)
         bias = flag(raw, "attention_bias")
         config = cls(
-            architecture=architecture,
+            architecture=name,
             vocab_size=whole(raw, "vocab_size", MAX_VOCABULARY),
             hidden_size=whole(raw, "hidden_size", MAX_WIDTH),
             intermediate_size=whole(raw, "intermediate_size", MAX_WIDTH),
@@ -145,10 +111,10 @@ class ModelConfig:
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             rope=_rope(raw),
             attention_scale=_attention_scale(architecture, raw, head_size),
-            sliding_windows=_sliding_windows(architecture, raw),
+            sliding_windows=_sliding_windows(name, architecture, raw),
             attention_soft_cap=_soft_cap(raw, "attn_logit_softcapping"),
             final_soft_cap=_soft_cap(raw, "final_logit_softcapping"),
-            qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+            qkv_bias=bias or architecture.qkv_bias,
             output_bias=bias,
             mlp_bias=flag(raw, "mlp_bias"),
         )
@@ -177,40 +143,37 @@ def _architecture(raw: Mapping[str, Any]) -> str:
         raise ValueError(
             f"architectures is {shown(names)}, of which none is supported; supported are {', '.join(ARCHITECTURES)}"
         )
-    architecture = known[0]
-    needed = MODEL_TYPES.get(architecture)
+    needed = ARCHITECTURES[known[0]].model_type
     if needed is not None and raw.get("model_type", needed) != needed:
         raise ValueError(
             f"model_type is {shown(raw['model_type'])}, but architectures is {shown(names)}, whose type is "
             f"{needed!r}; mend the one that is wrong"
         )
-    return architecture
+    return known[0]
 
 
-def _check_supported(architecture: str, raw: Mapping[str, Any]) -> None:
+def _check_supported(name: str, architecture: Architecture, raw: Mapping[str, Any]) -> None:
     for key in ("quantization_config", "compression_config"):
         if (value := raw.get(key)) is not None:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             kind = f" of kind {method!r}" if isinstance(method, str) else ""
             raise ValueError(f"{key} is there: quantized weights{kind} are not supported; take the unquantized model")
-    for key, families in _FAMILY_KEYS.items():
+    for key in OPTIONS:
         off = raw.get(key) is None or (raw[key] is False and key not in _PARTS)
-        if not off and architecture not in families:
-            raise ValueError(f"{key} is {shown(raw[key])}, which is not supported for {architecture}")
+        if not off and key not in architecture.options:
+            raise ValueError(f"{key} is {shown(raw[key])}, which is not supported for {name}")
     if raw.get("is_causal", True) is not True:
         raise ValueError(f"is_causal is {shown(raw['is_causal'])}; models that see later tokens are not supported")
-    gemma = architecture == "Gemma2ForCausalLM"
-    key = "hidden_activation" if gemma else "hidden_act"
-    activation = "gelu_pytorch_tanh" if gemma else "silu"
+    key, activation = architecture.activation
     if raw.get(key, activation) != activation:
-        raise ValueError(f"{key} is {shown(raw[key])}, but {architecture} is supported with {activation!r} only")
+        raise ValueError(f"{key} is {shown(raw[key])}, but {name} is supported with {activation!r} only")
 
 
-def _head_size(architecture: str, raw: Mapping[str, Any], num_heads: int) -> int:
+def _head_size(architecture: Architecture, raw: Mapping[str, Any], num_heads: int) -> int:
     hidden_size = whole(raw, "hidden_size", MAX_WIDTH)
-    if architecture in _WHOLE_HEADS and hidden_size % num_heads:
+    if architecture.heads_divide_hidden_size and hidden_size % num_heads:
         raise ValueError(f"hidden_size is {hidden_size}, no multiple of num_attention_heads {num_heads}")
-    absent = "head_dim" not in raw or (raw["head_dim"] is None and architecture in _HEAD_DIM_MAY_BE_NULL)
+    absent = "head_dim" not in raw or (raw["head_dim"] is None and architecture.head_dim_may_be_null)
     if not absent:
         size = whole(raw, "head_dim", MAX_WIDTH)
     elif hidden_size < num_heads:
@@ -224,9 +187,9 @@ def _head_size(architecture: str, raw: Mapping[str, Any], num_heads: int) -> int
     return size
 
 
-def _attention_scale(architecture: str, raw: Mapping[str, Any], head_size: int) -> float:
-    own = architecture == "Gemma2ForCausalLM"
-    return math.pow(whole(raw, "query_pre_attn_scalar", MAX_WIDTH) if own else head_size, -0.5)
+def _attention_scale(architecture: Architecture, raw: Mapping[str, Any], head_size: int) -> float:
+    key = architecture.scale_key
+    return math.pow(head_size if key is None else whole(raw, key, MAX_WIDTH), -0.5)
 
 
 def _soft_cap(raw: Mapping[str, Any], key: str) -> float | None:
@@ -291,32 +254,23 @@ def _in_rope(rope: Mapping[str, Any], key: str) -> float:
     return number({name: rope.get(key)}, name)
 
 
-def _sliding_windows(architecture: str, raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _sliding_windows(name: str, architecture: Architecture, raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """The window of each layer: from `layer_types`, or else by the family's rule."""
     num_layers = whole(raw, "num_hidden_layers", MAX_LAYERS)
-    qwen = architecture.startswith("Qwen")
-    off = qwen and not flag(raw, "use_sliding_window")
+    off = "use_sliding_window" in architecture.options and not flag(raw, "use_sliding_window")
     window = None if raw.get("sliding_window") is None else whole(raw, "sliding_window", MAX_POSITIONS)
     window = None if off else window
     first = whole(raw, "max_window_layers", 1 << 31, least=0)
     types = raw.get("layer_types")
-    if architecture == "MistralForCausalLM" and "layer_types" in raw:  # which makes a Ministral of it in transformers
-        raise ValueError(f"layer_types is {shown(types)}, which is not supported for {architecture}")
+    if not architecture.has_layer_types and "layer_types" in raw:
+        raise ValueError(f"layer_types is {shown(types)}, which is not supported for {name}")
     if types is None:
-        types = _layer_types(architecture, first, num_layers, window)
-    known = isinstance(types, list) and all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in types)
+        has_window = window is not None or architecture.needs_window
+        windowed = (has_window and architecture.windowed(layer, first) for layer in range(num_layers))
+        types = [_SLIDING if is_windowed else _FULL for is_windowed in windowed]
+    known = isinstance(types, list) and all(isinstance(kind, str) and kind in (_SLIDING, _FULL) for kind in types)
     if not known or len(types) != num_layers:
-        raise ValueError(f"layer_types is {shown(types)}; {num_layers} of {', '.join(sorted(_LAYER_TYPES))} are needed")
-    if window is None and ("sliding_attention" in types or architecture == "Gemma2ForCausalLM"):
+        raise ValueError(f"layer_types is {shown(types)}; {num_layers} of {_FULL}, {_SLIDING} are needed")
+    if window is None and (_SLIDING in types or architecture.needs_window):
         raise ValueError(f"layer_types is {shown(types)}, but there is no sliding_window, or it is off")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _layer_types(architecture: str, first: int, num_layers: int, window: int | None) -> list[str]:
-    if architecture == "Gemma2ForCausalLM":
-        windowed = [layer % 2 == 0 for layer in range(num_layers)]
-    elif architecture.startswith("Qwen"):
-        windowed = [window is not None and layer >= first for layer in range(num_layers)]
-    else:
-        windowed = [window is not None] * num_layers
-    return ["sliding_attention" if is_windowed else "full_attention" for is_windowed in windowed]
+    return tuple(window if kind == _SLIDING else None for kind in types)

@@ -11,17 +11,10 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+from eagleray.models.architectures import of_type
 from eagleray.models.json_file import read_object, read_text, shown
 
 MAX_BYTES = 64 << 20  # of tokenizer.json
-REGISTERED: dict[str, str | None] = {  # what `AutoTokenizer` has for a model type
-    "llama": None,
-    "mistral": "TokenizersBackend",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "gemma2": "GemmaTokenizer",
-}
-OVERRULED = frozenset({"qwen2"})  # model types whose files are known to name wrong classes
 PLAIN = "TokenizersBackend"  # the class that takes tokenizer.json as it is
 UNUSUAL = "\x00\ue000\U0010ffff"  # of such a text, all is unknown: some files have no token for that
 SMALL_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -84,13 +77,14 @@ def _class_name(folder: Path, model: Mapping[str, Any], config: Mapping[str, Any
     if named is not None and (not isinstance(named, str) or not named.endswith(("Tokenizer", "TokenizerFast", PLAIN))):
         raise _wrong(folder / where, "tokenizer_class", named, "a tokenizer of transformers")
     model_type = model.get("model_type")
-    if model_type is not None and (not isinstance(model_type, str) or model_type not in REGISTERED):
+    architecture = of_type(model_type) if isinstance(model_type, str) else None
+    if model_type is not None and architecture is None:
         return None
-    registered = REGISTERED[model_type] if model_type is not None else None
+    registered = None if architecture is None else architecture.tokenizer
     if named is None:
         return registered or PLAIN
     named = named.removesuffix("Fast")
-    overruled = model_type in OVERRULED
+    overruled = architecture is not None and architecture.tokenizer_overrules
     if named == "LlamaTokenizer" and not overruled and '"ByteLevel"' in _text(folder):
         return PLAIN
     if registered == PLAIN:

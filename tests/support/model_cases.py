@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from eagleray.models.architectures import MODEL_TYPES
+from eagleray.models.architectures import ARCHITECTURES
 from support.random_checkpoint import make_model
 
-FAMILIES = sorted(MODEL_TYPES.values())
+FAMILIES = sorted(each.model_type for each in ARCHITECTURES.values() if each.model_type is not None)
 SIZES: dict[str, Any] = {
     "vocab_size": 29,
     "hidden_size": 16,

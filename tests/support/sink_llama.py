@@ -10,8 +10,7 @@ from unittest.mock import patch
 import torch
 
 from eagleray.cluster.core.scheduler import Scheduler
-from eagleray.models.architectures import ARCHITECTURES
-from eagleray.models.config import _FAMILY_KEYS
+from eagleray.models.architectures import ARCHITECTURES, Architecture
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
@@ -21,8 +20,7 @@ from eagleray.workers.triton_here import INTERPRETED
 from support.inline_engine import InlineEngine
 
 NAME = "SinkLlamaForCausalLM"
-ARCHITECTURES[NAME] = f"{__name__}:{NAME}"
-_FAMILY_KEYS["sliding_window"] += (NAME,)
+ARCHITECTURES[NAME] = Architecture(model=f"{__name__}:{NAME}", options=frozenset({"sliding_window"}))
 
 
 class SinkAttention(LlamaAttention):

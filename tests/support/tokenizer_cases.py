@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from eagleray.cluster.frontend.tokenizer_files import REGISTERED
+from eagleray.models.architectures import ARCHITECTURES
 from support.model_cases import GONE, rewrite
 
-MODEL_TYPES = [*REGISTERED, None]
+MODEL_TYPES = [*(each.model_type for each in ARCHITECTURES.values() if each.model_type is not None), None]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 WORDS = Regex(r"'s|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 

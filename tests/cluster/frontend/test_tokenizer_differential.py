@@ -10,8 +10,7 @@ from transformers.models.auto.tokenization_auto import (
     TOKENIZER_MAPPING_NAMES,
 )
 
-from eagleray.cluster.frontend.tokenizer_files import OVERRULED, REGISTERED
-from eagleray.models.architectures import MODEL_TYPES
+from eagleray.models.architectures import ARCHITECTURES
 from support.differential import Tally
 from support.tokenizer_differential import run_tokenizer_case
 
@@ -19,9 +18,10 @@ CASES = 300
 
 
 def test_the_classes_of_our_families_are_those_that_transformers_has_for_them() -> None:
-    assert {name: TOKENIZER_MAPPING_NAMES.get(name) for name in REGISTERED} == REGISTERED
-    assert MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS & set(REGISTERED) == OVERRULED
-    assert set(MODEL_TYPES.values()) <= set(REGISTERED), "else starts import torch"
+    for architecture in ARCHITECTURES.values():
+        if (name := architecture.model_type) is not None:
+            assert architecture.tokenizer == TOKENIZER_MAPPING_NAMES.get(name)
+            assert architecture.tokenizer_overrules == (name in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)
 
 
 def test_a_changed_folder_is_read_as_transformers_reads_it_or_refused(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """With this folder on its path every Python process knows one more family of models, Ray's workers included."""
 
-from eagleray.models.architectures import ARCHITECTURES
+from eagleray.models.architectures import ARCHITECTURES, Architecture
 
-ARCHITECTURES["DeadlyLlamaForCausalLM"] = "deadly_llama:DeadlyLlamaForCausalLM"
+ARCHITECTURES["DeadlyLlamaForCausalLM"] = Architecture(model="deadly_llama:DeadlyLlamaForCausalLM")
