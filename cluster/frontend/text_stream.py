@@ -142,7 +142,8 @@ class PiecesText:
     def __init__(self, spelling: Spelling) -> None:
         self._spelling = spelling
         self._begun = not spelling.first_differs
-        self._stripped, self._num_to_strip = spelling.stripped or ("", 0)
+        self._stripped, self._most_to_strip = spelling.stripped or ("", 0)
+        self._num_to_strip = self._most_to_strip
         self._pending = b""
         self._wrong = False
 
@@ -155,14 +156,17 @@ class PiecesText:
         return len(self._pending)
 
     def go_on_after(self, last: Iterable[int]) -> None:
-        row = []
+        """A row of bytes that ends within a character is read anew with what follows: as it is, all of it is U+FFFD."""
+        row, from_start = [], True
         for spelt in map(self._spelling.of, last):
             if isinstance(spelt, str):
+                from_start = False
                 break
             row.append(spelt or b"")
         self._pending, self._wrong = b"", False
-        for byte in reversed(row):
-            self._add_byte(byte)
+        self._add_byte(b"".join(reversed(row)))
+        if self._pending and from_start:
+            self._num_to_strip = self._most_to_strip
 
     def add(self, token_id: int) -> str:
         spelt = self._spelling.of(token_id)
@@ -184,6 +188,7 @@ class PiecesText:
         return spelt if self._begun else self._spelling.first(token_id)
 
     def _add_byte(self, byte: bytes) -> str:
+        """One, or a whole row."""
         if self._wrong:
             return LOST * len(byte)
         self._pending += byte

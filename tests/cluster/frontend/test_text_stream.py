@@ -80,6 +80,18 @@ def library_takes_back(tokenizer: Tokenizer, ids: list[int], skip_special: bool)
     return not all(texts[-1].startswith(text.rstrip(LOST)) for text in texts)
 
 
+@pytest.mark.parametrize("kind", ["bytes beside pieces", "bytes beside pieces, nothing stripped"])
+@pytest.mark.parametrize("first", [0x00, 0x20, 0x41])
+def test_a_prompt_of_bytes_that_ends_within_a_character_is_read_anew_with_what_follows(kind: str, first: int) -> None:
+    """As it is, all of its bytes are U+FFFD, those of complete characters, too."""
+    tokenizer, prompt, last = TOKENIZERS[kind], [1 + first, 1 + 0xC2], [1 + 0x80]
+    stream = TextStream(tokenizer, prompt, skip_special_tokens=True)
+    assert tokenizer.decode(prompt) == LOST * stream.num_owed == LOST * 2
+    assert streamed(stream.copy(), last)[-1] == tokenizer.decode(prompt + last)
+    stream.push(1 + 0x41)  # which spoils the row
+    assert stream.num_kept == 2
+
+
 @kinds
 @skips
 @given(data=st.data())
