@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from eagleray.deploy.serve.environment import set_environment
 from eagleray.deploy.serve.private_ray import set_token
 from eagleray.models.loading.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
 
+settings.register_profile("without clocks", settings(), deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("without clocks")
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
