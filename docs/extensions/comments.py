@@ -1,4 +1,4 @@
-"""Documents the fields of dataclasses by what the command line says of them, and by the comments that stand beside them.
+"""Documents the fields of dataclasses by what the command line says of them and by the comments beside them.
 
 Our dataclasses describe a field in the comment at the end of its line, and only where its name does not say enough.
 """

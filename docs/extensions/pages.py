@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def options(command: str, wanted: str | None) -> str:
-    """A table of a command's options for each group of them, or for one. Raises `KeyError` for one that is not there."""
+    """A table for each group of a command's options, or for one. Raises `KeyError` for what is not there."""
     parser = Parser(prog=f"eagleray {command}")
     _named(COMMANDS[command].add_arguments)(parser)
     groups = {str(group.title): group for group in parser._action_groups if group._group_actions}
