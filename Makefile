@@ -4,6 +4,7 @@
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
 # make tree    every source file, and what it does
+# make docs    the documentation as a site, into site/
 #
 # Python 3.11 or newer is looked for; PYTHON=/path/to/python names one. VENV=/path puts the environment elsewhere.
 
@@ -20,7 +21,7 @@ DEMO_PROMPTS := \
 	"Name three things a compiler does."
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu check bench tree clean
+.PHONY: demo test test-gpu check bench tree docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
@@ -42,8 +43,11 @@ bench: $(VENV)/.dev
 tree:
 	@$(PYTHON) tests/support/tree.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
 
 # A bare Debian has python3 and pip but not ensurepip, which venv wants for putting pip in: then the host's pip does it.
 $(BIN)/python:
@@ -60,3 +64,8 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) with the tools for checks and tests; the first time takes a few minutes"
 	$(PIP) install --quiet --editable ".[demo,dev]"
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) with what builds the documentation"
+	$(PIP) install --quiet --editable ".[docs]"
+	@touch $@

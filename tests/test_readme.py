@@ -42,4 +42,12 @@ def test_the_commands_that_the_readme_promises_are_in_the_makefile() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     promised = set(re.findall(r"\bmake (\w+)", (ROOT / "README.md").read_text()))
     assert promised <= targets
-    assert {"demo", "test", "check", "bench"} <= targets
+    assert {"demo", "test", "check", "bench", "docs"} <= targets
+
+
+def test_the_readme_is_short_and_leads_to_what_is_there() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "deploy/manifests/README.md"):
+        text = (ROOT / name).read_text()
+        assert len(text.encode()) <= 8 << 10, f"{name} grows: what it says belongs in docs"
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert ((ROOT / name).parent / link).exists(), f"{name} leads to {link}"

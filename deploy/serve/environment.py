@@ -1,7 +1,7 @@
 """Ray Serve's environment variables for streams of small events, set where `eagleray serve` starts Ray itself.
 
 Serve reads these from the environment of its processes, which is that of Ray's nodes. Where Ray runs already they must
-have been there when it started: `deploy/manifests/README.md` says how. What the user has set stays.
+have been there when it started: `docs/deployment.md` says how. What the user has set stays.
 """
 
 import os

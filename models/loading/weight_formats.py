@@ -35,5 +35,5 @@ def _remedy(path: Path) -> str | None:
         return f"{file.name}; rename it if it is the only one, or fetch the index, too"
     for file in sorted(path.glob("*.gguf")):
         folder = path.parent / f"{path.name}-converted"
-        return f"{file.name}; convert it: python -m eagleray.deploy.convert_gguf {file} {folder}"
+        return f"{file.name}; convert it: python -m eagleray.models.loading.convert_gguf {file} {folder}"
     return None

@@ -1,4 +1,4 @@
-"""What newcomers do first: the README's first example, and a model of the Hugging Face hub."""
+"""What newcomers do first: the first example of the README, and a model of the Hugging Face hub."""
 
 import json
 import os

@@ -273,7 +273,7 @@ def test_the_single_file_counts_where_there_is_an_index_too(
     [
         ("pytorch_model.bin", r"but pytorch_model.bin; convert it to safetensors: python -c .*AutoModelForCausalLM"),
         ("pytorch_model-00001-of-00002.bin", "convert it to safetensors"),
-        ("model-q4.gguf", "but model-q4.gguf; convert it: python -m eagleray.deploy.convert_gguf"),
+        ("model-q4.gguf", "but model-q4.gguf; convert it: python -m eagleray.models.loading.convert_gguf"),
         ("model-00001-of-00002.safetensors", "fetch the index, too"),
     ],
 )
