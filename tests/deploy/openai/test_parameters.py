@@ -83,7 +83,7 @@ TESTED = {  # fields whose effect is no other text
     ),
     **dict.fromkeys(
         ("store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
-        "test_fields_of_openai.py: test_bookkeeping_changes_nothing",
+        "test_unsupported_fields.py: test_bookkeeping_changes_nothing",
     ),
     "request_id": "test_parameters.py: test_a_request_may_name_its_answer",
     "service_tier": "test_parameters.py: test_the_tier_is_told_if_asked_for",
