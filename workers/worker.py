@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import runs_triton
 from eagleray.workers.attention.backends import DecodeBackends
 from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
 from eagleray.workers.attention.kv_cache import KVCache
@@ -21,7 +22,6 @@ from eagleray.workers.rows import Batch, Chunks, IntArray, Rows
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling.table import SamplingTable
-from eagleray.workers.triton_here import runs_triton
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
 

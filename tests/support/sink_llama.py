@@ -15,9 +15,9 @@ from eagleray.models.config import _FAMILY_KEYS
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import INTERPRETED
 from eagleray.workers import worker
 from eagleray.workers.protocol.config import WorkerConfig
-from eagleray.workers.triton_here import INTERPRETED
 from support.inline_engine import InlineEngine
 
 NAME = "SinkLlamaForCausalLM"

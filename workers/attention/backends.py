@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.parallel.platform import HAS_TRITON, runs_triton
 from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata
-from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.attention.decode import allocate_workspace, attend_planned, plan_decode
 
 HEAD_SIZES = (64, 96, 128, 256)

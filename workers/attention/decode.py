@@ -19,8 +19,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
-from eagleray.parallel.shared_memory import shared_memory
+from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
 from eagleray.workers.attention.decode_kernels import (
     CHUNKS,
     FIELDS,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
+from eagleray.parallel.platform import HAS_TRITON, runs_triton
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.attention import kv_kernels
 
 

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.models.layers import rotate
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, current_layer, scratch
 from eagleray.workers.attention.flash import flash_attention, supports
 
-if torch.cuda.is_available():  # Triton comes with torch for CUDA, and with no other
+if HAS_TRITON:
     from eagleray.workers.attention import kv_kernels, varlen
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long chunk
