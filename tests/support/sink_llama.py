@@ -54,9 +54,9 @@ def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: boo
         with patch.object(worker, "runs_triton", lambda device: False):
             return _run(tp, path, prompts)
     assert INTERPRETED
-    from eagleray.workers.attention.varlen import varlen_attention  # the interpreter only
+    from eagleray.workers.attention.varlen import VarlenBackend  # the interpreter only
 
-    with patch.object(worker, "choose_backend", lambda *layer: varlen_attention):  # as on GPUs
+    with patch.object(worker, "choose_backend", lambda *layer: VarlenBackend()):  # as on GPUs
         return _run(tp, path, prompts)
 
 
