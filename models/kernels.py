@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP
 
 COLUMNS_AT_ONCE = 1024
 

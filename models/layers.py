@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from eagleray.models.config import ModelConfig, RopeConfig
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.parallel.sharding import shard_columns
 from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
-if torch.cuda.is_available():
-    from eagleray.models import kernels  # Triton comes with torch for CUDA, and with no other
+if HAS_TRITON:
+    from eagleray.models import kernels
     from eagleray.parallel import low_latency_reduce, skinny
 
 

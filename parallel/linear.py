@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.parallel.sharding import HeadShard, shard_columns
 from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
-if torch.cuda.is_available():
-    from eagleray.parallel import skinny  # Triton comes with torch for CUDA, and with no other
+if HAS_TRITON:
+    from eagleray.parallel import skinny
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:

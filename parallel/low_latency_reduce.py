@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP
 
 MAX_ROWS = 512  # of a sum; with more, less data beats fewer launches
 MAX_ROWS_AT_ONCE = 64  # of a sum for which every rank sends all it has to every other

@@ -1,7 +1,7 @@
 """Triton kernel for `y = x W^T` with few rows, as in a decode. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
-(`overlap.py`). On H200 this wins up to 64 rows. Two things were tried meanwhile: drawing the start of W into L2 gains
+(`platform.py`). On H200 this wins up to 64 rows. Two things were tried meanwhile: drawing the start of W into L2 gains
 nothing, and loading its first tiles into registers breaks the pipeline and costs 3 %.
 
 Where columns are too few to occupy the GPU, the sum is split, too. Each program leaves its part in a workspace; the one
@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
-from eagleray.parallel.shared_memory import HOPPER, shared_memory
+from eagleray.parallel.platform import HOPPER, LAUNCH, OVERLAP, shared_memory
 
 MAX_ROWS = 64
 WIDE = 16384  # columns

@@ -10,8 +10,10 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
-if torch.cuda.is_available():
-    from eagleray.parallel import low_latency_reduce  # Triton comes with torch for CUDA, and with no other
+from eagleray.parallel.platform import HAS_TRITON
+
+if HAS_TRITON:
+    from eagleray.parallel import low_latency_reduce
 
 DTYPES = (torch.bfloat16, torch.float32)  # that torch's kernels add up
 ONE_SHOT_BYTES = 256 * 1024  # measured on four H200: beyond it two shots are faster

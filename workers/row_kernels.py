@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP
 
 LINES_AT_ONCE = 32
 COLUMNS_AT_ONCE = 256

@@ -8,12 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.workers.attention.context import AttentionMetadata
 from eagleray.workers.pinned_copy import PinnedCopy
 from eagleray.workers.protocol.messages import RowStart, Step
-from eagleray.workers.triton_here import CAN_IMPORT
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers import row_kernels
 
 IntArray = npt.NDArray[np.int64]

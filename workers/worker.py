@@ -6,12 +6,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import eagleray.workers.attention.op  # noqa: F401  implements the op that models call
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.workers.attention.backends import DecodeBackends
-from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
+from eagleray.parallel.platform import runs_triton
+from eagleray.workers.attention.backends import DecodeBackends, choose_backend
+from eagleray.workers.attention.context import (
+    AttentionBackend,
+    AttentionMetadata,
+    ForwardContext,
+    PagedKVLayer,
+    forward_context,
+)
 from eagleray.workers.attention.kv_cache import KVCache
-from eagleray.workers.attention.reference import backend_name, choose_backend, reference_attention
 from eagleray.workers.graphs.decode import DecodeGraphs, batch_sizes
 from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
 from eagleray.workers.pending_output import PendingOutput
@@ -21,7 +28,6 @@ from eagleray.workers.rows import Batch, Chunks, IntArray, Rows
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.sampler import SampleOutput, Sampler
 from eagleray.workers.sampling.table import SamplingTable
-from eagleray.workers.triton_here import runs_triton
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
 
@@ -65,8 +71,8 @@ class Worker:
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
-            if device.type == "cuda" and reference_attention in self._decode_backends.of_layers:
-                sizes = []  # plain attention asks the host, which no graph can capture
+            if device.type == "cuda" and not all(backend.capturable for backend in self._decode_backends.of_layers):
+                sizes = []
         if self._draws_in_kernels and sizes:
             # one for graphs of all sizes, or each would keep its own
             self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_shard), dtype=dtype, device=device)
@@ -75,11 +81,11 @@ class Worker:
                 self._mixed_graphs = self._capture_mixed(config, all_sizes=graph_sizes is None)
 
     def _capture_mixed(self, config: WorkerConfig, *, all_sizes: bool) -> MixedGraphs | None:
-        """Graphs of every number of tokens, or only of the largest; none where attention asks the host."""
+        """Graphs of every number of tokens, or only of the largest; none where attention cannot be captured."""
         counts, device = token_counts(config.max_num_batched_tokens), self._rows.tokens.device
         if not counts or not self._decode_backends.are_all:
             return None
-        if device.type == "cuda" and reference_attention in self._backends:
+        if device.type == "cuda" and not all(backend.capturable for backend in self._decode_backends.of_mixed_layers):
             return None
         return MixedGraphs(
             self._mixed_forward,
@@ -104,10 +110,8 @@ class Worker:
     @property
     def attention(self) -> str:
         """How layers attend, in words."""
-        names = [backend_name(backend) for backend in self._backends]
-        if self._graphs is not None and self._decode_backends.of_layers != self._backends:
-            names.insert(0, "Triton decode")
-        return " + ".join(dict.fromkeys(names))
+        decodes = [] if self._graphs is None else self._decode_backends.by_spec.values()
+        return " + ".join(dict.fromkeys(backend.name for backend in (*decodes, *self._backends)))
 
     def run(self, step: Step) -> StepOutput:
         """Run one step to its end. Every rank returns the same output."""
@@ -152,13 +156,11 @@ class Worker:
             hidden: Tensor = self._forward(batch.input_ids, batch.positions)
         return hidden
 
-    def _context(self, metadata: AttentionMetadata, backends: list[AttentionBackend]) -> list[LayerContext]:
-        cache = self._kv_cache
-        layers = zip(cache.layers, cache.marks, self._model.attentions, backends, strict=True)
-        return [
-            LayerContext(metadata, kv_cache, marks, layer.spec, backend, layer.sinks)
-            for kv_cache, marks, layer, backend in layers
-        ]
+    def _context(self, metadata: AttentionMetadata, backends: list[AttentionBackend]) -> ForwardContext:
+        layers = zip(self._kv_cache.layers, self._model.attentions, backends, strict=True)
+        return ForwardContext(
+            [PagedKVLayer(metadata, cache, layer.spec, backend, layer.sinks) for cache, layer, backend in layers]
+        )
 
     # ---- decoding, with nothing from the host but row numbers
 

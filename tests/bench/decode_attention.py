@@ -25,7 +25,13 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.workers.attention.context import (
+    AttentionMetadata,
+    ForwardContext,
+    LayerCache,
+    PagedKVLayer,
+    forward_context,
+)
 from eagleray.workers.attention.decode import (
     LaunchConstants,
     allocate_workspace,
@@ -33,7 +39,7 @@ from eagleray.workers.attention.decode import (
     launch_constants,
     plan_decode,
 )
-from eagleray.workers.attention.reference import reference_attention
+from eagleray.workers.attention.reference import ReferenceBackend
 
 BYTES_PER_SECOND = 4.3e12  # of a device copy on an H200
 L2_BYTES = 50 << 20
@@ -78,6 +84,19 @@ class Problem:
         self.table = torch.randperm(num_blocks, device=DEVICE).int().view(shape.batch, blocks)
         full = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
         self.lens = full if seq_lens is None else seq_lens
+        self.marks = torch.zeros(num_blocks, dtype=torch.int8, device=DEVICE)
+        self.metadata = AttentionMetadata(
+            query_start_loc=torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE),
+            seq_lens=self.lens,
+            slot_mapping=torch.empty(0, dtype=torch.int64, device=DEVICE),
+            block_table=self.table,
+            max_query_len=1,
+            max_seq_len=shape.context,
+        )
+
+    def layer(self, cache: Tensor) -> PagedKVLayer:
+        """One with such a cache, `[2, num_blocks, block_size, kv_heads, head_size]`; launches nothing."""
+        return PagedKVLayer(self.metadata, LayerCache(cache, self.marks), self.shape.spec, ReferenceBackend())
 
     def ours(self, constants: LaunchConstants | None) -> tuple[Callable[[], None], Callable[[Tensor], Tensor]]:
         """The plan, and one layer's attention over a cache."""
@@ -88,7 +107,7 @@ class Problem:
             plan_decode(workspace, self.lens, spec)
 
         def attend(cache: Tensor) -> Tensor:
-            return attend_planned(self.q, cache[0], cache[1], self.table, spec, workspace)
+            return attend_planned(self.q, self.layer(cache), workspace)
 
         plan()
         return plan, attend
@@ -109,16 +128,9 @@ class Problem:
         return attend
 
     def reference(self, cache: Tensor) -> Tensor:
-        n = self.shape.batch
-        metadata = AttentionMetadata(
-            query_start_loc=torch.arange(n + 1, dtype=torch.int32, device=DEVICE),
-            seq_lens=self.lens,
-            slot_mapping=torch.empty(0, dtype=torch.int64, device=DEVICE),
-            block_table=self.table,
-            max_query_len=1,
-            max_seq_len=self.shape.context,
-        )
-        return reference_attention(self.q.float(), cache[0].float(), cache[1].float(), metadata, self.shape.spec)
+        layer = self.layer(cache.float())
+        with forward_context(ForwardContext([layer])):
+            return layer.backend(self.q.float(), layer)
 
 
 def microseconds(attend: Callable[[Tensor], Any], caches: Tensor, replays: int = 9) -> float:

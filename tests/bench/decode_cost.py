@@ -50,7 +50,7 @@ class Steps:
         )  # fmt: skip
         self._worker = Worker(config, self.model, TPGroup(), self.num_blocks, graph_sizes=BATCHES)
         for cache in self._worker._kv_cache.layers:
-            cache.normal_()
+            cache.kv.normal_()
         self._num_steps = 0
         self._running: list[int] = []
 

@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -24,11 +23,17 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata
-from eagleray.workers.attention.flash import flash_attention
-from eagleray.workers.attention.flash import supports as flash_supports
-from eagleray.workers.attention.reference import reference_attention
-from eagleray.workers.attention.varlen import LaunchConstants, launch_constants, varlen_attention
+from eagleray.workers.attention.context import (
+    AttentionBackend,
+    AttentionMetadata,
+    ForwardContext,
+    LayerCache,
+    PagedKVLayer,
+    forward_context,
+)
+from eagleray.workers.attention.flash import FlashBackend
+from eagleray.workers.attention.reference import ReferenceBackend
+from eagleray.workers.attention.varlen import LaunchConstants, VarlenBackend, launch_constants
 
 BLOCK_SIZE = 128
 DEVICE = torch.device("cuda")
@@ -71,8 +76,17 @@ class Problem:
         q = torch.randn(starts[-1], spec.num_heads, spec.head_size, dtype=BF16, device=DEVICE)
         return cls(spec, lengths, q, torch.randn(size, dtype=BF16, device=DEVICE), metadata)
 
-    def run(self, backend: AttentionBackend) -> Tensor:
-        return backend(self.q, self.cache[0], self.cache[1], self.metadata, self.spec)
+    def attention(self, backend: AttentionBackend) -> Callable[[], Tensor]:
+        """One layer's attention, in a forward pass of its own each time."""
+        marks = torch.zeros(self.cache.shape[1], dtype=torch.int8, device=DEVICE)
+        layer = PagedKVLayer(self.metadata, LayerCache(self.cache, marks), self.spec, backend)
+        context = ForwardContext([layer])
+
+        def attend() -> Tensor:
+            with forward_context(context):
+                return backend(self.q, layer)
+
+        return attend
 
     @property
     def operations(self) -> int:
@@ -83,8 +97,8 @@ class Problem:
 
     def largest_error(self) -> float:
         """Of our kernel, against the plain implementation in float32; raises if it is more than rounding."""
-        expected = replace(self, q=self.q.float(), cache=self.cache.float()).run(reference_attention)
-        out = self.run(varlen_attention).float()
+        expected = replace(self, q=self.q.float(), cache=self.cache.float()).attention(ReferenceBackend())()
+        out = self.attention(VarlenBackend())().float()
         torch.testing.assert_close(out, expected, atol=1e-2, rtol=1.6e-2)
         return round((out - expected).abs().max().item(), 5)
 
@@ -113,13 +127,13 @@ def microseconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
 def compare(layer: str, batch: str) -> dict[str, Any]:
     problem = Problem.random(SPECS[layer], BATCHES[batch])
     result: dict[str, Any] = {"layer": layer, "batch": batch, "largest_error": problem.largest_error()}
-    result["ours_us"] = microseconds(partial(problem.run, varlen_attention))
+    result["ours_us"] = microseconds(problem.attention(VarlenBackend()))
     result["ours_tflops"] = round(problem.operations / result["ours_us"] / 1e6, 1)
-    if flash_supports(problem.spec, BF16, DEVICE):
-        result["fa3_us"] = microseconds(partial(problem.run, flash_attention))
+    if FlashBackend().supports(problem.spec, BF16, DEVICE):
+        result["fa3_us"] = microseconds(problem.attention(FlashBackend()))
         result["share_of_fa3"] = round(result["fa3_us"] / result["ours_us"], 3)
     else:
-        result["plain_us"] = microseconds(partial(problem.run, reference_attention))
+        result["plain_us"] = microseconds(problem.attention(ReferenceBackend()))
     return result
 
 
@@ -136,9 +150,8 @@ def tune(layer: str, batch: str) -> dict[str, Any]:
     """The fastest settings. Those that the GPU's shared memory cannot hold are left out, and counted."""
     problem, times = Problem.random(SPECS[layer], BATCHES[batch]), {}
     for constants in SETTINGS:
-        attend = partial(varlen_attention, constants=constants)
         try:
-            times[constants] = microseconds(partial(problem.run, attend), seconds=0.05)
+            times[constants] = microseconds(problem.attention(VarlenBackend(constants)), seconds=0.05)
         except triton.runtime.OutOfResources:
             continue
     ranking = sorted(times, key=times.__getitem__)[:5]

@@ -4,7 +4,6 @@ The same kernels run in Triton's interpreter, in float32, in `tests/models/test_
 `tests/workers/attention/test_decode.py` and `test_varlen.py` beside it; it multiplies no bfloat16.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,13 +16,12 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import triton
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention.backends import DecodeBackend
+from eagleray.workers.attention.backends import BACKENDS, DecodeBackend, choose_backend
 from eagleray.workers.attention.context import AttentionBackend
 from eagleray.workers.attention.decode import launch_constants
-from eagleray.workers.attention.flash import flash_attention
-from eagleray.workers.attention.flash import supports as flash_supports
-from eagleray.workers.attention.reference import backend_name, choose_backend, reference_attention
-from eagleray.workers.attention.varlen import varlen_attention
+from eagleray.workers.attention.flash import FlashBackend
+from eagleray.workers.attention.reference import ReferenceBackend
+from eagleray.workers.attention.varlen import VarlenBackend
 from support.attention_requests import Requests
 from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 from support.gpu import needs_gpus
@@ -94,15 +92,7 @@ def test_how_the_work_is_shared_changes_no_bit(head_size: int) -> None:
 
 MIXED = [(1, 300), (17, 17), (1, 1), (129, 400), (1, 1100), (20, 1001)]  # tokens in this batch, and of the request
 SINGLE = [(1, n) for n in (1, 2, 127, 128, 129, 300, 1025, 1500)]
-BACKENDS: list[Any] = [
-    pytest.param(reference_attention, id="plain"),
-    pytest.param(varlen_attention, id="chunks"),
-    pytest.param(
-        flash_attention,
-        id="flash",
-        marks=pytest.mark.skipif(find_spec("flash_attn_interface") is None, reason="FlashAttention-3 is not installed"),
-    ),
-]
+PLAIN, VARLEN, FLASH = ReferenceBackend(), VarlenBackend(), FlashBackend()
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 150},
@@ -125,42 +115,41 @@ def check_op(requests: Requests, backend: AttentionBackend, sinks: torch.Tensor 
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [PLAIN, VARLEN, FLASH], ids=["plain", "chunks", "flash"])
 def test_chunks_of_any_length(backend: AttentionBackend, feature: str, head_size: int, block_size: int) -> None:
     of = spec(num_heads=6, head_size=head_size, scale=head_size**-0.5, **FEATURES[feature])
-    if backend is flash_attention and not flash_supports(of, BF16, CUDA):
-        pytest.skip("FlashAttention-3 does not compute such a layer here")
+    if not backend.supports(of, BF16, CUDA):
+        pytest.skip(f"{backend.name} does not compute such a layer here, or is not installed")
     check_op(requests_of(MIXED, of, block_size), backend)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_layer_gets_the_fastest_backend_that_computes_it(feature: str) -> None:
     of = spec(head_size=128, **FEATURES[feature])
-    fastest = flash_attention if flash_supports(of, BF16, CUDA) else varlen_attention
-    assert choose_backend(of, BF16, CUDA) is fastest
-    assert choose_backend(of, torch.float32, CUDA) is reference_attention
+    assert [backend.name for backend in BACKENDS] == [FLASH.name, VARLEN.name, PLAIN.name]
+    fastest = FLASH.name if FLASH.supports(of, BF16, CUDA) else VARLEN.name
+    assert choose_backend(of, BF16, CUDA).name == fastest
+    assert choose_backend(of, torch.float32, CUDA).name == PLAIN.name
 
 
 def test_a_soft_cap_is_not_for_flash_attention() -> None:
     """Its wheels are built without."""
-    chosen = choose_backend(spec(head_size=256, logits_soft_cap=50.0), BF16, CUDA)
-    assert chosen is varlen_attention
-    assert backend_name(chosen) == "Triton varlen"
+    assert choose_backend(spec(head_size=256, logits_soft_cap=50.0), BF16, CUDA).name == "Triton varlen"
 
 
 def test_sinks_are_not_for_flash_attention() -> None:
-    assert choose_backend(spec(head_size=128, has_sinks=True), BF16, CUDA) is varlen_attention
+    assert choose_backend(spec(head_size=128, has_sinks=True), BF16, CUDA).name == "Triton varlen"
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 3), (7, 1), (20, 1), (32, 8)])
 def test_chunks_with_sinks_for_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
     requests = requests_of(MIXED, spec(num_heads=num_heads, num_kv_heads=num_kv_heads, sliding_window=150), 128)
-    check_op(requests, varlen_attention, torch.linspace(-3, 6, num_heads, device=CUDA))
+    check_op(requests, VARLEN, torch.linspace(-3, 6, num_heads, device=CUDA))
 
 
 def test_padding_of_chunks_gives_zero() -> None:
     requests = requests_of(MIXED, spec(head_size=128), 128)
-    out, padded = requests.run(backend=varlen_attention), requests.run(padding=300, backend=varlen_attention)
+    out, padded = requests.run(backend=VARLEN), requests.run(padding=300, backend=VARLEN)
     assert torch.equal(padded[:-300], out)
     assert not padded[-300:].any()
 
@@ -172,18 +161,16 @@ def test_the_decode_backend(feature: str, head_size: int) -> None:
     requests = requests_of(SINGLE, of, 128)
     backend = DecodeBackend(of, len(SINGLE), 2048, CUDA)
     backend.plan(requests.metadata.seq_lens)
-    check_op(requests, backend.attend)
+    check_op(requests, backend)
 
 
-@pytest.mark.parametrize("backend", [reference_attention, "decode"])
-def test_sinks_of_single_tokens(backend: Any) -> None:
+@pytest.mark.parametrize("in_kernel", [False, True], ids=["plain", "decode"])
+def test_sinks_of_single_tokens(in_kernel: bool) -> None:
     of = spec(num_heads=6, head_size=64, has_sinks=True, sliding_window=150)
     requests = requests_of(SINGLE, of, 128)
-    if backend == "decode":
-        decode = DecodeBackend(of, len(SINGLE), 2048, CUDA)
-        decode.plan(requests.metadata.seq_lens)
-        backend = decode.attend
-    check_op(requests, backend, torch.linspace(-3, 6, 6, device=CUDA))
+    decode = DecodeBackend(of, len(SINGLE), 2048, CUDA)
+    decode.plan(requests.metadata.seq_lens)
+    check_op(requests, decode if in_kernel else PLAIN, torch.linspace(-3, 6, 6, device=CUDA))
 
 
 def test_kernels_are_compiled_ahead_without_a_launch() -> None:

@@ -9,13 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import eagleray.workers.attention.reference  # noqa: F401  implements the op
+import eagleray.workers.attention.op  # noqa: F401  implements the op
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.attention.context import (
+    AttentionBackend,
+    AttentionMetadata,
+    ForwardContext,
+    LayerCache,
+    PagedKVLayer,
+    forward_context,
+)
+from eagleray.workers.attention.reference import ReferenceBackend
 
 BLOCK_SIZE = 4
 METADATA_TENSORS = ("query_start_loc", "seq_lens", "slot_mapping", "block_table")
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def paged(kv: Tensor) -> LayerCache:
+    """The cache of one layer, `[2, num_blocks, block_size, kv_heads, head_size]`, with no block marked."""
+    return LayerCache(kv, torch.zeros(kv.shape[1], dtype=torch.int8, device=kv.device))
 
 
 class Requests:
@@ -72,13 +85,17 @@ class Requests:
         moved = {name: getattr(self.metadata, name).to(device) for name in METADATA_TENSORS}
         self.metadata = replace(self.metadata, **moved)
 
+    def layer(self, backend: AttentionBackend | None = None, sinks: Tensor | None = None) -> PagedKVLayer:
+        """What attention finds, with the plain backend if none is given."""
+        cache = paged(self.cache)
+        return PagedKVLayer(self.metadata, cache, self.spec, backend or ReferenceBackend(), sinks)
+
     def run(self, padding: int = 0, backend: AttentionBackend | None = None, sinks: Tensor | None = None) -> Tensor:
         """Through the op, as a model calls it."""
         q = torch.cat([*self.queries, self.queries[0].new_ones(padding, *self.queries[0].shape[1:])])
         new = [kv[:, kv.shape[1] - len(q) :] for kv, q in zip(self.kv, self.queries, strict=True)]
         k, v = (torch.cat([kv[side] for kv in new] + [new[0].new_ones(padding, *new[0].shape[2:])]) for side in (0, 1))
-        marks = torch.zeros(self.cache.shape[1], dtype=torch.int8, device=self.cache.device)
-        with forward_context([LayerContext(self.metadata, self.cache, marks, self.spec, backend, sinks)]):
+        with forward_context(ForwardContext([self.layer(backend, sinks)])):
             out: Tensor = torch.ops.eagleray.attention(q, k, v, 0)
         return out
 

@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention.context import AttentionMetadata
-from eagleray.workers.attention.decode import LaunchConstants, allocate_workspace, decode_attention
-from eagleray.workers.attention.reference import reference_attention
+from eagleray.workers.attention.context import (
+    AttentionMetadata,
+    ForwardContext,
+    PagedKVLayer,
+    forward_context,
+)
+from eagleray.workers.attention.decode import (
+    DecodeWorkspace,
+    LaunchConstants,
+    allocate_workspace,
+    attend_planned,
+    plan_decode,
+)
+from eagleray.workers.attention.reference import ReferenceBackend
+from support.attention_requests import paged
 
 FINE, COARSE = 1 << 20, 0  # for lanes: always chunks, always sections
 
@@ -58,26 +70,35 @@ class DecodeBatch:
 
     def run(self, lanes: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
         launch = LaunchConstants(**{"tile": self.tile, "lanes": lanes, "worth_cutting": 0, **constants})
-        longest = int(self.lens.max())
-        workspace = allocate_workspace(len(self.lens), longest, self.spec, self.device, launch)
-        k, v = self.cache
-        return decode_attention(self.q, k, v, self.table, self.lens, self.spec, longest, workspace, sinks=sinks)
+        workspace = allocate_workspace(len(self.lens), int(self.lens.max()), self.spec, self.device, launch)
+        return self.run_in(workspace, self.table, sinks=sinks)
 
-    def expected(self) -> Tensor:
-        """By the plain implementation, in float32, of the requests that are not padding."""
-        live = self.lens > 0
-        lens = self.lens[live]
+    def run_in(
+        self, workspace: DecodeWorkspace, table: Tensor, rows: Tensor | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Planned and attended in `workspace`, through `table`, of which `rows` are the requests' if given."""
+        plan_decode(workspace, self.lens, self.spec, rows=rows)
+        layer = self._layer(self.cache, self.lens, table, sinks)
+        return attend_planned(self.q, layer, workspace)
+
+    def _layer(self, cache: Tensor, lens: Tensor, table: Tensor, sinks: Tensor | None = None) -> PagedKVLayer:
         metadata = AttentionMetadata(
             query_start_loc=torch.arange(len(lens) + 1, dtype=torch.int32, device=self.device),
             seq_lens=lens,
             slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
-            block_table=self.table[live],
+            block_table=table,
             max_query_len=1,
             max_seq_len=int(lens.max()),
         )
+        return PagedKVLayer(metadata, paged(cache), self.spec, ReferenceBackend(), sinks)
+
+    def expected(self) -> Tensor:
+        """By the plain implementation, in float32, of the requests that are not padding."""
+        live = self.lens > 0
+        layer = self._layer(self.cache.float(), self.lens[live], self.table[live])
         out = torch.zeros_like(self.q, dtype=torch.float32)
-        k, v = self.cache.float()
-        out[live] = reference_attention(self.q[live].float(), k, v, metadata, self.spec)
+        with forward_context(ForwardContext([layer])):
+            out[live] = layer.backend(self.q[live].float(), layer)
         return out
 
 

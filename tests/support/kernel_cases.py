@@ -8,13 +8,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models import kernels
+from eagleray.models.attention import AttentionSpec
 from eagleray.models.layers import rotate
 from eagleray.parallel import skinny
 from eagleray.workers.attention import kv_kernels
+from eagleray.workers.attention.context import AttentionMetadata, LayerCache, PagedKVLayer
+from eagleray.workers.attention.reference import ReferenceBackend
 
 # Against float32: of its own rounding, or of results, and of one product's factor, that are rounded to 8 bits.
 RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 SUM_ATOL = {torch.float32: 1e-5, torch.bfloat16: 2**-6}  # products come to about 1, at most 5, with 8 bits
+
+
+def layer_of(kv: Tensor, marks: Tensor, slots: Tensor) -> PagedKVLayer:
+    """A layer with this cache, `[2, num_blocks, block_size, kv_heads, head_size]`, for a batch to be written only."""
+    spec = AttentionSpec(num_heads=kv.shape[3], num_kv_heads=kv.shape[3], head_size=kv.shape[4], scale=1.0)
+    metadata = AttentionMetadata(
+        query_start_loc=torch.empty(0), seq_lens=torch.empty(0), slot_mapping=slots, block_table=torch.empty(0),
+        max_query_len=len(slots), max_seq_len=len(slots),
+    )  # fmt: skip
+    return PagedKVLayer(metadata, LayerCache(kv, marks), spec, ReferenceBackend())
 
 
 class Cases:
@@ -68,7 +81,7 @@ class Cases:
         queries, keys = (rotate(x.float(), angles) if rotates else x.float() for x in (q, k))
         for cache, new in zip(expected.flatten(1, 2), (keys, v.float()), strict=True):
             cache[slots] = new[:6]
-        self._compare(kv_kernels.rotate_and_write(q, k, v, rotation, ours, marks, slots), queries)
+        self._compare(kv_kernels.rotate_and_write(q, k, v, rotation, layer_of(ours, marks, slots)), queries)
         assert not marks.any()
         self._compare(ours, expected)
         assert torch.equal(merged, before)
@@ -84,7 +97,7 @@ class Cases:
             q, k, v = odd.split([num_k, num_k, num_k], dim=1)
             marks = torch.zeros(2, 4, dtype=torch.int8, device=self._device)
             ours = [layer.clone() for layer in layers]
-            kv_kernels.rotate_and_write(q, k, v, None, ours[1], marks[1], slots.to(self._device))
+            kv_kernels.rotate_and_write(q, k, v, None, layer_of(ours[1], marks[1], slots.to(self._device)))
             assert marks[1].nonzero().flatten().tolist() == [int(blocks[token])]
             assert not marks[0].any()
             written = ours[1].clone()

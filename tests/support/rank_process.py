@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-import eagleray.workers.attention.reference  # noqa: F401  implements the op
+import eagleray.workers.attention.op  # noqa: F401  implements the op
 from eagleray.models.attention import attention_layers
 from eagleray.models.decoder import CausalLM
 from eagleray.models.layers import RMSNorm, Rotary
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
-from eagleray.workers.attention.context import AttentionMetadata, LayerContext, forward_context
+from eagleray.workers.attention.context import AttentionMetadata, ForwardContext, PagedKVLayer, forward_context
+from eagleray.workers.attention.reference import ReferenceBackend
+from support.attention_requests import paged
 from support.sink_llama import run_worker  # and its family
 
 Tasks = dict[str, Callable[..., Any]]
@@ -55,7 +57,7 @@ class Paged:
         self.computed.append(len(shared) * BLOCK_SIZE)
         return len(self.tables) - 1
 
-    def context(self, batch: dict[int, int]) -> tuple[Tensor, list[LayerContext]]:
+    def context(self, batch: dict[int, int]) -> tuple[Tensor, ForwardContext]:
         """Positions and context of a batch that runs `batch[request]` tokens of each request."""
         positions: list[int] = []
         slots: list[int] = []
@@ -82,16 +84,16 @@ class Paged:
             max_seq_len=max(seq_lens),
         )
         layers = [
-            LayerContext(metadata, cache, torch.zeros(cache.shape[1], dtype=torch.int8), layer.spec, sinks=layer.sinks)
+            PagedKVLayer(metadata, paged(cache), layer.spec, ReferenceBackend(), layer.sinks)
             for cache, layer in zip(self.caches, self.model.attentions, strict=True)
         ]
-        return torch.tensor(positions), layers
+        return torch.tensor(positions), ForwardContext(layers)
 
     def run(self, batch: dict[int, list[int]]) -> dict[int, Tensor]:
         """Hidden states of the next tokens of each request."""
-        positions, layers = self.context({request: len(tokens) for request, tokens in batch.items()})
+        positions, context = self.context({request: len(tokens) for request, tokens in batch.items()})
         ids = torch.tensor([token for tokens in batch.values() for token in tokens])
-        with forward_context(layers):
+        with forward_context(context):
             hidden = self.forward(ids, positions)
         return dict(zip(batch, hidden.split([len(tokens) for tokens in batch.values()]), strict=True))
 

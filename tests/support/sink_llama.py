@@ -14,9 +14,9 @@ from eagleray.models.architectures import ARCHITECTURES, Architecture
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import INTERPRETED
 from eagleray.workers import worker
 from eagleray.workers.protocol.config import WorkerConfig
-from eagleray.workers.triton_here import INTERPRETED
 from support.inline_engine import InlineEngine
 
 NAME = "SinkLlamaForCausalLM"
@@ -52,9 +52,9 @@ def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: boo
         with patch.object(worker, "runs_triton", lambda device: False):
             return _run(tp, path, prompts)
     assert INTERPRETED
-    from eagleray.workers.attention.varlen import varlen_attention  # the interpreter only
+    from eagleray.workers.attention.varlen import VarlenBackend  # the interpreter only
 
-    with patch.object(worker, "choose_backend", lambda *layer: varlen_attention):  # as on GPUs
+    with patch.object(worker, "choose_backend", lambda *layer: VarlenBackend()):  # as on GPUs
         return _run(tp, path, prompts)
 
 

@@ -1,10 +1,11 @@
-"""The forward context: what attention needs besides its tensors, for exactly one forward pass."""
+"""The forward context: what a model's ops need besides their tensors, for exactly one forward pass."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
@@ -28,61 +29,103 @@ class AttentionMetadata:
     rest: "AttentionMetadata | None" = None  # the same tokens without those requests, if there are both kinds
 
 
-class AttentionBackend(Protocol):
-    """Attends, once the batch's keys and values are in the cache. It has the layer's sinks, if the spec says so."""
+class LayerCache:
+    """The paged KV cache of one layer. The views of its halves are made once, not in every step."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: AttentionMetadata,
-        spec: AttentionSpec,
-        sinks: Tensor | None = None,
-        /,
-    ) -> Tensor: ...
+    def __init__(self, kv: Tensor, marks: Tensor) -> None:
+        self.kv = kv  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
+        self.k, self.v = kv[0], kv[1]  # each [num_blocks, block_size, kv_heads, head_size]
+        self.marks = marks  # [num_blocks] int8, 1 for blocks that hold a number that is not finite
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.kv.shape[2]
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can capture it: it asks nothing of the host."""
+
+    def supports(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it computes such a layer here."""
+
+    def __call__(self, q: Tensor, layer: "PagedKVLayer", /) -> Tensor:
+        """Causal attention of `q` `[tokens, heads, head_size]` over the layer's cache; returns like `q`.
+
+        The batch's own keys and values are in the cache already. Tokens of no request are as the backend says.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class LayerContext:
-    """What one attention layer finds. Layers may share their metadata; all else is each layer's own."""
+class PagedKVLayer:
+    """What attention over a paged KV cache finds, of one layer: everything but queries, keys and values.
 
-    metadata: AttentionMetadata
-    kv_cache: Tensor  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
-    marks: Tensor  # [num_blocks] int8, 1 for blocks that hold a number that is not finite
+    What else a layer's attention needs becomes a field here, and the backends that can use it read it.
+    """
+
+    metadata: AttentionMetadata  # layers may share it
+    cache: LayerCache
     spec: AttentionSpec
-    backend: AttentionBackend | None = None  # the plain PyTorch reference
-    sinks: Tensor | None = None  # [num_heads] float32, if the spec has any
+    backend: AttentionBackend
+    sinks: Tensor | None = None  # [num_heads] float32 scores that join the softmax without a value, if the spec has any
 
 
-ForwardContext = Sequence[LayerContext]  # one per layer
+LayerContext = PagedKVLayer  # a layer with another kind of state, such as a recurrent one, joins with `|`
+_Kind = TypeVar("_Kind")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """One forward pass. What the pass gives all layers alike is a field here, as each request's adapter would be."""
+
+    layers: Sequence[LayerContext]  # by layer index
+    scratch: dict[Hashable, Any] = field(default_factory=dict)  # what layers work out for each other, such as masks
+
 
 _current: ForwardContext | None = None
-_scratch: dict[Hashable, Any] = {}
 
 
 @contextmanager
 def forward_context(context: ForwardContext) -> Iterator[None]:
-    """Set the context for one forward pass. Passes never overlap in a process: nesting raises `RuntimeError`."""
-    global _current, _scratch
+    """Set the context for one forward pass, at whose end its scratch is emptied.
+
+    Passes never overlap in a process: nesting raises `RuntimeError`.
+    """
+    global _current
     if _current is not None:
         raise RuntimeError("a forward pass is already running; forward contexts are never nested")
     _current = context
     try:
         yield
     finally:
-        _current, _scratch = None, {}
+        _current = None
+        context.scratch.clear()
 
 
-def scratch() -> dict[Hashable, Any]:
-    """What layers work out for each other, such as masks: gone when the pass ends, and always new outside of one."""
-    return {} if _current is None else _scratch
-
-
-def current_layer(layer_index: int) -> LayerContext:
-    """The context of one layer. Raises `RuntimeError` outside of a forward pass, or for a layer it does not have."""
+def current_context() -> ForwardContext:
+    """The context of the pass that is running. Raises `RuntimeError` outside of one."""
     if _current is None:
         raise RuntimeError("attention runs only inside `with forward_context(...)`")
-    if not 0 <= layer_index < len(_current):
-        raise RuntimeError(f"the forward context has {len(_current)} layers, so no layer {layer_index}")
-    return _current[layer_index]
+    return _current
+
+
+def current_layer(layer_index: int, kind: type[_Kind]) -> _Kind:
+    """The context of one layer, of the kind that an op needs.
+
+    Raises `RuntimeError` outside of a forward pass, for a layer it does not have, or for one of another kind.
+    """
+    layers = current_context().layers
+    if not 0 <= layer_index < len(layers):
+        raise RuntimeError(f"the forward context has {len(layers)} layers, so no layer {layer_index}")
+    layer = layers[layer_index]
+    if not isinstance(layer, kind):
+        raise RuntimeError(f"the op of layer {layer_index} needs a {kind.__name__}, and finds a {type(layer).__name__}")
+    return layer

@@ -19,8 +19,8 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
-from eagleray.parallel.shared_memory import shared_memory
+from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
+from eagleray.workers.attention.context import PagedKVLayer
 from eagleray.workers.attention.decode_kernels import (
     CHUNKS,
     FIELDS,
@@ -68,7 +68,6 @@ class DecodeWorkspace:
     """Buffers of the kernels, for layers that share heads and window, of which only one runs at a time."""
 
     fixed: LaunchConstants | None  # else what `launch_constants` says
-    max_seq_len: int
     num_sms: int
     header: Tensor  # [2] int32
     requests: Tensor  # [max_requests, 4] int32
@@ -103,7 +102,6 @@ def allocate_workspace(
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return DecodeWorkspace(
         fixed=constants,
-        max_seq_len=max_seq_len,
         num_sms=sms,
         header=torch.zeros(2, dtype=torch.int32, device=device),
         requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
@@ -113,34 +111,14 @@ def allocate_workspace(
     )
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    spec: AttentionSpec,
-    max_seq_len: int,
-    workspace: DecodeWorkspace,
-    *,
-    rows: Tensor | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """`plan_decode` and `attend_planned` in one; no request may have more than `max_seq_len` tokens.
-
-    Request `i` attends over its `seq_lens[i]` tokens, the last of which is its query, through row `i` of `block_table`
-    `[n, max_blocks]` int32, or row `rows[i]` of a table of all rows. A request of length 0 is padding: it costs
-    nothing, and its output is 0.
-    """
-    assert max_seq_len <= workspace.max_seq_len
-    plan_decode(workspace, seq_lens, spec, rows=rows)
-    return attend_planned(q, k_cache, v_cache, block_table, spec, workspace, sinks=sinks)
-
-
 def plan_decode(
     workspace: DecodeWorkspace, seq_lens: Tensor, spec: AttentionSpec, *, rows: Tensor | None = None
 ) -> None:
-    """Share out the work of one step: `seq_lens` is `[n]` int32 and `rows` `[n]` int64, both contiguous."""
+    """Share out the work of one step: `seq_lens` is `[n]` int32 and `rows` `[n]` int64, both contiguous.
+
+    Request `i` attends over its `seq_lens[i]` tokens, the last of which is its query. No request may have more tokens
+    than the workspace is for. With `rows`, the block table is one of all rows, and `rows[i]` is the request's.
+    """
     n = seq_lens.shape[0]
     assert n <= workspace.requests.shape[0], "the workspace is for fewer requests"
     assert seq_lens.dtype == torch.int32
@@ -166,24 +144,17 @@ def plan_decode(
     )
 
 
-def attend_planned(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    spec: AttentionSpec,
-    workspace: DecodeWorkspace,
-    *,
-    sinks: Tensor | None = None,
-    into: Tensor | None = None,
-) -> Tensor:
+def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, into: Tensor | None = None) -> Tensor:
     """Attention of one layer, after `plan_decode` for this batch.
 
-    `q` is `[n, heads, head_size]` (any strides with the last one 1), the caches are
-    `[num_blocks, block_size, kv_heads, head_size]`, both with the same strides. `sinks`, `[heads]` float32, are scores
-    that join the softmax without a value. Returns `[n, heads, head_size]`, contiguous. Given such a tensor as `into`,
-    it writes there, and leaves the lines of requests of length 0 as they are.
+    `q` is `[n, heads, head_size]` (any strides with the last one 1), and request `i`, whose query is `q[i]`, reads
+    through row `i` of the layer's block table, or the row that `plan_decode` was told. Keys and values have the same
+    strides. Returns `[n, heads, head_size]`, contiguous, 0 where a request has length 0: such a one is padding, and
+    costs nothing. Given such a tensor as `into`, it writes there, and leaves the lines of requests of length 0 as they
+    are.
     """
+    k_cache, v_cache, spec, sinks = layer.cache.k, layer.cache.v, layer.spec, layer.sinks
+    block_table = layer.metadata.block_table  # [requests, max_blocks] int32
     n, heads, head_size = q.shape
     constants, block_size = workspace.constants(spec, n), k_cache.shape[1]
     assert k_cache.stride() == v_cache.stride()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.triton_here import CAN_IMPORT, runs_triton
+from eagleray.parallel.platform import HAS_TRITON, runs_triton
+from eagleray.workers.attention.context import LayerCache
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.attention import kv_kernels
 
 
@@ -29,15 +30,16 @@ class KVCache:
     def __init__(
         self, specs: Sequence[AttentionSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Zeroed tensors, one per layer: [2 (key, value), num_blocks, block_size, kv_heads, head_size]."""
-        self.layers = [
+        """Zeroed, one cache per layer."""
+        tensors = [
             torch.zeros(2, num_blocks, block_size, spec.num_kv_heads, spec.head_size, dtype=dtype, device=device)
             for spec in specs
         ]
         self.marks = torch.zeros(len(specs), num_blocks, dtype=torch.int8, device=device)  # 1 for what is not finite
+        self.layers = [LayerCache(kv, marks) for kv, marks in zip(tensors, self.marks, strict=True)]
         self._cleans_in_kernel = runs_triton(device)
-        self._addresses = torch.tensor([layer.data_ptr() for layer in self.layers], device=device)
-        self._side_bytes = torch.tensor([layer[0].nbytes for layer in self.layers], device=device)
+        self._addresses = torch.tensor([kv.data_ptr() for kv in tensors], device=device)
+        self._side_bytes = torch.tensor([kv[0].nbytes for kv in tensors], device=device)
         self.clean(torch.zeros(1, dtype=torch.int64, device=device))  # compiles the kernel, where there is one
 
     def clean(self, blocks: Tensor) -> None:
@@ -45,7 +47,7 @@ class KVCache:
         if self._cleans_in_kernel:
             kv_kernels.clean_blocks(blocks, self.marks, self._addresses, self._side_bytes)
         elif self.marks[:, blocks].any():
-            for layer, marks in zip(self.layers, self.marks, strict=True):
-                odd = blocks[marks[blocks] != 0]
-                layer[:, odd] = 0
-                marks[odd] = 0
+            for layer in self.layers:
+                odd = blocks[layer.marks[blocks] != 0]
+                layer.kv[:, odd] = 0
+                layer.marks[odd] = 0

@@ -6,29 +6,25 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP
+from eagleray.workers.attention.context import PagedKVLayer
 
 HEADS_AT_ONCE = 8
 BYTES_AT_ONCE = 16_384
 
 
 def rotate_and_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotation: tuple[Tensor, Tensor] | None,
-    kv_cache: Tensor,
-    marks: Tensor,
-    slot_mapping: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, layer: PagedKVLayer
 ) -> Tensor:
-    """As `attention.prepare`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
+    """As `op.prepare`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
+    kv_cache, slot_mapping = layer.cache.kv, layer.metadata.slot_mapping
     tokens, num_q, head_size = q.shape
     num_k = k.shape[1]
     cos, sin = rotation or (None, None)
     turned = q if rotation is None else q.new_empty(q.shape)
     num_programs = triton.cdiv(num_q, HEADS_AT_ONCE) + 2 * triton.cdiv(num_k, HEADS_AT_ONCE)
     _rotate_and_write_kernel[(tokens, num_programs)](
-        q, k, v, cos, sin, turned, kv_cache, marks, slot_mapping, slot_mapping.shape[0],
+        q, k, v, cos, sin, turned, kv_cache, layer.cache.marks, slot_mapping, slot_mapping.shape[0],
         q.stride(0), k.stride(0), v.stride(0), kv_cache.stride(0), kv_cache.shape[2], num_q, num_k,
         HALF=head_size // 2, BLOCK=triton.next_power_of_2(head_size // 2), HEADS=HEADS_AT_ONCE,
         ROTATES=rotation is not None, PDL=OVERLAP, num_warps=4, **LAUNCH,

@@ -1,7 +1,4 @@
-"""The attention op `eagleray::attention` and its plain PyTorch implementation, the reference for every faster one.
-
-Keys and values of the whole batch are written first, so a request may read blocks that another one writes.
-"""
+"""Attention in plain PyTorch, the reference for every faster backend."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,93 +8,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.models.layers import rotate
-from eagleray.workers.attention.context import AttentionBackend, AttentionMetadata, current_layer, scratch
-from eagleray.workers.attention.flash import flash_attention, supports
-
-if torch.cuda.is_available():  # Triton comes with torch for CUDA, and with no other
-    from eagleray.workers.attention import kv_kernels, varlen
+from eagleray.workers.attention.context import AttentionMetadata, PagedKVLayer, current_context
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long chunk
 
 
-@torch.library.impl("eagleray::attention", ("cpu", "cuda"))
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, layer_index: int, cos: Tensor | None = None, sin: Tensor | None = None
-) -> Tensor:
-    """`q` is `[tokens, heads, head_size]`, `k` and `v` are `[tokens, kv_heads, head_size]`; like `q`."""
-    layer = current_layer(layer_index)
-    rotation = None if cos is None or sin is None else (cos, sin)
-    q = prepare(q, k, v, rotation, layer.kv_cache, layer.marks, layer.metadata.slot_mapping)
-    attend = layer.backend or reference_attention
-    return attend(q, layer.kv_cache[0], layer.kv_cache[1], layer.metadata, layer.spec, layer.sinks)
+class ReferenceBackend:
+    """Attention in plain PyTorch, on any device. It reads lengths on the host, which no CUDA graph can capture."""
 
+    name = "plain PyTorch"
+    capturable = False
 
-def choose_backend(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> AttentionBackend:
-    """The fastest implementation that computes such a layer on this device."""
-    if supports(spec, dtype, device):
-        return flash_attention
-    if device.type == "cuda" and varlen.supports(spec, dtype):
-        return varlen.varlen_attention
-    return reference_attention
+    def supports(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
+        """Every layer, everywhere."""
+        return True
 
+    def __call__(self, q: Tensor, layer: PagedKVLayer) -> Tensor:
+        """Of tokens that belong to no request, the output is 0.
 
-def backend_name(backend: AttentionBackend) -> str:
-    """What a person calls the implementation that `choose_backend` chose."""
-    if backend is flash_attention:
-        return "FlashAttention-3"
-    return "plain PyTorch" if backend is reference_attention else "Triton varlen"
-
-
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotation: tuple[Tensor, Tensor] | None,
-    kv_cache: Tensor,
-    marks: Tensor,
-    slot_mapping: Tensor,
-) -> Tensor:
-    """Turn queries and keys, and put each token's key and value into its slot; returns the queries.
-
-    Tokens beyond the slot mapping are padding. Blocks that get a number that is not finite are marked.
-    """
-    if kv_cache.is_cuda:
-        return kv_kernels.rotate_and_write(q, k, v, rotation, kv_cache, marks, slot_mapping)
-    if rotation is not None:
-        q, k = rotate(q, rotation), rotate(k, rotation)
-    tokens = slot_mapping.shape[0]
-    for cache, new in zip(kv_cache.flatten(1, 2), (k[:tokens], v[:tokens]), strict=True):
-        cache.index_copy_(0, slot_mapping, new)
-        finite = new.isfinite()
-        if not finite.all():
-            marks[slot_mapping[~finite.flatten(1).all(dim=1)] // kv_cache.shape[2]] = 1
-    return q
-
-
-def reference_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    metadata: AttentionMetadata,
-    spec: AttentionSpec,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
-
-    Tokens of `q` beyond the last request are padding, and their output is 0. Slots of a request's last block that
-    nobody wrote are read, with weight 0, so they must hold finite numbers. `sinks`, `[heads]` float32, are scores that
-    join the softmax without a value.
-    """
-    shared, key = scratch(), ("visits", id(metadata), k_cache.shape[1], spec.sliding_window)
-    if key not in shared:
-        shared[key] = plan_visits(metadata, k_cache.shape[1], spec.sliding_window)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for visit in shared[key]:
-        k, v = _gather(k_cache, visit.blocks), _gather(v_cache, visit.blocks)
-        queries = q[visit.tokens].reshape(visit.blocks.shape[0], -1, *q.shape[1:])
-        out[visit.tokens] = _attend(queries, k, v, visit.seen, spec, sinks).flatten(0, 1)
-    return out
+        Slots of a request's last block that nobody wrote are read, with weight 0, so they must hold finite numbers.
+        """
+        metadata, cache, window = layer.metadata, layer.cache, layer.spec.sliding_window
+        shared, key = current_context().scratch, ("visits", id(metadata), cache.block_size, window)
+        if key not in shared:
+            shared[key] = plan_visits(metadata, cache.block_size, window)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        for visit in shared[key]:
+            k, v = _gather(cache.k, visit.blocks), _gather(cache.v, visit.blocks)
+            queries = q[visit.tokens].reshape(visit.blocks.shape[0], -1, *q.shape[1:])
+            out[visit.tokens] = _attend(queries, k, v, visit.seen, layer).flatten(0, 1)
+        return out
 
 
 class Visit(NamedTuple):
@@ -170,11 +110,12 @@ def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
     return chosen.view(blocks.shape[0], -1, *cache.shape[2:])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, layer: PagedKVLayer) -> Tensor:
     """`q` is `[n, queries, heads, head_size]`, `k` and `v` are `[n, keys, kv_heads, head_size]`; like `q`.
 
     The query heads of a KV head stand beside its queries, so that no key is repeated.
     """
+    spec, sinks = layer.spec, layer.sinks
     n, queries, heads, head_size = q.shape
     group = heads // k.shape[2]
     # [n, kv_heads, group * queries, head_size]

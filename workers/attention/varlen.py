@@ -18,9 +18,8 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
-from eagleray.parallel.shared_memory import shared_memory
-from eagleray.workers.attention.context import AttentionMetadata
+from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
+from eagleray.workers.attention.context import PagedKVLayer
 from eagleray.workers.attention.varlen_kernels import varlen_kernel
 
 HEAD_SIZES = (64, 96, 128, 256)
@@ -48,70 +47,68 @@ def launch_constants(head_size: int, device: torch.device) -> LaunchConstants:
     return LaunchConstants(rows=64, tile=32, num_warps=4, num_stages=2)
 
 
-def supports(spec: AttentionSpec, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes chunks of such a layer on CUDA."""
-    return dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
+class VarlenBackend:
+    """The kernel as an attention backend, launched with `constants`, else as fits the layer and the device."""
 
+    name = "Triton varlen"
+    capturable = True
 
-def varlen_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    metadata: AttentionMetadata,
-    spec: AttentionSpec,
-    sinks: Tensor | None = None,
-    *,
-    constants: LaunchConstants | None = None,
-) -> Tensor:
-    """Causal attention over keys and values in `[num_blocks, block_size, kv_heads, head_size]`; returns like `q`.
+    def __init__(self, constants: LaunchConstants | None = None) -> None:
+        self._constants = constants
 
-    `q` is `[tokens, heads, head_size]`, of any strides with the last one 1; those of the caches are alike. Blocks are
-    of a power of two. Of tokens that belong to no request, the output is 0 beyond the last request, and not written
-    before the first. `sinks`, `[heads]` float32, are scores that join the softmax without a value.
-    """
-    num_tokens, heads, head_size = q.shape
-    block_size, group = k_cache.shape[1], heads // spec.num_kv_heads
-    assert k_cache.stride() == v_cache.stride()
-    assert k_cache.stride(3) == q.stride(2) == metadata.block_table.stride(1) == 1
-    assert (heads, head_size, k_cache.shape[2]) == (spec.num_heads, spec.head_size, spec.num_kv_heads)
-    assert block_size & (block_size - 1) == 0, "the kernel wants blocks of a power of two"
-    constants = constants or launch_constants(head_size, q.device)
-    rows = max(constants.rows, triton.next_power_of_2(group))
-    n = metadata.seq_lens.shape[0]
-    query_blocks = num_tokens // (rows // group) + n + 1  # one more for each request, and for the padding
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    varlen_kernel[(query_blocks * spec.num_kv_heads,)](
-        q,
-        k_cache,
-        v_cache,
-        metadata.query_start_loc,
-        metadata.seq_lens,
-        metadata.block_table,
-        sinks,
-        out,
-        n,
-        num_tokens,
-        spec.scale * _LOG2_E,
-        (spec.logits_soft_cap or 1.0) * _LOG2_E,
-        q.stride(0),
-        q.stride(1),
-        metadata.block_table.stride(0),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        k_cache.stride(2),
-        KV_HEADS=spec.num_kv_heads,
-        GROUP=group,
-        ROWS=rows,
-        HEAD_SIZE=head_size,
-        HEAD_PAD=triton.next_power_of_2(head_size),
-        BLOCK_SIZE=block_size,
-        TILE=constants.tile,
-        WINDOW=spec.sliding_window or 0,
-        HAS_CAP=spec.logits_soft_cap is not None,
-        HAS_SINKS=sinks is not None,
-        PDL=OVERLAP,
-        num_warps=constants.num_warps,
-        num_stages=constants.num_stages,
-        **LAUNCH,
-    )
-    return out
+    def supports(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the kernel computes chunks of such a layer on this device: on CUDA, in 16 bits."""
+        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
+
+    def __call__(self, q: Tensor, layer: PagedKVLayer) -> Tensor:
+        """`q` is of any strides with the last one 1. Blocks are of a power of two.
+
+        Of tokens that belong to no request, the output is 0 beyond the last request, and not written before the first.
+        """
+        num_tokens, heads, head_size = q.shape
+        k_cache, v_cache, metadata, spec, sinks = layer.cache.k, layer.cache.v, layer.metadata, layer.spec, layer.sinks
+        block_size, group = k_cache.shape[1], heads // spec.num_kv_heads
+        assert k_cache.stride() == v_cache.stride()
+        assert k_cache.stride(3) == q.stride(2) == metadata.block_table.stride(1) == 1
+        assert (heads, head_size, k_cache.shape[2]) == (spec.num_heads, spec.head_size, spec.num_kv_heads)
+        assert block_size & (block_size - 1) == 0, "the kernel wants blocks of a power of two"
+        constants = self._constants or launch_constants(head_size, q.device)
+        rows = max(constants.rows, triton.next_power_of_2(group))
+        n = metadata.seq_lens.shape[0]
+        query_blocks = num_tokens // (rows // group) + n + 1  # one more for each request, and for the padding
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        varlen_kernel[(query_blocks * spec.num_kv_heads,)](
+            q,
+            k_cache,
+            v_cache,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            metadata.block_table,
+            sinks,
+            out,
+            n,
+            num_tokens,
+            spec.scale * _LOG2_E,
+            (spec.logits_soft_cap or 1.0) * _LOG2_E,
+            q.stride(0),
+            q.stride(1),
+            metadata.block_table.stride(0),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            k_cache.stride(2),
+            KV_HEADS=spec.num_kv_heads,
+            GROUP=group,
+            ROWS=rows,
+            HEAD_SIZE=head_size,
+            HEAD_PAD=triton.next_power_of_2(head_size),
+            BLOCK_SIZE=block_size,
+            TILE=constants.tile,
+            WINDOW=spec.sliding_window or 0,
+            HAS_CAP=spec.logits_soft_cap is not None,
+            HAS_SINKS=sinks is not None,
+            PDL=OVERLAP,
+            num_warps=constants.num_warps,
+            num_stages=constants.num_stages,
+            **LAUNCH,
+        )
+        return out

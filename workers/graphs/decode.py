@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import IntArray, Rows
-from eagleray.workers.triton_here import CAN_IMPORT
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.graphs.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)

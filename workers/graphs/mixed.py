@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.workers.attention.context import AttentionMetadata
 from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import Batch
-from eagleray.workers.triton_here import CAN_IMPORT
 
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.graphs.compile_ahead import compile_ahead
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.overlap import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP
 from eagleray.workers.sampling import packed_pairs
 
 LARGEST_TILE, SMALLEST_TILE = 1024, 128  # columns that a program reads at once

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import HAS_TRITON
 from eagleray.workers.pinned_copy import to_device
 from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling.gumbel import add_gumbel_, row_keys
@@ -39,10 +40,9 @@ from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, unpac
 from eagleray.workers.sampling.penalties import penalise
 from eagleray.workers.sampling.table import NO_TOP_K, PLAIN, Feature, SamplingTable
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, draw_top_k_top_p
-from eagleray.workers.triton_here import CAN_IMPORT
 
 IntArray = npt.NDArray[np.int64]
-if CAN_IMPORT:
+if HAS_TRITON:
     from eagleray.workers.sampling.kernels import best_plain_pairs
 
 

@@ -16,7 +16,7 @@ if not RUNS_KERNELS:
 
 else:
     from eagleray.workers.attention import decode as ours
-    from eagleray.workers.attention.decode import LaunchConstants, allocate_workspace, decode_attention
+    from eagleray.workers.attention.decode import LaunchConstants, allocate_workspace
     from support.decode_batch import COARSE, FINE, LENGTHS, SPECS, DecodeBatch, check, spec
 
     @pytest.fixture(autouse=True)
@@ -94,17 +94,14 @@ else:
         everyone = torch.full((7, batch.table.shape[1]), -1, dtype=torch.int32, device=DEVICE)
         everyone[order[[0, 1, 3]]] = batch.table[[0, 1, 3]]
         workspace = allocate_workspace(8, 512, batch.spec, DEVICE)
-        k, v = batch.cache
-        out = decode_attention(batch.q, k, v, everyone, batch.lens, batch.spec, 300, workspace, rows=order)
-        check(batch, out)
+        check(batch, batch.run_in(workspace, everyone, order))
 
     def test_a_workspace_serves_one_batch_after_another() -> None:
         small = spec()
         workspace = allocate_workspace(8, 2048, small, DEVICE)
         for lens in ([2000, 1, 3, 500], [0, 0, 0, 0], [5], [1, 2, 1500]):
             batch = decodes(lens, small)
-            k, v = batch.cache
-            out = decode_attention(batch.q, k, v, batch.table, batch.lens, small, 2048, workspace)
+            out = batch.run_in(workspace, batch.table)
             if any(lens):
                 check(batch, out)
             else:

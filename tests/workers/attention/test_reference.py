@@ -1,5 +1,6 @@
-"""The plain implementation of attention against one token at a time in numpy, and the context that it reads."""
+"""The plain implementation of attention against one token at a time in numpy."""
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -7,11 +8,10 @@ import pytest
 import torch
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.workers.attention import flash, reference
-from eagleray.workers.attention.context import AttentionMetadata, LayerContext, current_layer, forward_context, scratch
+from eagleray.workers.attention import reference
+from eagleray.workers.attention.context import AttentionMetadata, ForwardContext, forward_context
 from support.attention_requests import Requests
 
-NO_MARKS = torch.zeros(0, dtype=torch.int8)  # finite numbers mark nothing
 MIXED = [(1, 9), (6, 6), (1, 1), (3, 17), (1, 30), (20, 23)]  # (tokens in this batch, tokens of the request)
 
 
@@ -45,15 +45,6 @@ def test_sinks_join_the_softmax(name: str) -> None:
     requests = Requests(MIXED, SPECS[name])
     sinks = torch.linspace(-10, 20, requests.spec.num_heads)
     torch.testing.assert_close(requests.run(sinks=sinks), requests.expected(sinks), atol=1e-5, rtol=1e-5)
-
-
-def test_flash_attention_is_not_for_layers_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a Hopper GPU with its package here."""
-    monkeypatch.setattr(flash, "flash_attn_interface", object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cuda = torch.device("cuda")
-    assert flash.supports(spec(), torch.bfloat16, cuda)
-    assert not flash.supports(spec(has_sinks=True), torch.bfloat16, cuda)
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "window and soft cap"])
@@ -113,46 +104,10 @@ def test_bfloat16_is_accumulated_in_float32(cap: float | None) -> None:
     torch.testing.assert_close(out.float(), requests.expected(), atol=2**-7, rtol=2**-7)
 
 
-def test_a_forward_pass_without_context_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="only inside `with forward_context"):
-        current_layer(0)
-
-
-def test_contexts_are_never_nested_and_end_with_their_block() -> None:
-    layer = LayerContext(Requests(MIXED, spec()).metadata, torch.empty(0), NO_MARKS, spec())
-    with forward_context([layer]):
-        assert current_layer(0) is layer
-        with pytest.raises(RuntimeError, match="has 1 layers, so no layer 1"):
-            current_layer(1)
-        with pytest.raises(RuntimeError, match="never nested"), forward_context([layer]):
-            pass
-        assert current_layer(0) is layer
-    with pytest.raises(RuntimeError, match="only inside"):
-        current_layer(0)
-
-
-def test_an_error_in_a_forward_pass_ends_its_context() -> None:
-    with pytest.raises(ZeroDivisionError), forward_context([]):
-        raise ZeroDivisionError
-    with forward_context([]):
-        pass
-
-
-def test_layers_share_what_they_work_out_until_the_pass_ends() -> None:
-    with forward_context([]):
-        scratch()["masks"] = 1
-        assert scratch() == {"masks": 1}
-    with forward_context([]):
-        assert scratch() == {}
-    scratch()["masks"] = 1
-    assert scratch() == {}
-
-
 def test_layers_with_and_without_a_window_each_have_their_own_plan() -> None:
     requests = [Requests(MIXED, SPECS[name]) for name in ("plain", "window", "plain")]
-    metadata = requests[0].metadata
-    layers = [LayerContext(metadata, request.cache, NO_MARKS, request.spec) for request in requests]
-    with forward_context(layers):
+    layers = [replace(request.layer(), metadata=requests[0].metadata) for request in requests]
+    with forward_context(ForwardContext(layers)):
         for index, request in enumerate(requests):
             new = [kv[:, -len(q) :] for kv, q in zip(request.kv, request.queries, strict=True)]
             k, v = (torch.cat([kv[side] for kv in new]) for side in (0, 1))

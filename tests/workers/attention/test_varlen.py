@@ -1,7 +1,6 @@
 """The kernel for chunks of any length against the definition: on a GPU where there is one, else in the interpreter."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ if not RUNS_KERNELS:
 
 else:
     from eagleray.models.attention import AttentionSpec
-    from eagleray.workers.attention.context import AttentionMetadata
-    from eagleray.workers.attention.varlen import LaunchConstants, varlen_attention
+    from eagleray.workers.attention.context import PagedKVLayer
+    from eagleray.workers.attention.varlen import LaunchConstants, VarlenBackend
     from support.attention_requests import Requests
     from support.decode_batch import SPECS, TOLERANCE, spec
 
@@ -33,7 +32,7 @@ else:
         return Requests(lengths, of, block_size=block_size, device=DEVICE.type, **options)
 
     def check(requests: Requests, constants: LaunchConstants = SMALL, sinks: Tensor | None = None) -> None:
-        out = requests.run(backend=partial(varlen_attention, constants=constants), sinks=sinks)
+        out = requests.run(backend=VarlenBackend(constants), sinks=sinks)
         limit = TOLERANCE[out.dtype]
         torch.testing.assert_close(out.float().cpu(), requests.expected(sinks), atol=limit, rtol=limit)
 
@@ -73,8 +72,8 @@ else:
 
     def test_padding_gives_zero_and_changes_nothing() -> None:
         requests = requests_of(MIXED, spec())
-        attend = partial(varlen_attention, constants=SMALL)
-        out, padded = requests.run(backend=attend), requests.run(padding=25, backend=attend)
+        backend = VarlenBackend(SMALL)
+        out, padded = requests.run(backend=backend), requests.run(padding=25, backend=backend)
         assert torch.equal(padded[:-25], out)
         assert not padded[-25:].any()
 
@@ -90,7 +89,7 @@ else:
             seq_lens=lens,
             block_table=torch.cat((whole.block_table[21:], torch.zeros_like(whole.block_table[:3]))),
         )
-        out = requests.run(padding=11, backend=partial(varlen_attention, constants=SMALL)).cpu()
+        out = requests.run(padding=11, backend=VarlenBackend(SMALL)).cpu()
         torch.testing.assert_close(out[21:-11], requests.expected()[21:], atol=2e-5, rtol=2e-5)
         assert not out[-11:].any()
 
@@ -98,18 +97,18 @@ else:
         """As a split of it: not contiguous."""
         requests = requests_of(MIXED, spec())
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata, of: AttentionSpec, sinks: Tensor | None = None
-        ) -> Tensor:
-            merged = torch.cat((q, torch.full_like(q, torch.nan)), dim=1)
-            return varlen_attention(merged[:, : q.shape[1]], k, v, metadata, of, sinks, constants=SMALL)
+        class OfMerged(VarlenBackend):
+            def __call__(self, q: Tensor, layer: PagedKVLayer) -> Tensor:
+                merged = torch.cat((q, torch.full_like(q, torch.nan)), dim=1)
+                return super().__call__(merged[:, : q.shape[1]], layer)
 
-        torch.testing.assert_close(requests.run(backend=attend).cpu(), requests.expected(), atol=2e-5, rtol=2e-5)
+        out = requests.run(backend=OfMerged(SMALL)).cpu()
+        torch.testing.assert_close(out, requests.expected(), atol=2e-5, rtol=2e-5)
 
     def test_a_long_chunk_is_the_same_as_its_pieces() -> None:
         whole = requests_of([(60, 75)], spec(sliding_window=30))
-        attend = partial(varlen_attention, constants=SMALL)
-        out = whole.run(backend=attend)
+        backend = VarlenBackend(SMALL)
+        out = whole.run(backend=backend)
         for begin, end in ((0, 1), (1, 24), (24, 60)):
             piece = requests_of([(60, 75)], spec(sliding_window=30))
             piece.cache = whole.cache
@@ -120,4 +119,4 @@ else:
                 seq_lens=whole.metadata.seq_lens - 60 + end,
                 slot_mapping=whole.metadata.slot_mapping[begin:end],
             )
-            torch.testing.assert_close(piece.run(backend=attend), out[begin:end], atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(piece.run(backend=backend), out[begin:end], atol=1e-6, rtol=1e-6)

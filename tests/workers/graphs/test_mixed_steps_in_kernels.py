@@ -71,7 +71,9 @@ else:
         return [engine.token_ids(index) for index in range(len(PROMPT_LENGTHS))]
 
     def test_tokens_are_those_of_plain_attention(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert make_worker(model)._mixed_graphs is not None
+        rank = make_worker(model)
+        assert rank._mixed_graphs is not None
+        assert rank.attention == "Triton decode + plain PyTorch"
         in_kernels = run(model)
         monkeypatch.setattr(worker, "runs_triton", lambda device: False)
         expected = run(model)

@@ -24,7 +24,7 @@ else:
     from eagleray.models.loading.loader import checkpoint_shards, load_model
     from eagleray.parallel.group import TPGroup
     from eagleray.workers.attention.backends import DecodeBackend, MixedBackend
-    from eagleray.workers.attention.reference import reference_attention
+    from eagleray.workers.attention.reference import ReferenceBackend
     from support import sink_llama
     from support.attention_requests import Requests
     from support.sink_llama import Run
@@ -80,12 +80,24 @@ else:
         for run in run_ranks("run_worker", size, path=str(path), prompts=PROMPTS, in_kernels=True):
             assert run == Run(plain.token_ids, captured=(True, True))
 
-    @pytest.mark.parametrize(("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2)])
-    def test_a_step_of_one_kind_of_chunks_by_no_graph(lengths: list[tuple[int, int]], num_single: int) -> None:
+    @pytest.mark.parametrize(
+        ("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2), ([(1, 9), (1, 4), (5, 9), (3, 3)], 2)]
+    )
+    def test_a_step_by_no_graph(lengths: list[tuple[int, int]], num_single: int) -> None:
+        """Of chunks of several tokens, of one, and of both kinds."""
         spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.125, has_sinks=True)
         requests, sinks = Requests(lengths, spec, block_size=16), torch.linspace(-3, 6, 4)
-        requests.metadata = replace(requests.metadata, num_single=num_single)
+        whole = requests.metadata
+        rest = replace(
+            whole,
+            query_start_loc=whole.query_start_loc[num_single:],
+            seq_lens=whole.seq_lens[num_single:],
+            block_table=whole.block_table[num_single:],
+        )
+        both = 0 < num_single < len(lengths)
+        requests.metadata = replace(whole, num_single=num_single, rest=rest if both else None)
         decode = DecodeBackend(spec, 2, 64, torch.device("cpu"))
-        decode.plan(requests.metadata.seq_lens)
-        out = requests.run(backend=MixedBackend(decode, reference_attention).attend, sinks=sinks)
+        if num_single:
+            decode.plan(whole.seq_lens[:num_single])
+        out = requests.run(backend=MixedBackend(decode, ReferenceBackend()), sinks=sinks)
         torch.testing.assert_close(out, requests.expected(sinks), atol=2e-5, rtol=2e-5)
