@@ -18,7 +18,7 @@ from eagleray.cluster.frontend.prompts import Message, Prompt
 from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
-from eagleray.cluster.runtime.launch import launch
+from eagleray.cluster.runtime.launch import config_of, launch
 from eagleray.cluster.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ class AsyncLLM:
         **options: Any,
     ) -> None:
         """As `LLM`: blocks until the engine is ready, and may be called before there is an event loop."""
+        config = config_of(model, tensor_parallel_size, options)
         engine, front_end = launch(
-            model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options, generation_config=generation_config
+            config, tokenizer, skip_tokenizer_init=skip_tokenizer_init, generation_config=generation_config
         )
         self._set_up(engine, front_end)
 

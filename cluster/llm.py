@@ -27,7 +27,7 @@ from eagleray.cluster.frontend.prompts import Message, Prompt, conversations, pr
 from eagleray.cluster.frontend.request_state import RequestState
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from eagleray.cluster.runtime.launch import launch
+from eagleray.cluster.runtime.launch import config_of, launch
 from eagleray.cluster.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,9 @@ class LLM:
         the model's generation_config.json counts, or nothing of it if `generation_config` is "none".
         Raises `ValueError` for what the user gave and `EngineStartError` when the cluster or a rank fails.
         """
+        config = config_of(model, tensor_parallel_size, options)
         engine, front_end = launch(
-            model, tensor_parallel_size, tokenizer, skip_tokenizer_init, options, generation_config=generation_config
+            config, tokenizer, skip_tokenizer_init=skip_tokenizer_init, generation_config=generation_config
         )
         self._set_up(engine, front_end)
 

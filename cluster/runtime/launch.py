@@ -20,13 +20,19 @@ from eagleray.models.loading.model_dir import is_of_hub, model_dir
 from eagleray.workers.protocol.startup import OnProgress
 
 
+def config_of(model: str | Path, tensor_parallel_size: int, options: dict[str, Any]) -> EngineConfig:
+    """The arguments of `LLM` and `AsyncLLM` as a configuration. Raises `ValueError` for options that do not exist."""
+    if unknown := sorted(options.keys() - EngineConfig.names()):
+        known = ", ".join(sorted(EngineConfig.names()))
+        raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
+    return EngineConfig(model=str(model), tensor_parallel_size=tensor_parallel_size, **options)
+
+
 def launch(
-    model: str | Path,
-    tensor_parallel_size: int,
-    tokenizer: str | Path | None,
-    skip_tokenizer_init: bool,
-    options: dict[str, Any],
+    config: EngineConfig,
+    tokenizer: str | Path | None = None,
     *,
+    skip_tokenizer_init: bool = False,
     room: Room | None = None,
     on_end: OnEnd = unwatched,
     on_progress: OnProgress | None = None,
@@ -41,12 +47,9 @@ def launch(
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
-    if unknown := sorted(options.keys() - EngineConfig.names()):
-        known = ", ".join(sorted(EngineConfig.names()))
-        raise ValueError(f"no such option: {', '.join(unknown)}; the options are {known}")
     if skip_tokenizer_init and tokenizer is not None:
         raise ValueError(f"tokenizer is {str(tokenizer)!r} and skip_tokenizer_init is True; leave one of them out")
-    config = found(EngineConfig(model=str(model), tensor_parallel_size=tensor_parallel_size, **options))
+    config = found(config)
     folder = folder_of(config)
     if tokenizer is not None and is_of_hub(str(tokenizer)):
         tokenizer = model_dir(str(tokenizer))

@@ -11,7 +11,7 @@ from eagleray.cluster.frontend.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.batch.rows import Answer
-from eagleray.deploy.cli.engine import launch_as
+from eagleray.deploy.cli.engine import launch_for_tokens
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.served_model import ServedModel
 
@@ -57,7 +57,7 @@ class EngineReplica:
         self._llm.close()
 
     def _start(self) -> tuple[AsyncLLM, AppReplica]:
-        engine, front_end = launch_as(self._config)
+        engine, front_end = launch_for_tokens(self._config)
         llm = AsyncLLM.attach(engine, front_end)
         served = ServedModel(
             engine=llm,

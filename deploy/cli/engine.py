@@ -38,21 +38,19 @@ def measured_engine(config: EngineConfig, err: Console) -> "Iterator[tuple[Engin
     """
     with starting(config, err):
         from eagleray.cluster.runtime.launch import launch  # noqa: F401  # as above
-    engine, front_end = launch_as(config)
+    engine, front_end = launch_for_tokens(config)
     try:
         yield engine, front_end
     finally:
         engine.close()
 
 
-def launch_as(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
-    """`launch` for a config. A directory without a tokenizer will do: prompts are token ids then."""
+def launch_for_tokens(config: EngineConfig) -> "tuple[EngineClient, FrontEnd]":
+    """`launch` with nothing of the model's own defaults; without a tokenizer there, prompts are token ids."""
     from eagleray.cluster.runtime.launch import launch
 
-    options = asdict(config)
-    model, size = options.pop("model"), options.pop("tensor_parallel_size")
     no_tokenizer = not (folder_of(config) / "tokenizer.json").is_file()
-    return launch(model, size, None, no_tokenizer, options, generation_config="none")
+    return launch(config, skip_tokenizer_init=no_tokenizer, generation_config="none")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from math import inf
@@ -180,14 +179,8 @@ class Replica:
 def _launch(
     config: EngineConfig, room: Room, metrics: Metrics, teller: Teller, replica: int
 ) -> tuple[EngineClient, FrontEnd]:
-    options = asdict(config)
-    model, size = options.pop("model"), options.pop("tensor_parallel_size")
     return launch(
-        model,
-        size,
-        None,
-        False,
-        options,
+        config,
         room=room,
         on_end=metrics.end,
         on_progress=teller,
