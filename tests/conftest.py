@@ -18,6 +18,16 @@ settings.load_profile("without clocks")
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start engines run one after the other, and first; on another core the rest, a file at a time."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("engine")
+        group = "engines" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+
+
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
     """The demo model, SmolLM2-135M-Instruct in float32, converted on first use."""

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from eagleray import LLM, SamplingParams
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.engine
+
 NEAR_TIE = 1e-3
 NUM_NEW_TOKENS = 64
 QUESTIONS = [

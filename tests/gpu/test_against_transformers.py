@@ -24,7 +24,7 @@ from support.gpu import needs_gpus
 from support.random_checkpoint import make_model, save_in_bfloat16
 from support.teacher import Judged, Teacher, root_mean_square
 
-pytestmark = [needs_gpus(1), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.engine, needs_gpus(1), pytest.mark.usefixtures("ray_cluster")]
 
 DEVICE = "cuda"
 RMS_RATIO = 1.5

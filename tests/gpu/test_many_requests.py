@@ -17,7 +17,7 @@ from support.mixed_requests import MixedRequest, mixed_requests
 from support.rank_pool import RunRanks
 from support.worker_config import worker_config
 
-pytestmark = [needs_gpus(1), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, needs_gpus(1), pytest.mark.timeout(600)]
 
 DEVICE = "cuda"
 COUNT = 2000

@@ -62,7 +62,7 @@ CONFIG: dict[str, Any] = {
 }
 PROMPT = [1, 2, 3]
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")

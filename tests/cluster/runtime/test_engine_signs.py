@@ -20,7 +20,7 @@ from support.tiny_model import write_tiny_model
 
 PROMPT = [1, 2, 3]
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
 
 @pytest.fixture(scope="module")

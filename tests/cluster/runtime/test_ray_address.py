@@ -12,6 +12,8 @@ from eagleray.cluster.runtime.ray_address import IN_A_JOB, answers, cluster_addr
 from support.cluster_process import running_cluster
 from support.free_port import free_port
 
+pytestmark = pytest.mark.engine
+
 CONNECT = """
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError

@@ -14,6 +14,8 @@ from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
 
+pytestmark = pytest.mark.engine
+
 DEADLY_FOLDER = Path(__file__).parents[2] / "support" / "deadly"
 DEADLY_TOKEN = 4242  # as there; a prompt that is text has it only by chance
 NUM_ROWS = 40

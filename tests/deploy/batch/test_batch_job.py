@@ -15,6 +15,8 @@ from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
 from support.free_port import free_port
 
+pytestmark = pytest.mark.engine
+
 SUBMIT = Path(__file__).parents[3] / "deploy" / "manifests" / "submit.sh"
 NUM_ROWS = 80
 

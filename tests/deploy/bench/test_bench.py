@@ -13,6 +13,8 @@ from eagleray.deploy.bench.throughput import plan
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import Parser, engine_config
 
+pytestmark = pytest.mark.engine
+
 SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes", "50000000"]
 
 

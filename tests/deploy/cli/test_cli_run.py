@@ -34,7 +34,7 @@ OPTIONS = [
 PATIENCE_S = 180.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
-pytestmark = pytest.mark.usefixtures("demo_model_dir")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("demo_model_dir")]
 
 
 class Terminal:

@@ -11,6 +11,8 @@ import pytest
 
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 EAGLERAY = [sys.executable, "-m", "eagleray"]
 WAITS = """
 import asyncio, sys

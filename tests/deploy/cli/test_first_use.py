@@ -13,6 +13,8 @@ from support.cluster_process import running_cluster
 from support.hub_server import Repository, files_of, hub_server
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parents[3]
 EAGLERAY = [sys.executable, "-m", "eagleray"]
 NAME = "some-body/tiny"

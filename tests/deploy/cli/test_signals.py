@@ -17,6 +17,8 @@ import pytest
 from support.strikes import own_places, processes_in, title
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 SCRIPT = """
 import sys
 from eagleray import LLM, SamplingParams

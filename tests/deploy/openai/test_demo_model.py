@@ -9,6 +9,8 @@ from eagleray.cluster.async_llm import AsyncLLM
 from support.http_client import post, streamed
 from support.http_server import Server, serving
 
+pytestmark = pytest.mark.engine
+
 QUESTION = "What is the capital of France?"
 
 

@@ -12,6 +12,8 @@ from eagleray.deploy.profile.trace import ORDER, read_trace, step_profile
 from support.inline_engine import InlineEngine
 from support.toy_rank import ToyRank
 
+pytestmark = pytest.mark.engine
+
 SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes", "20000000"]
 
 

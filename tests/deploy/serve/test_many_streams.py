@@ -14,6 +14,8 @@ import pytest
 from support.ray_serve import deploy, ray_serve
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 NUM_STREAMS = 200
 NUM_PROMPTS = 50  # four streams of each
 PATIENCE_S = 120.0

@@ -18,6 +18,8 @@ from openai import AuthenticationError, OpenAI
 from support.ray_serve import deploy, ray_serve
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 KEY = "sk-first"
 PATIENCE_S = 120.0
 OPTIONS: dict[str, Any] = {

@@ -21,6 +21,8 @@ from support.free_port import free_port
 from support.served_command import command_line
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 SERVE = [sys.executable, "-m", "eagleray", "serve"]
 ENVIRONMENT = os.environ | {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 DRAIN_S = 30.0

@@ -10,6 +10,8 @@ from openai import AsyncOpenAI, OpenAI
 
 from support.ray_serve import deploy, ray_serve
 
+pytestmark = pytest.mark.engine
+
 OPTIONS: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "device": "cpu",

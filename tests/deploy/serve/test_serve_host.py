@@ -16,6 +16,8 @@ import pytest
 from support.served_command import ServedCommand, command_line, complaints
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 GUIDE = Path(__file__).parents[3] / "docs" / "ports.md"
 KEY = "sk-of-the-environment"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that refuses

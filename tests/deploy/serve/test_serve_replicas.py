@@ -40,9 +40,10 @@ TWO_OTHERS = {"num_replicas": 2, "served_model_name": "other", "max_model_len": 
 
 Deploy = Callable[..., None]
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The `metrics_interval_s` field"
-)  # whose successor is for whole clusters
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field"),  # whose successor is for whole clusters
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ import yaml
 from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.engine
+
 MANIFESTS_FOLDER = Path(__file__).parents[3] / "deploy" / "manifests"
 SERVE = Path(sys.executable).parent / "serve"
 PATIENCE_S = 90.0

@@ -16,6 +16,8 @@ import pytest
 from eagleray.deploy.serve.health_probes import HealthProbe
 from eagleray.deploy.serve.server_link import Watched
 
+pytestmark = pytest.mark.engine
+
 PATIENCE_S = 20.0
 SCRIPT = """
 import logging, os, signal, subprocess, sys, time
