@@ -4,6 +4,7 @@
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
 # make tree    every source file, and what it does
+# make reference    every option as a page of Markdown
 #
 # Python 3.11 or newer is looked for; PYTHON=/path/to/python names one. VENV=/path puts the environment elsewhere.
 
@@ -20,7 +21,7 @@ DEMO_PROMPTS := \
 	"Name three things a compiler does."
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu check bench tree clean
+.PHONY: demo test test-gpu check bench tree reference clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
@@ -41,6 +42,9 @@ bench: $(VENV)/.dev
 
 tree:
 	@$(PYTHON) tests/support/tree.py
+
+reference: $(VENV)/.dev
+	@$(BIN)/python -m eagleray.deploy.reference
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist src/*.egg-info
