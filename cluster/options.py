@@ -31,6 +31,7 @@ class Option:
     allowed: str = ""  # in words, after "give", where type and bounds do not say it well
     none: str = ""  # what None stands for, after "or None"
     note: str = ""  # what some value means
+    example: Any = None  # a value that shows what it does; the HTTP schema tells it, and a test sees its effect
     of_model: bool = False  # a sampling option that the model's generation_config.json may set
     random: bool = False  # a sampling option that matters only where chance decides, so not in greedy requests
 

@@ -25,7 +25,12 @@ class SamplingParams:
 
     n: int = option(1, "answers to each prompt, each with draws of its own; greedy ones are all equal", (1, MAX_N))
     temperature: float = option(
-        1.0, "how far to stray from the likeliest token", (0, MAX_FACTOR), note="0 is greedy", of_model=True
+        1.0,
+        "how far to stray from the likeliest token",
+        (0, MAX_FACTOR),
+        note="0 is greedy",
+        example=0.7,
+        of_model=True,
     )
     top_p: float = option(
         1.0,
@@ -33,6 +38,7 @@ class SamplingParams:
         (0, 1),
         excluded=0,
         note="1 keeps every token",
+        example=0.9,
         of_model=True,
         random=True,
     )
@@ -41,6 +47,7 @@ class SamplingParams:
         "draw from so many of the likeliest tokens",
         (-1, MAX_COUNT),
         note="0 or -1 keeps every token",
+        example=20,
         of_model=True,
         random=True,
     )
@@ -49,6 +56,7 @@ class SamplingParams:
         "leave out tokens less likely than this share of the likeliest one",
         (0, 1),
         note="0 keeps every token",
+        example=0.1,
         of_model=True,
         random=True,
     )

@@ -112,7 +112,14 @@ def sampling_description(name: str) -> str:
 def with_sampling(request: type[T]) -> type[T]:
     """The same model, with a field for every option of `SamplingParams` that it does not declare itself."""
     fields: dict[str, Any] = {
-        name: (request_type(option), Field(None, description=sampling_description(name)))
+        name: (
+            request_type(option),
+            Field(
+                None,
+                description=sampling_description(name),
+                examples=None if option.example is None else [option.example],
+            ),
+        )
         for name, option in SAMPLING.items()
         if name not in request.model_fields and name not in NOT_IN_REQUESTS
     }
