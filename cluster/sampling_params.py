@@ -60,6 +60,15 @@ class SamplingParams:
         of_model=True,
         random=True,
     )
+    top_n_sigma: float = option(
+        0.0,
+        "leave out tokens whose logit is more than so many standard deviations of all logits below the highest",
+        (0, MAX_FACTOR),
+        note="0 keeps every token",
+        example=1.0,
+        of_model=True,
+        random=True,
+    )
     seed: int | None = option(  # of the first sequence, and the others' are made from it
         None,
         "equal seeds draw equal tokens, whatever else runs; -1 is 2**64 - 1",
