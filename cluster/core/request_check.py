@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from eagleray.cluster.core.messages import EngineRequest
-from eagleray.cluster.sampling_params import MAX_SEED, RANGES
+from eagleray.cluster.options import options
+from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
 MAX_PRIORITY = 2**31 - 1
 ITEM = 4  # bytes of an int32
-_NAMES = [name for name in RANGES if hasattr(Sampling(), name)]
+_BOUNDS = {
+    name: option.bounds
+    for name, option in options(SamplingParams).items()
+    if option.bounds and name in Sampling.__struct_fields__
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +50,7 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
 
 
 def _check_sampling(sampling: Sampling, limits: EngineLimits) -> None:
-    for name in _NAMES:
-        low, high, _ = RANGES[name]
+    for name, (low, high) in _BOUNDS.items():
         value = getattr(sampling, name)
         if value is not None and not low <= value <= high:  # NaN is in no range
             raise ValueError(f"{name} is {value!r}; send one from {low:g} to {high:g}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.options import options
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.models.json_file import read_object, shown
 
@@ -28,7 +29,7 @@ UNHELD: dict[str, tuple[Any, ...]] = {  # what would change answers and is not t
     ),
     **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "num_beams", "typical_p"), (None, 1)),
 }
-DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # vLLM's, but for its limit of tokens
+DEFAULTED = tuple(name for name, option in options(SamplingParams).items() if option.of_model)
 
 
 def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -3,17 +3,22 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
 
 from eagleray.cluster.core.messages import EngineRequest
 from eagleray.cluster.errors import ContextLengthError, counted
-from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
+from eagleray.cluster.options import options
+from eagleray.cluster.sampling_params import MAX_SEED, TOKEN_ID_OPTIONS, SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
 MAX_TOKEN_ID = 2**31 - 1  # ids travel as int32
+_TOLD_HINTS = get_type_hints(Sampling)
+TOLD_AS_THEY_ARE = [  # options that have the same name and type on both sides
+    option for name, option in options(SamplingParams).items() if _TOLD_HINTS.get(name) == option.hint
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,28 +120,21 @@ def sampling_of(params: SamplingParams, limits: ModelLimits, bad_words: list[lis
     `bad_words` are those of `params` as tokens. Raises `ValueError` for what the model cannot draw by.
     """
     stop_token_ids = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else limits.eos_token_ids)}
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+    for name in TOKEN_ID_OPTIONS:
         for token_id in getattr(params, name) or ():
             _check_token(name, token_id, limits)
     for word in bad_words:
         for token_id in word:
             _check_token("bad_words", token_id, limits)
     _check_drawable(params, limits, stop_token_ids if params.min_tokens else set(), bad_words)
-    shaping = {} if params.greedy else _shaping(params)
-    return Sampling(
-        temperature=0.0 if params.greedy else float(params.temperature),
-        presence_penalty=float(params.presence_penalty),
-        frequency_penalty=float(params.frequency_penalty),
-        repetition_penalty=float(params.repetition_penalty),
-        logit_bias={token_id: float(bias) for token_id, bias in (params.logit_bias or {}).items()},
-        bad_words=bad_words,
-        allowed_token_ids=sorted(set(params.allowed_token_ids or ())),
-        min_tokens=params.min_tokens,
-        stop_token_ids=sorted(stop_token_ids),
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-        **shaping,
-    )
+    told = _told_as_they_are(params) | {
+        "top_k": 0 if params.greedy else max(params.top_k, 0),
+        "logit_bias": {token_id: float(bias) for token_id, bias in (params.logit_bias or {}).items()},
+        "bad_words": bad_words,
+        "allowed_token_ids": sorted(set(params.allowed_token_ids or ())),
+        "stop_token_ids": sorted(stop_token_ids),
+    }
+    return Sampling(**told)
 
 
 def _check_drawable(
@@ -154,10 +152,9 @@ def _check_drawable(
     raise ValueError(f"{which} among {' or '.join(names)}, so that nothing could be drawn; leave one of them out")
 
 
-def _shaping(params: SamplingParams) -> dict[str, Any]:
-    """What only matters where chance decides."""
-    return {
-        "top_k": max(params.top_k, 0),
-        "top_p": float(params.top_p),
-        "min_p": float(params.min_p),
-    }
+def _told_as_they_are(params: SamplingParams) -> dict[str, Any]:
+    """By name. Of a greedy request without those that matter only where chance decides, and its temperature is 0."""
+    told = [option for option in TOLD_AS_THEY_ARE if not (option.random and params.greedy)]
+    values = {option.name: getattr(params, option.name) for option in told}
+    values |= {option.name: float(values[option.name]) for option in told if option.hint is float}
+    return values | {"temperature": 0.0} if params.greedy else values

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.bench.metrics import LIMITABLE
-from eagleray.deploy.cli.arguments import SAMPLING_HELP, add_engine
+from eagleray.deploy.cli.arguments import add_engine
 from eagleray.deploy.cli.options import add_options
 
 SAMPLED_BY = ("temperature", "top_p", "top_k")  # sampling options that change how long a step takes
@@ -175,8 +175,7 @@ def _add_engine_and_sampling(parser: argparse.ArgumentParser, positional: bool =
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    helps = {name: SAMPLING_HELP[name] for name in SAMPLED_BY}
-    add_options(parser.add_argument_group("sampling"), SamplingParams, helps)
+    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLED_BY)
 
 
 def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingParams:

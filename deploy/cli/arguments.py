@@ -4,42 +4,27 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from eagleray.cluster.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.frontend.generation_config import DEFAULTED, chosen_defaults
+from eagleray.cluster.options import options
 from eagleray.cluster.runtime.resolve import check_model, found
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.cli.options import add_options, given
 
-SAMPLING_HELP = {
-    "n": "answers to each prompt",
-    "max_tokens": "longest answer, in tokens; none lets it go on up to the model's limit",
-    "min_tokens": "shortest answer, in tokens: no stop token is drawn before",
-    "temperature": "how far to stray from the likeliest token; 0 always takes it",
-    "top_p": "draw from the likeliest tokens that together have this probability",
-    "top_k": "draw from so many of the likeliest tokens; 0 draws from all",
-    "min_p": "leave out tokens less likely than this share of the likeliest one",
-    "seed": "the same seed gives the same answer, whatever else runs; without, one is drawn or made of --engine-seed",
-    "presence_penalty": "lower the chance of tokens that the answer has used, once each",
-    "frequency_penalty": "lower the chance of tokens that the answer has used, for each time",
-    "repetition_penalty": "divide the score of tokens in prompt or answer by this; 1 changes nothing",
-    "logit_bias": "add to the score of single tokens before drawing",
-    "allowed_token_ids": "draw from these tokens only",
-    "bad_words": "never write this text; give it again for another text",
-    "stop": "end the answer before this text; give it again for another text",
-    "stop_token_ids": "end the answer at one of these tokens",
-    "ignore_eos": "go on past the model's end-of-sequence token",
-    "include_stop_str_in_output": "leave the stop text at the end of the answer",
-    "skip_special_tokens": "leave tokens such as the end-of-sequence out of the text",
-    "truncate_prompt_tokens": "of a longer prompt take the last so many tokens; -1 for as many as fit",
-    "logprobs": "report the log-probabilities of so many of the likeliest tokens at each place (shown by --json)",
-    "prompt_logprobs": "the same for the places of the prompt (shown by --json)",
-    "detokenize": "make text of the answer's tokens; without it only --json has something to show",
+SAMPLING_NOTES = {  # what is so on the command line alone
+    "max_tokens": "none lets it go on up to the model's limit",
+    "seed": "without, one is drawn or made of --engine-seed",
+    "bad_words": "give it again for another text",
+    "stop": "give it again for another text",
+    "logprobs": "shown by --json",
+    "prompt_logprobs": "shown by --json",
+    "detokenize": "without it only --json has something to show",
 }
 NOT_IN_CHAT = {"n", "logprobs", "prompt_logprobs", "detokenize"}
 GENERATE_DEFAULTS = {"max_tokens": 256}
@@ -47,33 +32,7 @@ CHAT_DEFAULTS = {"max_tokens": None}
 MODEL_FIRST = {name: getattr(SamplingParams(), name) for name in DEFAULTED}  # and this where it does not say
 CHAT_SAMPLING = MODEL_FIRST | {"temperature": 0.7}
 
-ENGINE_HELP = {
-    "revision": "branch, tag or commit of a model of the hub; what the hub has now if not given",
-    "tensor_parallel_size": "ranks, each a Ray actor, that share every layer of the model",
-    "dtype": "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
-    "device": "where the ranks run; auto is cuda if the cluster has GPUs",
-    "load_format": "dummy makes random weights instead of reading them",
-    "seed": "of requests without one of their own, and of dummy weights; a fresh one at every start if not given",
-    "max_model_len": "longest prompt and answer together, in tokens; the model's own limit if not given",
-    "block_size": "tokens in a block of the KV cache; 16 on CPU and 128 on CUDA if not given",
-    "max_num_seqs": "most requests that run at once",
-    "max_num_batched_tokens": "most tokens in one step, over all requests",
-    "max_chunk_tokens": "most tokens of one request in one step, which cuts long prompts in pieces",
-    "enable_prefix_caching": "reuse the KV cache of prompts that begin alike",
-    "gpu_memory_utilization": "share of a GPU's memory that a rank may use",
-    "kv_cache_bytes": "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free",
-    "steps_in_flight": "1 waits for each step before the next is sent; 2 keeps the ranks busy meanwhile",
-    "compile": "run the model through torch.compile",
-    "cpus_per_rank": "CPUs that each rank asks of the cluster",
-    "threads_per_rank": "threads of a rank on CPU; the node's cores divided among its ranks if not given",
-    "placement_timeout_s": "seconds to wait for room on the cluster",
-    "start_timeout_s": "seconds to wait for the ranks to load the model",
-    "step_timeout_s": "seconds without an answer after which a rank counts as dead",
-}
-
 ENGINE_RENAMED = {"seed": "engine_seed"}  # --seed is the requests' own
-ENGINE_CHOICES = {"dtype": DTYPES, "device": DEVICES, "load_format": LOAD_FORMATS}
-
 
 MISSING = "the following arguments are required:"
 UNKNOWN_OPTION = re.compile(r"unrecognized arguments: .*?(--[^\s=]+)")
@@ -141,7 +100,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
     )
     add_engine(parser)
-    _add_sampling(parser, SAMPLING_HELP, GENERATE_DEFAULTS, MODEL_FIRST)
+    _add_sampling(parser, options(SamplingParams), GENERATE_DEFAULTS, MODEL_FIRST)
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -149,8 +108,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
     add_engine(parser)
-    helps = {name: text for name, text in SAMPLING_HELP.items() if name not in NOT_IN_CHAT}
-    _add_sampling(parser, helps, CHAT_DEFAULTS, CHAT_SAMPLING)
+    _add_sampling(parser, options(SamplingParams).keys() - NOT_IN_CHAT, CHAT_DEFAULTS, CHAT_SAMPLING)
 
 
 def add_demo_model(parser: argparse.ArgumentParser) -> None:
@@ -166,20 +124,18 @@ def add_engine(
     required: dict[str, Any] = {"required": True, "metavar": "MODEL"}
     if positional:
         name, required = ("model",), {"metavar": "MODEL"}
-    engine.add_argument(*name, help="a checkpoint's directory, OWNER/NAME of the Hugging Face hub, or demo", **required)
+    engine.add_argument(*name, help=options(EngineConfig)["model"].text, **required)
     add_options(
         engine,
         EngineConfig,
-        ENGINE_HELP,
         renamed=ENGINE_RENAMED,
         aliases={"tensor_parallel_size": "--tp"},
-        choices=ENGINE_CHOICES,
         defaults=defaults,
     )
 
 
 def _add_sampling(
-    parser: argparse.ArgumentParser, helps: Mapping[str, str], defaults: Mapping[str, Any], fallback: Mapping[str, Any]
+    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any], fallback: Mapping[str, Any]
 ) -> None:
     """`fallback` is what holds for options that the model might have set, and did not."""
     sampling = parser.add_argument_group("sampling")
@@ -190,7 +146,7 @@ def _add_sampling(
         help="whose sampling counts where no option says: auto is the model's generation_config.json, none the "
         "defaults shown here (default: auto)",
     )
-    add_options(sampling, SamplingParams, helps, defaults=defaults, model_first=fallback)
+    add_options(sampling, SamplingParams, names, notes=SAMPLING_NOTES, defaults=defaults, model_first=fallback)
 
 
 def check_sampling(arguments: argparse.Namespace) -> None:

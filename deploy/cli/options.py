@@ -1,36 +1,39 @@
-"""Makes command-line options from the fields of a dataclass: names, types and defaults."""
+"""Makes command-line options from those of a dataclass (`cluster/options.py`)."""
 
 import argparse
 import types
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, fields
-from typing import Any, get_type_hints
+from dataclasses import fields
+from typing import Any
+
+from eagleray.cluster.options import Option, options
 
 
 def add_options(
     parser: "argparse.ArgumentParser | argparse._ArgumentGroup",
     owner: type[Any],
-    helps: Mapping[str, str],
+    names: Collection[str] | None = None,
     *,
     renamed: Mapping[str, str] = types.MappingProxyType({}),
     aliases: Mapping[str, str] = types.MappingProxyType({}),
-    choices: Mapping[str, Collection[str]] = types.MappingProxyType({}),
+    notes: Mapping[str, str] = types.MappingProxyType({}),
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
     model_first: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
-    """Give `parser` an option for every field of the dataclass `owner` that `helps` has a text for.
+    """Give `parser` an option for every one of the dataclass `owner` that has a default, or for those of `names`.
 
     An option that is not given leaves no trace in the parsed arguments, so that the dataclass's own default holds;
-    `defaults` names those for which the command line has another, `renamed` those that it calls by another name, and
-    `model_first` what holds for some if the model does not say either.
+    `defaults` names those for which the command line has another, `renamed` those that it calls by another name,
+    `notes` what else it says about some, and `model_first` what holds for some if the model does not say either.
     """
-    hints = get_type_hints(owner)
-    for field in (field for field in fields(owner) if field.name in helps):
-        name = field.name
+    for name, option in options(owner).items():
+        if option.required or (names is not None and name not in names):
+            continue
         dest = renamed.get(name, name)
         flags = [f"--{dest.replace('_', '-')}"] + ([aliases[name]] if name in aliases else [])
-        reader = {"choices": tuple(choices[name])} if name in choices else _reader(hints[name])
-        text = _help(helps[name], defaults.get(name, model_first.get(name, _default(field))), name in model_first)
+        reader = {"choices": option.choices} if option.choices else _reader(option)
+        text = "; ".join([option.text] + ([notes[name]] if name in notes else []))
+        text = _help(text, defaults.get(name, model_first.get(name, option.default)), name in model_first)
         parser.add_argument(*flags, dest=dest, default=defaults.get(name, argparse.SUPPRESS), help=text, **reader)
 
 
@@ -84,15 +87,11 @@ _READERS: dict[Any, dict[str, Any]] = {
 }
 
 
-def _reader(hint: Any) -> dict[str, Any]:
+def _reader(option: Option) -> dict[str, Any]:
     """How argparse reads a value of this type."""
-    if hint not in _READERS:
-        raise TypeError(f"no option can be made for a field of type {hint}; add it to _READERS")
-    return _READERS[hint]
-
-
-def _default(field: "Field[Any]") -> Any:
-    return None if field.default is MISSING else field.default
+    if option.hint not in _READERS:
+        raise TypeError(f"no option can be made for a field of type {option.hint}; add it to _READERS")
+    return _READERS[option.hint]
 
 
 def _help(text: str, default: Any, model_first: bool) -> str:

@@ -3,42 +3,35 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema, WrapValidator
+from pydantic.config import JsonDict
 
 from eagleray.cluster.frontend.front_end import MAX_PRIORITY
-from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_SEED, MIN_SEED, RANGES
+from eagleray.cluster.options import Option, options
+from eagleray.cluster.sampling_params import SamplingParams
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 16_384  # of all of them: a table of so many states is made for each prompt
+MAX_EXACT = 2**53  # FastAPI writes bounds as floats, which have no 2**64 - 1
+SAMPLING = options(SamplingParams)
 
 
-def _schema(name: str, kind: str, **others: Any) -> dict[str, Any]:
-    """JSON schema of a number of `SamplingParams`."""
-    low, high, _ = RANGES[name]
-    return {"type": kind, "minimum": low, "maximum": high} | others
-
-
-def _number(name: str) -> WithJsonSchema:
-    return WithJsonSchema(_schema(name, "number"))
+def number_schema(option: Option, **others: Any) -> dict[str, Any]:
+    """JSON schema of a number with bounds."""
+    assert option.bounds is not None
+    low, high = option.bounds
+    least = {"exclusiveMinimum" if option.excluded == low else "minimum": low}
+    most = {"maximum": high} if high <= MAX_EXACT else {"exclusiveMaximum": high + 1}
+    return {"type": "integer" if option.kind == "int" else "number"} | least | most | others
 
 
 def _count(name: str, **others: Any) -> WithJsonSchema:
-    return WithJsonSchema(_schema(name, "integer", **others))
+    return WithJsonSchema(number_schema(SAMPLING[name], **others))
 
 
 NumChoices = Annotated[int, _count("n")]
 MaxTokens = Annotated[int, _count("max_tokens")]
 MaxTokensOrNone = Annotated[int, _count("max_tokens", minimum=0)]
 MinTokens = Annotated[int, _count("min_tokens")]
-Temperature = Annotated[float, _number("temperature")]
-TopP = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})]
-TopK = Annotated[int, _count("top_k")]
-MinP = Annotated[float, _number("min_p")]
-Seed = Annotated[  # FastAPI writes bounds as floats, which have no 2**64 - 1
-    int, WithJsonSchema({"type": "integer", "minimum": MIN_SEED, "exclusiveMaximum": MAX_SEED + 1})
-]
-PresencePenalty = Annotated[float, _number("presence_penalty")]
-FrequencyPenalty = Annotated[float, _number("frequency_penalty")]
-RepetitionPenalty = Annotated[float, _number("repetition_penalty")]
 NumLogprobs = Annotated[int, _count("logprobs")]
 Priority = Annotated[int, WithJsonSchema({"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY})]
 
@@ -59,7 +52,6 @@ SomeText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 SomeTexts = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
 OneOfMany = Annotated[SomeIds, WrapValidator(lambda ids, validate: validate(ids))]  # Python, so that others get a turn
 ListsOfIds = Annotated[list[OneOfMany], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
-Words = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_BAD_WORDS})]
 Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOP_STRINGS})]
 
 BIASES = {
@@ -68,3 +60,17 @@ BIASES = {
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 Biases = Annotated[dict[str, float], WithJsonSchema(BIASES)]
+
+
+def request_type(option: Option) -> Any:
+    """The type of a request's field for an option; None, JSON's null, is one of its values. Raises `TypeError`."""
+    if option.bounds is not None:
+        return Annotated[int if option.kind == "int" else float, WithJsonSchema(number_schema(option))] | None
+    if option.kind in ("list[int]", "list[str]"):
+        item: Any = TokenId if option.kind == "list[int]" else SomeText
+        limits = {"minItems": option.min_length, "maxItems": option.max_length}
+        extra: JsonDict = {name: limit for name, limit in limits.items() if limit}
+        return Annotated[list[item], Field(fail_fast=True, json_schema_extra=extra or None)] | None
+    if option.kind == "bool":
+        return bool | None
+    raise TypeError(f"no field of a request can be made of {option.name}, a {option.hint}; declare it by hand")

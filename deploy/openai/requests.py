@@ -4,42 +4,45 @@ None, JSON's null, stands for a field's default everywhere, be that the model's 
 (`unsupported_fields.py`). `SamplingParams` checks ranges and words the errors.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetJsonSchemaHandler, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    create_model,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from eagleray.deploy.openai.field_types import (
     MAX_STOP_STRINGS,
+    SAMPLING,
     Biases,
     Effort,
-    FrequencyPenalty,
     Ids,
     ListsOfIds,
     MaxTokens,
     MaxTokensOrNone,
-    MinP,
     MinTokens,
     NumChoices,
     NumLogprobs,
-    PresencePenalty,
     Priority,
-    RepetitionPenalty,
     RequestId,
     Role,
-    Seed,
     SomeIds,
     SomeText,
     SomeTexts,
     Stops,
-    Temperature,
-    TopK,
-    TopP,
     Truncation,
     Verbosity,
-    Words,
+    request_type,
 )
 from eagleray.deploy.openai.unsupported_fields import (
     IN_CHATS,
@@ -49,6 +52,10 @@ from eagleray.deploy.openai.unsupported_fields import (
     describe,
     without_neutral,
 )
+
+OPENAI = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty"}  # others that we have are extensions
+NOT_IN_REQUESTS = {"logprobs", "detokenize"}  # the one differs between the two ways; text is what is answered
+T = TypeVar("T", bound=BaseModel)
 
 LOGGED = "Changes nothing: it goes to the server's log together with the answer's id."
 CACHED = "Changes nothing: prefixes are cached as long as there is room."
@@ -91,8 +98,42 @@ class StreamOptions(Known):
         return bool(self.include_usage or self.continuous_usage_stats)
 
 
+def sampling_description(name: str) -> str:
+    """What `SamplingParams` says of an option, in sentences, with its default."""
+    option = SAMPLING[name]
+    text = option.text[0].upper() + option.text[1:] if name in OPENAI else f"Extension: {option.text}"
+    if option.default is None:
+        return f"{text}."
+    shown = json.dumps(option.default).removesuffix(".0")
+    first = "the model's, or else " if option.of_model else ""
+    return f"{text}. By default {first}{shown}."
+
+
+def with_sampling(request: type[T]) -> type[T]:
+    """The same model, with a field for every option of `SamplingParams` that it does not declare itself."""
+    fields: dict[str, Any] = {
+        name: (
+            request_type(option),
+            Field(
+                None,
+                description=sampling_description(name),
+                examples=None if option.example is None else [option.example],
+            ),
+        )
+        for name, option in SAMPLING.items()
+        if name not in request.model_fields and name not in NOT_IN_REQUESTS
+    }
+    made: type[T] = create_model(
+        request.__name__, __base__=request, __module__=request.__module__, __doc__=request.__doc__, **fields
+    )
+    return made
+
+
+@with_sampling
 class GenerationRequest(Asked):
-    """What both ways to generate share."""
+    """What both ways to generate share. Options with a meaning of their own here, or that others depend on, are
+    declared; the rest is as `SamplingParams` has it.
+    """
 
     stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
@@ -102,14 +143,9 @@ class GenerationRequest(Asked):
         "`temperature` 0 they are all equal.",
     )
     max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
-    temperature: Temperature | None = Field(None, description="0 is greedy; the model's default, or 1.")
-    top_p: TopP | None = Field(None, description="Draw from the most likely tokens of this total probability.")
     stop: str | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
-    seed: Seed | None = Field(None, description="Equal seeds draw equal tokens, in any batch; -1 is 2**64 - 1.")
-    presence_penalty: PresencePenalty | None = Field(None, description="From -2 to 2.")
-    frequency_penalty: FrequencyPenalty | None = Field(None, description="From -2 to 2.")
     logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
 
     user: str | None = Field(None, description=f"Who asks. {LOGGED}")
@@ -123,23 +159,8 @@ class GenerationRequest(Asked):
     prompt_cache_retention: str | None = Field(None, description=CACHED)
     prompt_cache_options: dict[str, Any] | None = Field(None, description=CACHED)
 
-    top_k: TopK | None = Field(None, description="Extension: draw from so many tokens; 0 or -1 for all.")
-    min_p: MinP | None = Field(None, description="Extension: leave out what is less likely than this times the best.")
-    repetition_penalty: RepetitionPenalty | None = Field(
-        None, description="Extension: above 1 discourages what is there already."
-    )
-    min_tokens: MinTokens | None = Field(None, description="Extension: nothing ends a choice before so many tokens.")
-    ignore_eos: bool | None = Field(None, description="Extension: go on after the end of sequence.")
-    stop_token_ids: Ids | None = Field(None, description="Extension: token ids that end a choice.")
-    allowed_token_ids: SomeIds | None = Field(None, description="Extension: draw nothing else.")
-    bad_words: Words | None = Field(
-        None, description="Extension: texts that are not generated, be it with a space before them."
-    )
-    include_stop_str_in_output: bool | None = Field(None, description="Extension: keep the stop text.")
-    skip_special_tokens: bool | None = Field(None, description="Extension: leave special tokens out; true by default.")
-    truncate_prompt_tokens: Truncation | None = Field(
-        None, description="Extension: of a longer prompt take the last so many tokens; -1 for as many as fit."
-    )
+    min_tokens: MinTokens | None = Field(None, description=sampling_description("min_tokens"))
+    truncate_prompt_tokens: Truncation | None = Field(None, description=sampling_description("truncate_prompt_tokens"))
     prompt_logprobs: NumLogprobs | None = Field(
         None,
         description="Extension: log-probabilities of the prompt's tokens, with so many likely ones; not in streams.",

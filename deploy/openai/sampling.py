@@ -3,32 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eagleray.cluster.sampling_params import RANGES, SamplingParams
+from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
+from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SAMPLING
 from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from eagleray.deploy.openai.truncate import excerpt
 
-SAME_NAME = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "stop",
-    "min_tokens",
-    "ignore_eos",
-    "stop_token_ids",
-    "allowed_token_ids",
-    "bad_words",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "truncate_prompt_tokens",
-)
+OTHERWISE = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias"}  # whose meaning is another in requests
+SAME_NAME = tuple(name for name in SAMPLING if name in GenerationRequest.model_fields and name not in OTHERWISE)
 Defaults = Mapping[str, float]
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
@@ -66,16 +48,15 @@ def prompt_only(request: CompletionRequest) -> bool:
 
 def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """Without a limit of the client's, the model's room is the limit; of two, that under the new name."""
-    low, high, remedy = RANGES["max_tokens"]
     for name in ("max_completion_tokens", "max_tokens"):
         limit = getattr(request, name)
-        if limit is not None and not low <= limit <= high:
-            raise ApiError(400, f"{name} is {excerpt(limit)}; {remedy}", param=name)
+        if not SAMPLING["max_tokens"].holds(limit):
+            raise ApiError(400, f"{name} is {excerpt(limit)}; {SAMPLING['max_tokens'].remedy}", param=name)
     if request.top_logprobs and not request.logprobs:
         message = f"top_logprobs is {excerpt(request.top_logprobs)} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
-    if request.top_logprobs is not None and not 0 <= request.top_logprobs <= 20:
-        message = f"top_logprobs is {excerpt(request.top_logprobs)}; give a number from 0 to 20"
+    if not SAMPLING["logprobs"].holds(request.top_logprobs):
+        message = f"top_logprobs is {excerpt(request.top_logprobs)}; {SAMPLING['logprobs'].remedy}"
         raise ApiError(400, message, param="top_logprobs")
     old, new = request.max_tokens, request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None

@@ -1,6 +1,6 @@
-"""Documents the fields of dataclasses by what the command line says of them and by the comments beside them.
+"""Documents the fields of dataclasses by what their options say, or by the comments beside them.
 
-Our dataclasses describe a field in the comment at the end of its line, and only where its name does not say enough.
+Other dataclasses describe a field in the comment at the end of its line, and only where its name does not say enough.
 """
 
 import ast
@@ -10,10 +10,11 @@ from typing import Any
 
 from griffe import Attribute, Docstring, Extension, ObjectNode
 
-from eagleray.deploy.cli.arguments import ENGINE_RENAMED, Parser
-from eagleray.deploy.cli.main import COMMANDS, _named
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.options import options
+from eagleray.cluster.sampling_params import SamplingParams
 
-GROUPS = {"SamplingParams": ("sampling", {}), "EngineConfig": ("engine", ENGINE_RENAMED)}
+OWNERS = {"SamplingParams": SamplingParams, "EngineConfig": EngineConfig}
 
 
 class Comments(Extension):
@@ -28,15 +29,12 @@ class Comments(Extension):
 
 
 def _help(attr: Attribute) -> str:
-    """What the command line says of a field; empty for those that it has no option for."""
-    group, renamed = GROUPS.get(attr.parent.name, (None, {}))
-    if group is None:
+    """What an option says of itself and which values it takes; empty for other fields."""
+    owner = OWNERS.get(attr.parent.name)
+    option = None if owner is None else options(owner).get(attr.name)
+    if option is None:
         return ""
-    parser = Parser(prog="eagleray")
-    _named(COMMANDS["generate"].add_arguments)(parser)
-    (found,) = (each for each in parser._action_groups if each.title == group)
-    texts = {action.dest: action.help for action in found._group_actions}
-    return _sentence((texts.get(renamed.get(attr.name, attr.name)) or "").partition(" (default:")[0])
+    return "\n\n".join(text for text in (_sentence(option.text), _sentence(option.values)) if text)
 
 
 def _comment(attr: Attribute) -> str:

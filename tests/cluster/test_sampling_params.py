@@ -5,9 +5,29 @@ from typing import Any
 
 import pytest
 
+from eagleray.cluster.options import Option, options
 from eagleray.cluster.sampling_params import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
+NUMBERS = {name: each for name, each in options(SamplingParams).items() if each.bounds is not None}
+
+
+def beyond(each: Option) -> list[Any]:
+    """Of a number: values outside of its bounds, and of no number."""
+    low, high = each.bounds or (0, 0)
+    others = [NAN, INF, True, str(low), [low]] + [None] * (not each.optional)
+    return [low - 1, 2 * high + 1, *others] + [1.5] * (each.kind == "int")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {name: beyond(each) for name, each in NUMBERS.items()}.items(),
+)
+def test_a_number_beyond_its_bounds_is_refused(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{field} is ") as refusal:
+            SamplingParams(**{field: value})
+        assert str(refusal.value).startswith(f"{field} is {value!r}; give ")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +69,7 @@ def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any])
 def test_every_field_has_bad_values_above() -> None:
     marks = test_a_bad_value_is_refused_by_name_and_value.pytestmark
     tested = {name for name, _ in marks[0].args[1]}
-    assert tested == {field.name for field in dataclasses.fields(SamplingParams)}
+    assert tested | NUMBERS.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def theirs(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{made_up}: {loading}")
     found = model.eval()(torch.tensor([PROMPT]), use_cache=False).logits[0]
     said = model.generation_config
-    sampling = {name: getattr(said, name) for name in DEFAULTED}
+    sampling = {name: getattr(said, name, None) for name in DEFAULTED}  # None for what transformers does not have
     if said.do_sample is False:
         sampling["temperature"] = 0.0
     return {"logits": found, "eos": said.eos_token_id, "sampling": sampling}

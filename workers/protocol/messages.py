@@ -19,6 +19,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     top_k: int = 0  # 0 keeps every token
     top_p: float = 1.0
     min_p: float = 0.0
+    top_n_sigma: float = 0.0  # 0 keeps every token
     seed: int = 0  # unsigned 64-bit key of the noise
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

@@ -1,6 +1,7 @@
 """Samples the next token of every row from vocabulary shards.
 
-The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution:
+The order of operations is that of vLLM's v1 engine, so that the same parameters mean the same distribution; what vLLM
+does not have, top-n-sigma, stands where llama.cpp has it:
 
  1. log-probabilities, where asked for, are of the raw logits, before anything below;
  2. `allowed_token_ids` masks every other token, `bad_words` those that would complete one of them;
@@ -8,11 +9,14 @@ The order of operations is that of vLLM's v1 engine, so that the same parameters
  4. `logit_bias` is added;
  5. penalties: repetition over prompt and output, then frequency and presence over the output;
  6. a row with a temperature below 1e-5 takes the arg-max, equal logits going to the lower id, and is done;
- 7. the logits of other rows are divided by the temperature;
- 8. min-p drops tokens less likely than `min_p` times the likeliest;
- 9. top-k keeps the k likeliest, top-p the shortest prefix of those that holds `top_p` of their renormalised
+ 7. top-n-sigma (arXiv:2411.07641) drops tokens whose logit is below the row's highest less `top_n_sigma` standard
+    deviations of all its logits but the masked ones, as in llama.cpp: of the population, not of a sample. The cut is a
+    distance in units of the deviation, so that a temperature would not move it;
+ 8. the logits of these rows are divided by the temperature;
+ 9. min-p drops tokens less likely than `min_p` times the likeliest;
+10. top-k keeps the k likeliest, top-p the shortest prefix of those that holds `top_p` of their renormalised
     probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id;
-10. the arg-max of logits plus Gumbel noise is a draw from the softmax (`gumbel.py`). Equal sums go to the lower id.
+11. the arg-max of logits plus Gumbel noise is a draw from the softmax (`gumbel.py`). Equal sums go to the lower id.
 
 Where nothing is left to draw from, because everything is masked, the pair is a masked token's, and says so.
 Where a raw logit is NaN or infinite nothing is drawn: the row's pair says so, and its token means nothing.
@@ -36,7 +40,7 @@ from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling.gumbel import add_gumbel_, row_keys
 from eagleray.workers.sampling.logit_edits import add_bias_, allow_only_, mask_
 from eagleray.workers.sampling.logprobs import LogprobTensors, token_logprobs
-from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, unpack_ids
+from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, line_blocks, unpack_ids
 from eagleray.workers.sampling.penalties import penalise
 from eagleray.workers.sampling.table import NO_TOP_K, PLAIN, Feature, SamplingTable
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, draw_top_k_top_p
@@ -122,6 +126,8 @@ class Sampler:
         asking = batch.lines(Feature.LOGPROBS)
         raw = logits.index_select(0, self._tensor(asking)) if asking else None
         self._edit(logits, batch)
+        if lines := batch.lines(Feature.TOP_N_SIGMA):
+            self._drop_below_n_sigma(logits, batch, lines)
         pairs = self._agree(self._best(logits, batch), marks)
         if raw is None:
             return SampleOutput(pairs)
@@ -185,6 +191,17 @@ class Sampler:
             logits[index], tokens, num_prompt_tokens, self._tensor(lengths), penalties, self._shard
         )
 
+    def _drop_below_n_sigma(self, logits: Tensor, batch: _Batch, lines: list[int]) -> None:
+        """Top-n-sigma over all ranks' shards, in place."""
+        rows = self._tensor([batch.rows[line] for line in lines])
+        index = _index(self._tensor(lines), len(batch.rows))
+        values = logits[index]
+        highest = self._tp.all_reduce(values.amax(dim=-1), "max")
+        count, total, squares = self._tp.all_reduce(_moments(values, highest))
+        variance = squares / count.clamp(min=1) - (total / count.clamp(min=1)).square()
+        lowest = highest - self._table.top_n_sigma[rows] * variance.clamp(min=0).sqrt()
+        logits[index] = values.masked_fill(values < lowest.to(values.dtype).unsqueeze(1), -torch.inf)
+
     def _best(self, logits: Tensor, batch: _Batch) -> Tensor:
         """This rank's best pair [n] of each line, after noise where it is random."""
         greedy = batch.lines(0, unwanted=Feature.RANDOM)
@@ -225,6 +242,22 @@ class Sampler:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self._table.device)
+
+
+def _moments(values: Tensor, highest: Tensor) -> Tensor:
+    """How many of `values` [n, shard] are not masked, the sum of their distances to `highest` [n] and of its squares.
+
+    [3, n] float64, so that the ranks' sums hardly depend on how many ranks there are. Distances, since squares of large
+    values that lie close together would cancel each other out.
+    """
+    moments = []
+    for block in line_blocks(values):
+        is_masked = values[block] == -torch.inf
+        distances = (values[block] - highest[block].unsqueeze(1)).masked_fill_(is_masked, 0.0)
+        count = (~is_masked).sum(dim=-1, dtype=torch.float64)
+        norm = torch.linalg.vector_norm(distances, dim=-1, dtype=torch.float64)
+        moments.append(torch.stack([count, distances.sum(dim=-1, dtype=torch.float64), norm.square()]))
+    return torch.cat(moments, dim=1)
 
 
 def _index(lines: Tensor, num_lines: int) -> Tensor | slice:

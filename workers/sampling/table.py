@@ -31,6 +31,7 @@ class Feature(IntFlag):
     PENALTIES = 64
     LOGPROBS = 128
     BAD_WORDS = 256
+    TOP_N_SIGMA = 512  # only beside RANDOM
 
 
 PLAIN = Feature.RANDOM  # a row that asks for nothing else has its token drawn by a kernel, where there is one
@@ -65,6 +66,7 @@ class SamplingTable:
         self.log_min_p = torch.full((max_rows,), -inf, device=device)
         self.top_k = torch.full((max_rows,), NO_TOP_K, dtype=torch.int64, device=device)
         self.top_p = torch.full((max_rows,), inf, dtype=torch.float64, device=device)
+        self.top_n_sigma = torch.zeros(max_rows, dtype=torch.float64, device=device)
         self.repetition = torch.ones(max_rows, device=device)
         self.frequency = torch.zeros(max_rows, device=device)
         self.presence = torch.zeros(max_rows, device=device)
@@ -89,6 +91,7 @@ class SamplingTable:
             self.temperatures,
             self.log_min_p,
             self.top_p,
+            self.top_n_sigma,
             self.repetition,
             self.frequency,
             self.presence,
@@ -120,11 +123,12 @@ class SamplingTable:
 
 
 def _reals(sampling: Sampling) -> tuple[float, ...]:
-    """Temperature (0 if greedy), log of min-p, top-p, and the repetition, frequency and presence penalties."""
+    """Temperature (0 if greedy), log of min-p, top-p, top-n-sigma; repetition, frequency and presence penalties."""
     return (
         sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0,
         log(sampling.min_p) if sampling.min_p > 0 else -inf,
         sampling.top_p if sampling.top_p < 1 else inf,
+        sampling.top_n_sigma,
         sampling.repetition_penalty,
         sampling.frequency_penalty,
         sampling.presence_penalty,
@@ -139,6 +143,7 @@ def features_of(sampling: Sampling) -> Feature:
         Feature.RANDOM: is_random,
         Feature.RESTRICTED: is_random and (sampling.top_k > 0 or sampling.top_p < 1),
         Feature.MIN_P: is_random and sampling.min_p > 0,
+        Feature.TOP_N_SIGMA: is_random and sampling.top_n_sigma > 0,
         Feature.ALLOWED: bool(sampling.allowed_token_ids),
         Feature.MIN_TOKENS: sampling.min_tokens > 0 and bool(sampling.stop_token_ids),
         Feature.BIAS: bool(sampling.logit_bias),

@@ -13,16 +13,16 @@ import pytest
 
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.options import option, options
 from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import (
     CHAT_SAMPLING,
-    ENGINE_HELP,
     ENGINE_RENAMED,
     GENERATE_DEFAULTS,
     NOT_IN_CHAT,
-    SAMPLING_HELP,
+    SAMPLING_NOTES,
     Parser,
     add_chat,
     add_generate,
@@ -58,8 +58,11 @@ def test_every_field_is_an_option_with_a_help_text(capsys: pytest.CaptureFixture
     names = {field.name for field in fields(SamplingParams)}
     names |= {ENGINE_RENAMED.get(field.name, field.name) for field in fields(EngineConfig)}
     assert {flag(name) for name in names} <= {word.strip("[],") for word in shown}
-    assert set(SAMPLING_HELP) == {field.name for field in fields(SamplingParams)}
-    assert set(ENGINE_HELP) | {"model"} == {field.name for field in fields(EngineConfig)}
+    for owner in (SamplingParams, EngineConfig):
+        assert set(options(owner)) == {field.name for field in fields(owner)}
+    text = " ".join(shown)
+    assert all(" ".join(each.text.split()) in text for each in options(EngineConfig).values())
+    assert all(note in text for note in SAMPLING_NOTES.values())
 
 
 def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,10 +143,10 @@ def test_prompts_may_stand_between_options(capsys: pytest.CaptureFixture[str]) -
 def test_a_field_of_a_type_without_a_reader_is_refused() -> None:
     @dataclass
     class Odd:
-        when: complex
+        when: complex = option(1j, "?")
 
     with pytest.raises(TypeError, match="complex"):
-        add_options(Parser(), Odd, {"when": "?"})
+        add_options(Parser(), Odd)
 
 
 USAGE_ERRORS = [

@@ -13,6 +13,7 @@ from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.options import options
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.openai.app import make_app
@@ -56,6 +57,11 @@ SHAPING: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what a client sends,
         {"skip_special_tokens": False, "logit_bias": {str(END_ID): 6}},
         {"skip_special_tokens": False, "logit_bias": {END_ID: 6}},
     ),
+]
+SHAPING += [  # and what no case above has, by the example that is said of it
+    ({name: each.example}, {name: each.example})
+    for name, each in options(SamplingParams).items()
+    if each.example is not None and not any(name in asked for asked, _ in SHAPING)
 ]
 IDS = ["+".join(f"{name}={str(value)[:12]}" for name, value in asked.items()) for asked, _ in SHAPING]
 

@@ -135,6 +135,7 @@ EVERYTHING = Sampling(
     top_k=3,
     top_p=0.5,
     min_p=0.3,
+    top_n_sigma=0.5,
     seed=9,
     presence_penalty=1.0,
     frequency_penalty=1.0,
@@ -194,7 +195,24 @@ def reference(line: Line) -> tuple[int, float]:
     logits = logits - np.float32(s.presence_penalty) * (counts > 0)
     if s.temperature < 1e-5:
         return int(np.argmax(logits)), np.inf
-    return reference_draw(s, logits / np.float32(s.temperature), len(line.prompt) + len(line.output))
+    margin = np.inf
+    if s.top_n_sigma > 0:
+        logits, margin = reference_top_n_sigma(s.top_n_sigma, logits)
+    values = logits / np.float32(s.temperature)
+    token, margin_of_draw = reference_draw(s, values, len(line.prompt) + len(line.output))
+    return token, min(margin, margin_of_draw)
+
+
+def reference_top_n_sigma(n: float, logits: Array) -> tuple[Array, float]:
+    """Logits without those below the cut, and how close to it the next one is, in roundings of a float32."""
+    wide = logits.astype(np.float64)
+    there = wide[wide > -np.inf]
+    if not len(there):
+        return logits, np.inf
+    cut = there.max() - n * there.std()
+    others = there[there < there.max()]  # which is above any cut, without rounding
+    margin = np.abs(others - cut).min(initial=np.inf) / (1e-6 * max(1, np.abs(cut)))
+    return np.where(wide < cut, np.float32(-np.inf), logits), margin
 
 
 # How much float32 may move a score of up to a few hundred, and the share of the mass before a token or its probability
@@ -246,6 +264,7 @@ def random_line(rng: np.random.Generator) -> Line:
         top_k=maybe(0.3, int(rng.choice([1, 2, 20, 300, 990, 1000, 2000])), 0),
         top_p=maybe(0.4, float(rng.choice([1e-6, 0.3, 0.9, 0.999])), 1.0),
         min_p=maybe(0.3, float(rng.choice([1e-4, 0.1, 0.7, 1.0])), 0.0),
+        top_n_sigma=maybe(0.3, float(rng.choice([0.1, 1.0, 2.5, 1e6])), 0.0),
         seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
         presence_penalty=maybe(0.2, 0.7, 0.0),
         frequency_penalty=maybe(0.2, -0.3, 0.0),
@@ -316,7 +335,8 @@ class TestExtremes:
         assert sample(lines, size)[0] == [0] * 5  # a draw among ties would give any token
 
     @pytest.mark.parametrize(
-        "narrow", [Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(top_p=0.0), Sampling(min_p=1.0)]
+        "narrow",
+        [Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(top_p=0.0), Sampling(min_p=1.0), Sampling(top_n_sigma=1e-9)],
     )
     def test_restricted_to_one_token_is_the_arg_max(self, size: int, narrow: Sampling) -> None:
         lines = [Line(msgspec.structs.replace(narrow, seed=seed), peaked(seed)) for seed in range(8)]
@@ -336,6 +356,36 @@ class TestExtremes:
             650,
             999,
         }
+
+    def test_top_n_sigma_keeps_what_is_near_the_highest_at_any_temperature(self, size: int) -> None:
+        """Of 996 zeros and 10, 9, 8 and 0.5 the deviation is 0.495, so that 3 of them reach down to 8.5."""
+        logits = flat()
+        logits[[5, 650, 720, 999]] = 10.0, 9.0, 8.0, 0.5
+        for temperature in (0.01, 1.0, 100.0):
+            kept = [5] if temperature == 0.01 else [5, 650]
+            cases: list[dict[str, Any]] = [{}, {"top_p": 0.99}, {"top_k": 900}, {"min_p": 1e-9}]
+            for extra in cases:
+                lines = [
+                    Line(Sampling(temperature=temperature, top_n_sigma=3.0, seed=seed, **extra), logits)
+                    for seed in range(60)
+                ]
+                assert set(sample(lines, size)[0]) == set(kept)
+
+    def test_top_n_sigma_counts_no_masked_token(self, size: int) -> None:
+        """The deviation of 10, 9 and 0 is 4.5; with the 997 zeros that are masked it would be 0.43."""
+        logits = flat()
+        logits[[5, 650]] = 10.0, 9.0
+        sampling = Sampling(temperature=10.0, top_n_sigma=2.3, allowed_token_ids=[5, 650, 999])
+        lines = [Line(msgspec.structs.replace(sampling, seed=seed), logits) for seed in range(60)]
+        assert set(sample(lines, size)[0]) == {5, 650, 999}
+        narrower = [Line(msgspec.structs.replace(line.sampling, top_n_sigma=2.2), logits) for line in lines]
+        assert set(sample(narrower, size)[0]) == {5, 650}
+
+    def test_top_n_sigma_of_large_logits_that_lie_close_together(self, size: int) -> None:
+        """A deviation of 0.289, of logits that float32 rounds to steps of 0.001, which lie as far from each other."""
+        logits = (1e4 + np.linspace(0, 1, VOCAB)).astype(np.float32)
+        tokens = sample([Line(Sampling(top_n_sigma=1.0, seed=seed), logits) for seed in range(300)], size)[0]
+        assert 709 <= min(tokens) < 720
 
     def test_only_allowed_tokens_are_drawn_though_one_rank_holds_them_all(self, size: int) -> None:
         lines = [
@@ -402,9 +452,10 @@ class TestExtremes:
 
     def test_with_nothing_left_every_rank_knows(self, size: int) -> None:
         kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.5}]
+        kinds.append({"top_n_sigma": 1.0})
         nothing: dict[str, Any] = {"allowed_token_ids": [720], "stop_token_ids": [720], "min_tokens": 1}
         lines = [Line(Sampling(**kind, **others), flat()) for kind in kinds for others in (nothing, {})]
-        tokens = sample(lines, size, masked=range(0, 10, 2))[0]
+        tokens = sample(lines, size, masked=range(0, len(lines), 2))[0]
         assert tokens[1::2] == sample(lines[1::2], size)[0]
 
     @pytest.mark.parametrize("where", [0, 5, 650, 720, 999])
@@ -412,7 +463,7 @@ class TestExtremes:
     def test_broken_logits_are_noticed_by_every_rank(self, size: int, where: int, broken: float) -> None:
         """One is enough, wherever it is and whatever masks it; rows beside it draw what they would have drawn."""
         kinds = [Sampling(temperature=0.0), Sampling(), Sampling(top_p=0.9), Sampling(top_k=9), Sampling(min_p=0.5)]
-        kinds += [Sampling(allowed_token_ids=[1]), Sampling(logprobs=2)]
+        kinds += [Sampling(allowed_token_ids=[1]), Sampling(logprobs=2), Sampling(top_n_sigma=1.0)]
         logits = peaked()
         logits[where] = broken
         well = [Line(kind, peaked(1)) for kind in kinds]
@@ -449,6 +500,12 @@ def test_a_request_draws_the_same_token_alone_and_among_any_others(size: int) ->
     together = sample(lines, size)[0]
     assert [sample([line], size)[0][0] for line in lines] == together
     assert sample(lines[::-1], size)[0] == together[::-1]
+
+
+def test_a_row_with_top_n_sigma_is_not_left_to_the_kernel_of_plain_rows_unless_it_is_greedy() -> None:
+    table = SamplingTable(4, range(VOCAB), torch.device("cpu"))
+    table.set({0: Sampling(), 1: Sampling(top_n_sigma=1.0), 2: Sampling(temperature=0.0, top_n_sigma=1.0)})
+    assert Sampler(table, range(VOCAB), VOCAB, TPGroup()).lines_not_plain(np.arange(3)).tolist() == [1]
 
 
 def test_seeds_of_64_bits_and_positions_make_a_difference() -> None:
