@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS),-n 2 --dist loadgroup)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu -v $(TESTS)
