@@ -8,7 +8,7 @@ import torch
 from eagleray.workers.protocol.messages import StepOutput, TokenLogprobs
 from eagleray.workers.rows import IntArray
 from eagleray.workers.sampling.packed_pairs import unpack_host
-from eagleray.workers.sampling.sampler import SampleOutput
+from eagleray.workers.sampling.reference import SampleOutput
 
 
 class PendingOutput:

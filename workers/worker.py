@@ -1,7 +1,6 @@
 """Executes one rank's part of a step: updates rows, runs the model, samples tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,13 +22,10 @@ from eagleray.workers.graphs.decode import DecodeGraphs, batch_sizes
 from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
 from eagleray.workers.pending_output import PendingOutput
 from eagleray.workers.protocol.config import WorkerConfig
-from eagleray.workers.protocol.messages import Step, StepOutput, TokenLogprobs
-from eagleray.workers.rows import Batch, Chunks, IntArray, Rows
-from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
-from eagleray.workers.sampling.sampler import SampleOutput, Sampler
-from eagleray.workers.sampling.table import SamplingTable
-
-LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
+from eagleray.workers.protocol.messages import Step, StepOutput
+from eagleray.workers.rows import Batch, Chunks, Rows
+from eagleray.workers.sampling.reference import SampleOutput
+from eagleray.workers.sampling.sampler import Sampler
 
 
 class Worker:
@@ -60,20 +56,19 @@ class Worker:
             device=device,
             on_new_blocks=self._kv_cache.clean,
         )
-        self._sampling = SamplingTable(config.max_num_seqs, model.vocab_shard, device)
-        self._sampler = Sampler(self._sampling, model.vocab_shard, model.config.vocab_size, tp)
+        self._sampler = Sampler(model, self._rows, tp)
         self._num_steps = 0
-        self._draws_in_kernels = runs_triton(device)
+        has_kernels = runs_triton(device)
         self._graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         sizes = batch_sizes(config.max_num_seqs) if graph_sizes is None else graph_sizes
-        if self._draws_in_kernels and sizes:
+        if has_kernels and sizes:
             self._decode_backends = DecodeBackends(
                 self._specs, self._backends, config.max_num_seqs, config.max_model_len, dtype, device
             )
             if device.type == "cuda" and not all(backend.capturable for backend in self._decode_backends.of_layers):
                 sizes = []
-        if self._draws_in_kernels and sizes:
+        if has_kernels and sizes:
             # one for graphs of all sizes, or each would keep its own
             self._decode_logits = torch.empty(config.max_num_seqs, len(model.vocab_shard), dtype=dtype, device=device)
             with torch.inference_mode():
@@ -127,15 +122,14 @@ class Worker:
     def launch(self, step: Step) -> PendingOutput:
         """Run one step; on CUDA, return while it still runs. Raises `RuntimeError` if a step before it never came."""
         self.skip(step)
-        for row in step.stop:
-            self._sampling.clear(row)
-        self._sampling.set({start.row: start.sampling for start in step.start})
+        self._sampler.stop(step.stop)
+        self._sampler.start(step.start)
         chunks = self._rows.apply(step)
         if self._graphs is not None and chunks.is_decode:
             return PendingOutput(step.step, chunks.rows, self._decode(self._graphs, chunks), {})
         batch = self._rows.gather(chunks)
         hidden = self._run_mixed(batch)
-        prompt_logprobs = self._prompt_logprobs(chunks, hidden)
+        prompt_logprobs = self._sampler.prompt_logprobs(chunks, hidden)
         sampled = self._sample(chunks, batch, hidden) if chunks.samples.any() else None
         return PendingOutput(step.step, chunks.rows[chunks.samples], sampled, prompt_logprobs)
 
@@ -175,15 +169,12 @@ class Worker:
         self._decode_backends.plan(seq_lens)
         hidden = self._run_model(batch, self._decode_backends.of_layers)
         logits = self._model.raw_logits(hidden, out=self._decode_logits[: len(rows)])
-        pairs = self._sampler.plain_pairs(logits, rows, seq_lens, self._model.config.final_soft_cap)
+        pairs = self._sampler.plain_pairs(logits, rows, seq_lens)
         self._rows.advance(rows, batch.positions, pairs)
         return pairs
 
     def _decode(self, graphs: DecodeGraphs, chunks: Chunks) -> SampleOutput:
-        pairs = graphs.run(chunks.rows)
-        sampled = self._draw_others(chunks.rows, chunks.ends, self._decode_logits, pairs)
-        self._rows.count_sampled(chunks.rows)
-        return sampled
+        return self._sampler.draw(chunks.rows, self._decode_logits, graphs.run(chunks.rows))
 
     # ---- any chunks
 
@@ -193,59 +184,7 @@ class Worker:
         else:
             ends = batch.metadata.query_start_loc[1:].long() - 1
             last = hidden[ends if chunks.samples.all() else ends[self._sampled_lines(chunks)]]
-        rows, num_tokens = chunks.rows[chunks.samples], chunks.ends[chunks.samples]
-        if self._draws_in_kernels:
-            sampled = self._draw_in_kernels(rows, num_tokens, self._model.raw_logits(last))
-        else:
-            sampled = self._draw(rows, num_tokens, self._model.logits(last))
-            self._rows.append(rows, num_tokens, sampled.token_ids)
-        self._rows.count_sampled(rows)
-        return sampled
+        return self._sampler.draw(chunks.rows[chunks.samples], self._model.raw_logits(last))
 
     def _sampled_lines(self, chunks: Chunks) -> Tensor:
         return self._rows.to_device(chunks.samples.nonzero()[0])[0].long()
-
-    def _draw(self, rows: IntArray, num_tokens: IntArray, logits: Tensor, marks: Tensor | None = None) -> SampleOutput:
-        num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
-        return self._sampler(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens.tolist(), marks)
-
-    def _draw_in_kernels(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor) -> SampleOutput:
-        device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
-        soft_cap = self._model.config.final_soft_cap
-        pairs = self._sampler.plain_pairs(raw_logits, device_rows, device_num_tokens, soft_cap)
-        self._rows.append(rows, num_tokens, unpack_ids(pairs))
-        return self._draw_others(rows, num_tokens, raw_logits, pairs)
-
-    def _draw_others(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor) -> SampleOutput:
-        """The same `pairs` [n] after those of rows that are not plain were drawn anew, there and in their rows."""
-        lines = self._sampler.lines_not_plain(rows)
-        if not len(lines):
-            return SampleOutput(pairs)
-        device_lines = self._rows.to_device(lines)[0].long()
-        logits, marks = self._model.finish(raw_logits[device_lines]), marks_of(pairs[device_lines])
-        sampled = self._draw(rows[lines], num_tokens[lines], logits, marks)
-        pairs[device_lines] = sampled.pairs
-        self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
-        return replace(sampled, pairs=pairs)
-
-    def _prompt_logprobs(self, chunks: Chunks, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
-        """Of each prompt token whose predecessor is in this batch, for the rows that ask."""
-        logprobs: dict[int, list[TokenLogprobs]] = {}
-        asked = [self._sampling.host[row].prompt_logprobs for row in chunks.rows.tolist()]
-        begins = (chunks.ends - chunks.starts).cumsum() - (chunks.ends - chunks.starts)
-        for line, num_top in enumerate(asked):
-            if num_top is None:
-                continue
-            row, start, end, begin = (int(of[line]) for of in (chunks.rows, chunks.starts, chunks.ends, begins))
-            length = min(end, int(self._rows.num_prompt_tokens[row]) - 1) - start
-            if length > 0:
-                targets = self._rows.tokens[row, start + 1 : start + 1 + length].long()
-                logprobs[row] = self._score(hidden[begin : begin + length], targets, num_top)
-        return logprobs
-
-    def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
-        return [
-            entry
-            for chunk, ids in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
-            for entry in self._sampler.prompt_logprobs(self._model.logits(chunk), ids, num_top)
-        ]

@@ -20,7 +20,7 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
-from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 from eagleray.workers.worker import Worker
 from support.gpu import needs_gpus
@@ -229,7 +229,7 @@ def draw(device: torch.device, logits: Tensor, tokens: Tensor, samplings: list[S
     table = SamplingTable(len(rows), range(VOCAB), device)
     for row, sampling in enumerate(samplings):
         table.set({row: sampling})
-    sampler = Sampler(table, range(VOCAB), VOCAB, TPGroup())
+    sampler = ReferenceSampler(table, range(VOCAB), VOCAB, TPGroup())
     out = sampler(
         logits.to(device, copy=True), rows, tokens.to(device), [length // 2] * len(rows), [length] * len(rows)
     )

@@ -99,6 +99,10 @@ class SamplingTable:
         for column, values in zip(columns, to_device(reals.t().contiguous(), self.device), strict=True):
             column[rows] = values.to(column.dtype)
 
+    def lines_not_plain(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of those `rows` [n] that ask for more than a kernel that draws `PLAIN` ones gives."""
+        return np.flatnonzero(self.features[rows] & ~PLAIN)
+
     def clear(self, row: int) -> None:
         """The request leaves `row`. What the device tensors hold there is not read until the row is set again."""
         self.features[row] = 0

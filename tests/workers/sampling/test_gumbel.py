@@ -10,7 +10,7 @@ from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import Sampling
 from eagleray.workers.sampling.gumbel import add_gumbel_, mixed_seed, random_bits, row_keys
 from eagleray.workers.sampling.packed_pairs import PAD, best_pairs, pack, top_pairs, unpack
-from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 
 
@@ -110,7 +110,7 @@ def test_draws_follow_the_softmax_of_what_is_allowed(sampling: Sampling, allowed
     probs = torch.softmax(logits.double()[:allowed] / sampling.temperature, dim=0).numpy()
     sampler_rows, steps = 64, 320
     table = SamplingTable(sampler_rows, range(24), torch.device("cpu"))
-    sampler = Sampler(table, range(24), 24, TPGroup())
+    sampler = ReferenceSampler(table, range(24), 24, TPGroup())
     tokens = torch.zeros(sampler_rows, 1, dtype=torch.int32)
     rows = list(range(sampler_rows))
     counts = np.zeros(24)

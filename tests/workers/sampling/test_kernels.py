@@ -9,7 +9,7 @@ from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import Sampling
 from eagleray.workers.sampling.gumbel import log_exponential, mixed_seed, random_bits, row_keys
 from eagleray.workers.sampling.packed_pairs import marks_of, pack, unpack, unpack_ids
-from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
@@ -101,7 +101,7 @@ else:
         table = SamplingTable(num_lines, vocab_shard, CPU)
         for row, sampling in enumerate(samplings):
             table.set({row: sampling})
-        sampler = Sampler(table, vocab_shard, FIRST_ID + shard, TPGroup())
+        sampler = ReferenceSampler(table, vocab_shard, FIRST_ID + shard, TPGroup())
         rows, num_tokens = list(range(num_lines)), list(range(offset, offset + num_lines))
         tokens = torch.zeros(num_lines, 1, dtype=torch.int32)
         return sampler(logits.float(), rows, tokens, [1] * num_lines, num_tokens).token_ids.tolist()

@@ -16,7 +16,7 @@ from torch import Tensor
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import Sampling, TokenLogprobs
 from eagleray.workers.sampling.packed_pairs import unpack_host
-from eagleray.workers.sampling.sampler import Sampler
+from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 
 Array = npt.NDArray[Any]
@@ -113,7 +113,7 @@ def sample(
             table.set({row: EVERYTHING})  # a former request leaves nothing behind
             table.clear(row)
             table.set({row: line.sampling})
-        out = Sampler(table, shard, whole.shape[1], tp)(
+        out = ReferenceSampler(table, shard, whole.shape[1], tp)(
             whole[:, shard.start : shard.stop].clone(),
             rows,
             tokens,
@@ -505,7 +505,7 @@ def test_a_request_draws_the_same_token_alone_and_among_any_others(size: int) ->
 def test_a_row_with_top_n_sigma_is_not_left_to_the_kernel_of_plain_rows_unless_it_is_greedy() -> None:
     table = SamplingTable(4, range(VOCAB), torch.device("cpu"))
     table.set({0: Sampling(), 1: Sampling(top_n_sigma=1.0), 2: Sampling(temperature=0.0, top_n_sigma=1.0)})
-    assert Sampler(table, range(VOCAB), VOCAB, TPGroup()).lines_not_plain(np.arange(3)).tolist() == [1]
+    assert table.lines_not_plain(np.arange(3)).tolist() == [1]
 
 
 def test_seeds_of_64_bits_and_positions_make_a_difference() -> None:
@@ -561,7 +561,7 @@ def test_prompt_logprobs_equal_the_log_softmax_of_the_whole_vocabulary(size: int
 
     def work(tp: TPGroup) -> list[TokenLogprobs]:
         shard = SHARDS[size][tp.rank]
-        sampler = Sampler(SamplingTable(1, shard, torch.device("cpu")), shard, VOCAB, tp)
+        sampler = ReferenceSampler(SamplingTable(1, shard, torch.device("cpu")), shard, VOCAB, tp)
         whole = torch.from_numpy(logits)
         return sampler.prompt_logprobs(whole[:, shard.start : shard.stop], torch.from_numpy(targets), num)
 
