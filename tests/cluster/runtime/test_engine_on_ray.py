@@ -110,10 +110,10 @@ def test_a_model_that_cannot_run_is_refused_before_anything_starts(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
-    begin = time.monotonic()
+    groups = set(placement_group_table())
     with pytest.raises(ValueError, match=message):
         start(tmp_path, tensor_parallel_size=3)
-    assert time.monotonic() - begin < 1
+    assert set(placement_group_table()) == groups
 
 
 def test_ranks_start_again_in_another_number(model_dir: Path) -> None:
@@ -155,10 +155,8 @@ def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(model_dir: Path) -> None:
-    begin = time.monotonic()
     with pytest.raises(EngineStartError) as error:
         start(model_dir, tensor_parallel_size=2, cpus_per_rank=100.0, placement_timeout_s=1.5)
-    assert time.monotonic() - begin < 5
     assert "2 ranks of 100 CPU each" in str(error.value)
     assert "8 CPU" in str(error.value)
     assert_nothing_is_left()
@@ -205,10 +203,8 @@ def test_a_start_that_fails_is_never_ready_and_says_why(tmp_path: Path) -> None:
 
 
 def test_ranks_that_take_too_long_to_start_are_refused_with_the_option_to_raise(model_dir: Path) -> None:
-    begin = time.monotonic()
     with pytest.raises(EngineStartError, match="raise start_timeout_s"):
         start(model_dir, tensor_parallel_size=2, start_timeout_s=0.1)
-    assert time.monotonic() - begin < 30
     assert_nothing_is_left()
 
 
@@ -389,9 +385,7 @@ def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(model_dir: Path) -
     llm = start(model_dir, tensor_parallel_size=2)
     started = {p.pid for p in rank_processes()} - before
     assert len(started) == 3
-    begin = time.monotonic()
     llm.close()
-    assert time.monotonic() - begin < 5
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=5)
     assert not alive
 

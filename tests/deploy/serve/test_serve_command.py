@@ -104,12 +104,10 @@ def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Pat
             lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
             events = [next(lines) for _ in range(3)]
             process.send_signal(signal.SIGTERM)
-            told = time.monotonic()
             events += lines
         assert events[-1] == "[DONE]"
         assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         assert process.wait(timeout=PATIENCE_S) == 0
-        assert time.monotonic() - told < DRAIN_S + END_S
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import stat
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,9 +123,7 @@ def test_nobody_else_opens_a_socket_of_haproxys_or_of_the_engines(server: Served
 def test_without_its_raylet_the_command_ends_within_seconds_and_leaves_nothing(server: ServedCommand) -> None:
     """The last test here: it ends the server."""
     (raylet,) = server.named("raylet")
-    begin = time.monotonic()
     os.kill(raylet.pid, signal.SIGKILL)
     assert server.process.wait(PATIENCE_S) == 1
-    assert time.monotonic() - begin < PATIENCE_S
     assert complaints(server.log.read_text())[-1] == f"Ray's raylet (process {raylet.pid}) is gone; the server ends"
     assert server.left() == []
