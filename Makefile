@@ -1,5 +1,7 @@
 # make demo    install, then generate with a real model on two ranks
-# make test    every test            TESTS="tests/cluster -k scheduler" runs some
+# make quick   the tests that start no engine and take no time
+# make test    every test but those of `make soak`    TESTS="tests/cluster -k scheduler" runs some
+# make soak    long tests, for confidence
 # make test-gpu    those that need CUDA, which `make test` skips where there is none
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
@@ -21,13 +23,19 @@ DEMO_PROMPTS := \
 	"Name three things a compiler does."
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-gpu check bench tree docs clean
+.PHONY: demo test quick soak test-gpu check bench tree docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS),-n 2 --dist loadgroup)
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS),-n 2 --dist loadgroup -m "not soak")
+
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine and not slow and not soak"
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu -v $(TESTS)

@@ -77,7 +77,9 @@ def shortfall(reference: PreTrainedModel, prompt: list[int], answer: list[int]) 
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "tensor_parallel_size", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)]
+)
 def test_greedy_answers_are_those_of_transformers(
     demo_model_dir: Path,
     prompts: list[list[int]],

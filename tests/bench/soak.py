@@ -26,7 +26,8 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eagleray.deploy.bench.environment import hardware, versions
-from support.served_command import NAMES, ServedCommand, command_line
+from support.processes import command_line
+from support.served_command import NAMES, ServedCommand
 from support.tiny_model import write_tiny_model
 
 NUM_KIND = 6

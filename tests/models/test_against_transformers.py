@@ -16,6 +16,8 @@ from torch import Tensor
 
 from support.random_checkpoint import make_model
 
+pytestmark = pytest.mark.slow
+
 RunRanks = Callable[..., list[Any]]
 
 TOLERANCE = 1e-4

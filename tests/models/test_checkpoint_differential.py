@@ -12,6 +12,8 @@ from support.differential import Tally
 from support.model_cases import FAMILIES
 from support.model_differential import run_model_case
 
+pytestmark = pytest.mark.slow
+
 CASES = 20  # of each family
 
 

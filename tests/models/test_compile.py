@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RunRanks = Callable[..., list[Any]]
 
 MAX_GRAPHS = 2  # one for a single token, whose size torch specialises, and one for any other number

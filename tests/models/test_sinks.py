@@ -20,6 +20,8 @@ from eagleray.parallel.group import TPGroup
 from support import sink_llama
 from support.random_checkpoint import make_model
 
+pytestmark = pytest.mark.slow
+
 RunRanks = Callable[..., list[Any]]
 
 TOLERANCE = 1e-4

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from support.interpreter import INTERPRETED, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 AT_ONCE, MAX_ROWS, SIZE = 3, 8, 96  # rows of a sum that are sent to all, and that may be; numbers in a row

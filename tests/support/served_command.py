@@ -16,6 +16,7 @@ from typing import Self
 import psutil
 
 from support.free_port import free_port
+from support.processes import command_line
 
 SERVE = [sys.executable, "-m", "eagleray", "serve"]
 OPTIONS = [
@@ -129,14 +130,6 @@ class ServedCommand:
         mine = [str(folder) for folder in self.own_folders()]
         sockets = [str(file) for file in self.folder.rglob("*") if file.is_socket()]
         return alive + mine + sockets
-
-
-def command_line(process: psutil.Process) -> str:
-    """Empty for one that has ended."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def complaints(text: str) -> list[str]:

@@ -20,6 +20,8 @@ from support.inline_engine import InlineEngine
 from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, run_in_interpreter
 from support.worker_config import worker_config
 
+pytestmark = pytest.mark.slow
+
 NAN, INF = 7, 8
 VOCAB_SIZE, NUM_BLOCKS, MAX_ROWS = 200, 40, 8
 MAX_LEN, BLOCK_SIZE = (1024, 128) if ON_GPU else (640, 8)

@@ -23,6 +23,8 @@ from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.worker_config import worker_config
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROWS, NUM_BLOCKS = 16, 300
 MODEL = {
@@ -90,7 +92,7 @@ def short_of_memory(model: CausalLM, where: str, is_short: Callable[[int], bool]
         hook.remove()
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_all_requests_end_with_the_tokens_they_would_have_had(model: CausalLM, depth: int, where: str) -> None:
     expected = run_requests(make_engine(model, depth))

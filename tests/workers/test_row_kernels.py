@@ -11,6 +11,8 @@ from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.rows import Batch, Rows
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:

@@ -20,7 +20,7 @@ from torch import Tensor
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
 from eagleray.workers.attention.context import PagedKVLayer
-from eagleray.workers.attention.varlen_kernels import varlen_kernel
+from eagleray.workers.attention.varlen_kernels import varlen_attend_kernel
 
 HEAD_SIZES = (64, 96, 128, 256)
 _LOG2_E = log2(2.718281828459045)
@@ -77,7 +77,7 @@ class VarlenBackend:
         n = metadata.seq_lens.shape[0]
         query_blocks = num_tokens // (rows // group) + n + 1  # one more for each request, and for the padding
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        varlen_kernel[(query_blocks * spec.num_kv_heads,)](
+        varlen_attend_kernel[(query_blocks * spec.num_kv_heads,)](
             q,
             k_cache,
             v_cache,

@@ -75,7 +75,7 @@ def attend_tiles(
 
 
 @triton.jit(do_not_specialize=["query_start_loc", "seq_lens", "table", "n", "num_tokens", "table_stride"])
-def varlen_kernel(
+def varlen_attend_kernel(
     q,  # [num_tokens, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
     v_cache,

@@ -15,6 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eagleray.cluster.frontend.chat import with_texts
 from eagleray.cluster.frontend.chat_renderer import ChatRenderer
 
+pytestmark = pytest.mark.slow
+
 MESSAGES = [{"role": "user", "content": "Hello"}]
 USUAL = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
 TEXT = "<user>Hello\n"

@@ -46,6 +46,7 @@ from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RowStart, Sampli
 from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
+from support.processes import children_named, command_line
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -87,15 +88,7 @@ def assert_nothing_is_left() -> None:
 
 
 def rank_processes() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    return [p for p in mine if p.is_running() and any(name in title(p) for name in ("RankActor", "CoreActor"))]
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    return [process for process in children_named("RankActor", "CoreActor") if process.is_running()]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +203,7 @@ def test_ranks_that_take_too_long_to_start_are_refused_with_the_option_to_raise(
 
 def test_a_rank_whose_process_dies_while_starting_is_named(model_dir: Path) -> None:
     def kill_first_rank() -> None:
-        while not (ranks := [p for p in rank_processes() if "RankActor" in title(p)]):
+        while not (ranks := [p for p in rank_processes() if "RankActor" in command_line(p)]):
             time.sleep(0.01)
         ranks[0].kill()
 

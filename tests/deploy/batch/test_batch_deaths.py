@@ -13,6 +13,7 @@ import pytest
 from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
+from support.processes import command_line
 
 pytestmark = pytest.mark.engine
 
@@ -75,10 +76,7 @@ def test_a_killed_rank_costs_no_row(
 
 
 def is_rank(process: psutil.Process) -> bool:
-    try:
-        return any("ray::RankActor" in word for word in process.cmdline())
-    except psutil.Error:
-        return False
+    return "ray::RankActor" in command_line(process)
 
 
 def test_a_row_that_kills_every_engine_fails_alone_with_the_cause(

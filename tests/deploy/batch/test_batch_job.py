@@ -14,6 +14,7 @@ from support.batch_files import read_results, row, texts, write_rows
 from support.batch_jobs import Batch, small_checkpoint
 from support.cluster_process import Cluster, running_cluster
 from support.free_port import free_port
+from support.processes import command_line
 
 pytestmark = pytest.mark.engine
 
@@ -52,14 +53,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, model: 
     return answers
 
 
+@pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.soak)])
 def test_a_job_killed_again_and_again_answers_every_row_once(
-    tmp_path: Path, cluster: Cluster, model: Path, input: Path, expected: dict[str, str]
+    tmp_path: Path, cluster: Cluster, model: Path, input: Path, expected: dict[str, str], num_kills: int
 ) -> None:
     rng = random.Random(0)
     batch = Batch(str(input), str(tmp_path / "out.jsonl"), model, cluster.environment)
     sidecar = tmp_path / "out.jsonl.partial.json"
     assert batch.kill_once(sidecar.exists)
-    for _ in range(3):
+    for _ in range(num_kills):
         enough = batch.num_written + rng.randrange(1, 9_000)
         assert batch.kill_once(lambda enough=enough: batch.num_written >= enough)  # type: ignore[misc]
     assert not (tmp_path / "out.jsonl").exists()
@@ -102,10 +104,7 @@ def test_rows_that_are_wrong_fail_alone_with_status_and_cause(tmp_path: Path, cl
 
 
 def is_replica(process: psutil.Process) -> bool:
-    try:
-        return any("ray::ReplicaActor" in word for word in process.cmdline())
-    except psutil.Error:
-        return False
+    return "ray::ReplicaActor" in command_line(process)
 
 
 def test_two_replicas_share_the_rows_and_one_may_die(

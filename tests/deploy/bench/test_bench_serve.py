@@ -15,6 +15,8 @@ from eagleray.deploy.cli.arguments import Parser
 from support.asgi_server import asgi_server
 from support.slow_server import SlowServer
 
+pytestmark = pytest.mark.slow
+
 ON_THE_WAY_S = 0.25  # a crowded machine may take so long from the server's note to the client's
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.processes import command_line
 from support.screen import screen
 
 EAGLERAY = [sys.executable, "-m", "eagleray"]
@@ -155,7 +156,7 @@ def test_interrupting_generate_keeps_what_was_said_and_leaves_no_process() -> No
     ) as terminal:
         terminal.wait_for(r"[1-9]\d* tokens · ")
         family = psutil.Process(terminal.process.pid).children(recursive=True)
-        assert any("ray" in " ".join(member.cmdline()) for member in family)
+        assert any("ray" in command_line(member) for member in family)
         terminal.press("\x03")
         assert terminal.wait_for_end() == 130
     assert "(interrupted)" in terminal.seen

@@ -53,10 +53,10 @@ def script(model_dir: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("command", "phase", "blow"),
     [
-        (generate, "gcs_server", signal.SIGTERM),
+        pytest.param(generate, "gcs_server", signal.SIGTERM, marks=pytest.mark.soak),
         (generate, "raylet/raylet", signal.SIGINT),
-        (generate, "RankActor.prepare", signal.SIGTERM),
-        (generate, "RankActor.serve", signal.SIGINT),
+        pytest.param(generate, "RankActor.prepare", signal.SIGTERM, marks=pytest.mark.soak),
+        pytest.param(generate, "RankActor.serve", signal.SIGINT, marks=pytest.mark.soak),
         (generate, "RankActor.serve", signal.SIGTERM),
         (script, "RankActor.load", signal.SIGTERM),
     ],

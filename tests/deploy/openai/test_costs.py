@@ -23,6 +23,8 @@ from support.http_client import streamed
 from support.http_server import Server
 from support.local_server import MAX_MODEL_LEN, local_server
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% endfor %}"
     "{% for i in range(far) %}{% for j in range(far) %}{% endfor %}{% endfor %}{{ 1 / divisor }}{{ 10.0 ** power }}"

@@ -64,7 +64,7 @@ def test_kernels_are_grouped_and_gaps_are_idle() -> None:
         ("_highest_kernel", "collectives"),
         ("_draw_kernel", "sampling"),
         ("_linear_kernel", "weights"),
-        ("varlen_kernel", "attention"),
+        ("varlen_attend_kernel", "attention"),
         ("_rms_norm_kernel", "rest"),
     ],
 )

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from openai import AuthenticationError, OpenAI
 
+from support.processes import children_named
 from support.ray_serve import deploy, ray_serve
 from support.tiny_model import write_tiny_model
 
@@ -77,8 +77,7 @@ def figure(url: str, name: str) -> float:
 
 
 def rank_pids() -> list[int]:
-    everyone = psutil.Process().children(recursive=True)
-    return [process.pid for process in everyone if "RankActor" in "".join(process.cmdline())]
+    return [process.pid for process in children_named("RankActor")]
 
 
 def test_the_openai_client_lists_the_model_and_streams_what_it_gets_whole(url: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from support.cluster_process import running_cluster
 from support.free_port import free_port
-from support.served_command import command_line
+from support.processes import command_line
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from support.ray_serve import deploy, ray_serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 OPTIONS: dict[str, Any] = {
     "tensor_parallel_size": 2,

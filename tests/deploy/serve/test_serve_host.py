@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from support.served_command import ServedCommand, command_line, complaints
+from support.processes import command_line
+from support.served_command import ServedCommand, complaints
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine

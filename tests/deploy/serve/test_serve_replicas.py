@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from ray import serve
 from ray.util.placement_group import placement_group_table
 
 from support.http_streams import Stream
+from support.processes import children_named
 from support.ray_serve import deploy as deploy_model
 from support.ray_serve import ray_serve
 from support.tiny_model import write_tiny_model
@@ -69,14 +69,7 @@ def deploy(url: str, tmp_path_factory: pytest.TempPathFactory) -> Deploy:
 
 def processes(*names: str) -> list[int]:
     """Processes of engines and replicas."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if any(name in "".join(process.cmdline()) for name in names or ACTORS):
-                found.append(process.pid)
-        except psutil.Error:
-            pass  # it ended meanwhile
-    return found
+    return [process.pid for process in children_named(*(names or ACTORS))]
 
 
 def groups() -> list[str]:

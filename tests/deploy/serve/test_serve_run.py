@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import ray
 import yaml
 
 from support.free_port import free_port
+from support.processes import children_named
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -65,8 +65,7 @@ def healthy(url: str) -> bool:
 
 
 def rank_pids() -> set[int]:
-    everyone = psutil.Process().children(recursive=True)
-    return {process.pid for process in everyone if "RankActor" in "".join(process.cmdline())}
+    return {process.pid for process in children_named("RankActor")}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -15,6 +15,8 @@ from eagleray.cluster.frontend.generation_config import sampling_defaults
 from eagleray.models.loading.demo_model import NAME, DemoModelError, cache_dir, demo_model
 from eagleray.models.loading.model_dir import model_dir
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_knows_the_capital_of_france(demo_model_dir: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(demo_model_dir)

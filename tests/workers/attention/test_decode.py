@@ -7,6 +7,8 @@ import torch
 
 from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:

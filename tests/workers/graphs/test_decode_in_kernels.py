@@ -21,6 +21,8 @@ from support.inline_engine import InlineEngine
 from support.interpreter import INTERPRETED, run_in_interpreter
 from support.worker_config import worker_config
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 MAX_ROWS, MAX_LEN, NUM_BLOCKS = 6, 40, 60

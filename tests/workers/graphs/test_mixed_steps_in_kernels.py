@@ -16,6 +16,8 @@ from support.inline_engine import InlineEngine
 from support.interpreter import INTERPRETED, run_in_interpreter
 from support.worker_config import worker_config
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 CONFIG: dict[str, Any] = {

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from support.interpreter import INTERPRETED, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not INTERPRETED:

@@ -13,6 +13,8 @@ from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 CPU = torch.device("cpu")
