@@ -5,10 +5,11 @@ have been there when it started: `docs/deployment.md` says how. What the user ha
 """
 
 import os
+import random
 import shutil
 import socket
 import sysconfig
-from contextlib import ExitStack
+from contextlib import suppress
 
 from eagleray.deploy.serve.haproxy import COMMAND, bundled
 
@@ -35,6 +36,8 @@ FILES = {  # of HAProxy, by their names within the folder of one server
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
 NO_PROXY = ("localhost", "127.0.0.1", "::1")  # what is here is reached without, whatever the environment says
+# Linux gives connections ports from 32768 on, Ray its workers those from 10002, Serve its replicas those from 30000 on.
+OWN_PORTS = range(20_000, 30_000)
 PORTS = (  # of HAProxy; Serve's own numbers would let one server run on a machine
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_HAPROXY_STATS_PORT",
@@ -64,13 +67,21 @@ def _haproxy() -> dict[str, str]:
     command = shutil.which(COMMAND, path=os.pathsep.join(here))
     if bundled() is None or command is None:
         return {}
-    return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, _free_ports(), strict=True))
+    ports = map(str, free_ports(len(PORTS)))
+    return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, ports, strict=True))
 
 
-def _free_ports() -> list[str]:
-    """One for each of `PORTS`, no two the same."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in PORTS]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [str(probe.getsockname()[1]) for probe in probes]
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, no two the same, for whoever listens there some seconds later.
+
+    Not of those that Linux gives to connections, one of which might take it meanwhile. Raises `RuntimeError` if there
+    are too few.
+    """
+    found: list[int] = []
+    for port in random.sample(OWN_PORTS, len(OWN_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"{count} ports are needed, and only {len(found)} of {OWN_PORTS[0]} to {OWN_PORTS[-1]} are free")

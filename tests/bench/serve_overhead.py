@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import time
 from collections.abc import AsyncIterator
 from statistics import median
@@ -28,7 +27,7 @@ from eagleray.cluster.runtime.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.bench.environment import hardware, versions
 from eagleray.deploy.serve.config import ServeArgs
-from eagleray.deploy.serve.environment import set_environment
+from eagleray.deploy.serve.environment import free_ports, set_environment
 from eagleray.models.loading.model_dir import model_dir
 
 
@@ -52,7 +51,7 @@ def main() -> None:
     }
     args = ServeArgs.model_validate(options | {"served_model_name": "model"})
     connect(args.engine, num_engines=2)
-    port = free_port()
+    port = free_ports(1)[0]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(args))
     llm = AsyncLLM(**options)
@@ -118,13 +117,6 @@ async def from_server(client: httpx.AsyncClient, prompt: list[int], max_tokens: 
 def medians(pairs: list[tuple[float, float]]) -> dict[str, float]:
     first, between = zip(*pairs, strict=True)
     return {"time_to_first_token": round(median(first) * 1e3, 3), "between_tokens": round(median(between) * 1e3, 3)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,13 +17,12 @@ import time
 import httpx
 
 from eagleray.deploy.bench.environment import hardware, versions
+from eagleray.deploy.serve.environment import free_ports
 
 
 def main() -> None:
     model, *options = sys.argv[1:] or ["demo"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "eagleray", "serve", model, "--port", str(port), *options]
     begin = time.perf_counter()
     process = subprocess.Popen(

@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from support.free_port import free_port
 
 NUM_CPUS = 8  # logical ones, so that two engines fit on any machine
 START_S = 90.0
@@ -68,9 +69,3 @@ def _address(file: Path, process: "subprocess.Popen[bytes]", log: Path) -> str:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
     return file.read_text().strip()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

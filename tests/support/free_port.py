@@ -1,11 +1,7 @@
-"""A port that nobody listens on just now."""
+"""A port that nobody listens on just now, nor is given by the kernel soon."""
 
-import socket
+from eagleray.deploy.serve.environment import free_ports
 
 
 def free_port() -> int:
-    """On the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    return free_ports(1)[0]

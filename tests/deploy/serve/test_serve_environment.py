@@ -1,6 +1,7 @@
 """What Ray Serve's processes find in their environment, and the HAProxy that they start."""
 
 import os
+import socket
 import subprocess
 import sysconfig
 import time
@@ -15,6 +16,7 @@ from jinja2 import Environment
 from ray.serve._private import constants
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
+from eagleray.deploy.serve import environment
 from eagleray.deploy.serve.environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
 from eagleray.deploy.serve.haproxy import COMMAND, mended
 from eagleray.deploy.serve.private_ray import set_place
@@ -168,3 +170,15 @@ def test_rays_files_are_put_where_nobody_else_looks(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     with pytest.raises(ValueError, match=r"/proc/nowhere/eagleray-.* cannot be made for Ray's files"):
         set_place()
+
+
+def test_ports_for_later_are_free_and_none_that_a_connection_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len({*environment.free_ports(20)}) == 20
+    assert max(environment.free_ports(20)) < first_of_connections
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(environment, "OWN_PORTS", range(port - 1, port + 2))
+        assert port not in environment.free_ports(1)
+        with pytest.raises(RuntimeError, match=r"^3 ports are needed, and only "):
+            environment.free_ports(3)
