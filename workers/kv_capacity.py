@@ -127,4 +127,4 @@ def run_largest_step(
     ]
     worker = Worker(config, model, tp, num_profile_blocks(config), graph_sizes=graph_sizes)
     worker.run(Step(1, start=starts, chunks=dict.fromkeys(range(rows), length)))
-    return worker.graph_bytes, worker.mixed_graph_bytes
+    return worker.graphs.decode_bytes, worker.graphs.mixed_bytes

@@ -178,10 +178,10 @@ class Rank:
         remedy = "lower gpu_memory_utilization, kv_cache_bytes or max_num_seqs, or raise tensor_parallel_size"
         with explained("the KV cache and the decode graphs", remedy, self._device):
             worker = Worker(self._config, self._model, self._tp, num_blocks)
-        graphs = worker.graph_bytes.values()
+        graphs = worker.graphs.decode_bytes.values()
         alone, max_rows = self._size == 1, self._config.max_num_seqs
         guard = OomGuard(worker, max_rows=max_rows, alone=alone, device=self._device)
-        return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.attention)
+        return guard, Ready(time.monotonic() - begin, len(graphs), sum(graphs), worker.graphs.attention)
 
     def serve(self, num_blocks: int) -> None:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""

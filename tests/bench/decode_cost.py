@@ -49,7 +49,7 @@ class Steps:
             max_num_batched_tokens=1024, gpu_memory_utilization=0.9, kv_cache_bytes=None, compile=False, threads=None,
         )  # fmt: skip
         self._worker = Worker(config, self.model, TPGroup(), self.num_blocks, graph_sizes=BATCHES)
-        for cache in self._worker._kv_cache.layers:
+        for cache in self._worker.model_runner.kv_cache.layers:
             cache.kv.normal_()
         self._num_steps = 0
         self._running: list[int] = []

@@ -15,8 +15,9 @@ from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCau
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import INTERPRETED
-from eagleray.workers import worker
+from eagleray.workers import model_runner
 from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 
 NAME = "SinkLlamaForCausalLM"
@@ -49,16 +50,15 @@ def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: boo
     With `in_kernels`, which wants Triton's interpreter, both of our kernels attend, else plain PyTorch.
     """
     if not in_kernels:
-        with patch.object(worker, "runs_triton", lambda device: False):
-            return _run(tp, path, prompts)
+        return _run(tp, path, prompts, graph_sizes=[])
     assert INTERPRETED
     from eagleray.workers.attention.varlen import VarlenBackend  # the interpreter only
 
-    with patch.object(worker, "choose_backend", lambda *layer: VarlenBackend()):  # as on GPUs
-        return _run(tp, path, prompts)
+    with patch.object(model_runner, "choose_backend", lambda *layer: VarlenBackend()):  # as on GPUs
+        return _run(tp, path, prompts, graph_sizes=None)
 
 
-def _run(tp: TPGroup, path: str, prompts: list[list[int]]) -> Run:
+def _run(tp: TPGroup, path: str, prompts: list[list[int]], graph_sizes: list[int] | None) -> Run:
     limits: dict[str, Any] = {"block_size": 16, "max_num_seqs": 5, "max_num_batched_tokens": 64}
     config = WorkerConfig(
         model=path,
@@ -74,10 +74,10 @@ def _run(tp: TPGroup, path: str, prompts: list[list[int]]) -> Run:
         **limits,
     )
     model = load_model(path, tp=tp, dtype=torch.float32, device=torch.device("cpu"))
-    rank = worker.Worker(config, model, tp, 60)
+    rank = Worker(config, model, tp, 60, graph_sizes=graph_sizes)
     engine = InlineEngine(Scheduler(num_blocks=60, max_chunk_tokens=7, **limits), rank, 2)
     for index, prompt in enumerate(prompts):
         engine.add(index, prompt, 4 + index % 3, temperature=0.0)
     engine.run()
-    captured = rank._graphs is not None, rank._mixed_graphs is not None
+    captured = rank.graphs.has_decodes, rank.graphs.has_mixed
     return Run([engine.token_ids(index) for index in range(len(prompts))], captured)

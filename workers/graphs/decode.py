@@ -61,6 +61,10 @@ class DecodeGraphs:
             len(self._sizes), num_compiled, time.monotonic() - begin,
         )  # fmt: skip
 
+    def holds(self, num_rows: int) -> bool:
+        """Whether a graph holds so many rows."""
+        return num_rows <= self._sizes[-1]
+
     def run(self, rows: IntArray) -> Tensor:
         """The pair [n] of the next token of each of `rows`; the next run overwrites it."""
         count = len(rows)

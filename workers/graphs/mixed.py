@@ -108,7 +108,7 @@ class MixedGraphs:
         )
         return Batch(self._input_ids[:count], self._positions[:count], whole)
 
-    def takes(self, batch: Batch) -> bool:
+    def holds(self, batch: Batch) -> bool:
         """Whether a graph holds such a batch."""
         metadata = batch.metadata
         num_chunks = len(metadata.seq_lens) - metadata.num_single

@@ -15,7 +15,6 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers import worker
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.interpreter import INTERPRETED, run_in_interpreter
@@ -76,16 +75,18 @@ else:
                     parameter.mul_(8)  # so that logits differ enough for tokens to depend on the whole context
         return model
 
-    def make_worker(model: CausalLM) -> Worker:
+    def make_worker(model: CausalLM, graph_sizes: list[int] | None = None) -> Worker:
         config = worker_config(max_model_len=MAX_LEN, block_size=4, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64)
-        return Worker(config, model, TPGroup(), NUM_BLOCKS)
+        return Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=graph_sizes)
 
-    def run(model: CausalLM, samplings: list[dict[str, Any]], depth: int) -> tuple[list[list[int]], list[Any]]:
+    def run(
+        model: CausalLM, samplings: list[dict[str, Any]], depth: int, graph_sizes: list[int] | None = None
+    ) -> tuple[list[list[int]], list[Any]]:
         """Tokens and log-probabilities of one request per sampling, of which at most `MAX_ROWS` run at a time."""
         scheduler = Scheduler(
             num_blocks=NUM_BLOCKS, block_size=4, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_chunk_tokens=7
         )
-        engine = InlineEngine(scheduler, make_worker(model), depth)
+        engine = InlineEngine(scheduler, make_worker(model, graph_sizes), depth)
         for index, sampling in enumerate(samplings):
             engine.add(index, [3 + index, 7, 11, 2] * (1 + index % 3), 6 + index, **sampling)
         engine.run()
@@ -95,15 +96,17 @@ else:
     @pytest.mark.parametrize(
         "samplings", [SAMPLINGS, [s for s in SAMPLINGS if len(s) <= 1 or set(s) == {"temperature", "seed"}]]
     )
-    def test_tokens_are_those_of_the_sampler(
-        model: CausalLM, samplings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_tokens_are_those_of_the_sampler(model: CausalLM, samplings: list[dict[str, Any]]) -> None:
         in_kernels, logprobs = run(model, samplings, 2)
-        monkeypatch.setattr(worker, "runs_triton", lambda device: False)
-        expected, expected_logprobs = run(model, samplings, 1)
+        expected, expected_logprobs = run(model, samplings, 1, graph_sizes=[])
         assert in_kernels == expected
         assert logprobs == expected_logprobs
         assert len({token for tokens in expected for token in tokens}) > 10
+
+    def test_a_batch_that_no_graph_holds(model: CausalLM) -> None:
+        """Graphs of one and of two rows, and four rows that decode."""
+        samplings: list[dict[str, Any]] = [{"temperature": 0.0}] * MAX_ROWS
+        assert run(model, samplings, 2, graph_sizes=[1, 2]) == run(model, samplings, 1, graph_sizes=[])
 
     def test_padding_leaves_the_spare_row_where_it_is(model: CausalLM) -> None:
         """More steps than a row holds tokens."""

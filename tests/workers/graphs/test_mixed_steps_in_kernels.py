@@ -11,7 +11,7 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
-from eagleray.workers import worker
+from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.interpreter import INTERPRETED, run_in_interpreter
 from support.worker_config import worker_config
@@ -55,29 +55,28 @@ else:
                     parameter.mul_(8)  # so that logits differ enough for tokens to depend on the whole context
         return model
 
-    def make_worker(model: CausalLM) -> worker.Worker:
+    def make_worker(model: CausalLM, graph_sizes: list[int] | None = None) -> Worker:
         config = worker_config(
             max_model_len=MAX_LEN, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, dtype="float32"
         )
-        return worker.Worker(config, model, TPGroup(), NUM_BLOCKS)
+        return Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=graph_sizes)
 
-    def run(model: CausalLM) -> list[list[int]]:
+    def run(model: CausalLM, graph_sizes: list[int] | None = None) -> list[list[int]]:
         """Prompts in chunks of seven tokens beside requests that are decoding, one step ahead."""
         scheduler = Scheduler(
             num_blocks=NUM_BLOCKS, block_size=16, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_chunk_tokens=7
         )
-        engine = InlineEngine(scheduler, make_worker(model), 2)
+        engine = InlineEngine(scheduler, make_worker(model, graph_sizes), 2)
         for index, length in enumerate(PROMPT_LENGTHS):
             engine.add(index, [(7 * index + 3 * i) % 300 for i in range(length)], 4 + index % 3, temperature=0.0)
         engine.run()
         return [engine.token_ids(index) for index in range(len(PROMPT_LENGTHS))]
 
-    def test_tokens_are_those_of_plain_attention(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tokens_are_those_of_plain_attention(model: CausalLM) -> None:
         rank = make_worker(model)
-        assert rank._mixed_graphs is not None
-        assert rank.attention == "Triton decode + plain PyTorch"
+        assert rank.graphs.has_mixed
+        assert rank.graphs.attention == "Triton decode + plain PyTorch"
         in_kernels = run(model)
-        monkeypatch.setattr(worker, "runs_triton", lambda device: False)
-        expected = run(model)
+        expected = run(model, graph_sizes=[])
         assert in_kernels == expected
         assert len({token for tokens in expected for token in tokens}) > 10

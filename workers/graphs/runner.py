@@ -1,0 +1,131 @@
+"""Owns the CUDA graphs of a rank: replays one wherever one holds the batch, and runs the model eagerly elsewhere."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eagleray.parallel.platform import runs_triton
+from eagleray.workers.attention.backends import DecodeBackends
+from eagleray.workers.graphs.decode import DecodeGraphs, batch_sizes
+from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
+from eagleray.workers.model_runner import ModelRunner
+from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.rows import Batch, Chunks, Rows
+from eagleray.workers.sampling.sampler import Sampler
+
+
+class GraphRunner:
+    """Decodes and mixed steps of a model. Where there are no graphs, everything runs eagerly."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        rows: Rows,
+        sampler: Sampler,
+        config: WorkerConfig,
+        decode_sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Capture decodes of all batch sizes, or of `decode_sizes`, and mixed steps, or the largest if sizes are given.
+
+        Off CUDA a "graph" is a call of what would be captured, if kernels run there; without kernels there are none.
+        """
+        self._runner, self._rows, self._sampler = runner, rows, sampler
+        self._max_num_seqs = config.max_num_seqs
+        self._decodes: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
+        sizes = batch_sizes(config.max_num_seqs) if decode_sizes is None else decode_sizes
+        if not sizes or not runs_triton(runner.device):
+            return
+        self._backends = DecodeBackends(
+            runner.specs, runner.backends, config.max_num_seqs, config.max_model_len, runner.dtype, runner.device
+        )
+        if not self._can_capture([backend.capturable for backend in self._backends.of_layers]):
+            return
+        # one for graphs of all sizes, or each would keep its own
+        self._logits = torch.empty(
+            config.max_num_seqs, len(runner.model.vocab_shard), dtype=runner.dtype, device=runner.device
+        )
+        with torch.inference_mode():
+            self._decodes = DecodeGraphs(self._decode, rows, sizes, runner.device)
+            self._mixed = self._capture_mixed(config, all_sizes=decode_sizes is None)
+
+    def _can_capture(self, capturable: Sequence[bool]) -> bool:
+        return self._runner.device.type != "cuda" or all(capturable)
+
+    def _capture_mixed(self, config: WorkerConfig, *, all_sizes: bool) -> MixedGraphs | None:
+        """Graphs of every number of tokens, or only of the largest; none where attention cannot be captured."""
+        counts = token_counts(config.max_num_batched_tokens)
+        capturable = [backend.capturable for backend in self._backends.of_mixed_layers]
+        if not counts or not self._backends.are_all or not self._can_capture(capturable):
+            return None
+        return MixedGraphs(
+            self._forward_eagerly,
+            counts if all_sizes else counts[-1:],
+            max_requests=config.max_num_seqs,
+            max_blocks=self._rows.max_blocks,
+            max_seq_len=config.max_model_len,
+            spare_slot=self._rows.spare_slot,
+            device=self._runner.device,
+        )
+
+    @property
+    def decode_bytes(self) -> dict[int, int]:
+        """Device memory that each decode graph took, by size of batch."""
+        return {} if self._decodes is None else self._decodes.num_bytes
+
+    @property
+    def has_decodes(self) -> bool:
+        """Whether there are graphs of decodes."""
+        return self._decodes is not None
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether there are graphs of mixed steps."""
+        return self._mixed is not None
+
+    @property
+    def mixed_bytes(self) -> int:
+        """Device memory that the graphs of mixed steps took."""
+        return 0 if self._mixed is None else self._mixed.num_bytes
+
+    @property
+    def attention(self) -> str:
+        """How layers attend, in words."""
+        decodes = [] if self._decodes is None else self._backends.by_spec.values()
+        return " + ".join(dict.fromkeys(backend.name for backend in (*decodes, *self._runner.backends)))
+
+    def decode(self, chunks: Chunks) -> tuple[Tensor, Tensor] | None:
+        """Logits `[n or more, shard]` and pairs `[n]` of rows that all decode; None if no graph holds them.
+
+        The pairs are `Sampler.plain_pairs`, which are written to their rows. The next call overwrites both.
+        """
+        if self._decodes is None or not chunks.is_decode or not self._decodes.holds(len(chunks.rows)):
+            return None
+        return self._logits, self._decodes.run(chunks.rows)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states `[tokens, hidden_size]` of a batch. The next call may overwrite them."""
+        if self._mixed is not None and self._mixed.holds(batch):
+            return self._mixed.run(batch)
+        return self._forward_eagerly(batch)
+
+    # ---- what graphs capture: it waits for nothing, copies nothing from the host, and decides nothing by what rows ask
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        """The pair [n] of the next token of each of `rows` [n], drawn as for plain rows and written to its row."""
+        batch = self._rows.gather_decodes(rows)
+        seq_lens = batch.metadata.seq_lens
+        self._backends.plan(seq_lens)
+        hidden = self._runner.forward(batch, self._backends.of_layers)
+        logits = self._runner.model.raw_logits(hidden, out=self._logits[: len(rows)])
+        pairs = self._sampler.plain_pairs(logits, rows, seq_lens)
+        self._rows.advance(rows, batch.positions, pairs)
+        return pairs
+
+    def _forward_eagerly(self, batch: Batch) -> Tensor:
+        if self._decodes is None:
+            return self._runner.forward(batch)
+        if num_single := batch.metadata.num_single:
+            self._backends.plan(batch.metadata.seq_lens[:num_single])
+        return self._runner.forward(batch, self._backends.of_mixed_layers)
