@@ -31,7 +31,7 @@ WITHIN = {  # what else of its room a folder may import, besides files that stan
     "deploy/serve": ("deploy/cli", "deploy/openai", "deploy/openai/middleware"),
     "models/loading": (),
     "workers/attention": (),
-    "workers/graphs": ("workers/attention",),
+    "workers/graphs": ("workers/attention", "workers/protocol", "workers/sampling"),
     "workers/protocol": (),
     "workers/sampling": ("workers/protocol",),
 }

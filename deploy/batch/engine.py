@@ -4,9 +4,9 @@ import asyncio
 import time
 from collections.abc import Mapping
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch.replica import AppReplica
@@ -56,9 +56,9 @@ class EngineReplica:
         """End the engine."""
         self._llm.close()
 
-    def _start(self) -> tuple[AsyncLLM, AppReplica]:
+    def _start(self) -> tuple[AsyncClient, AppReplica]:
         engine, front_end = launch_for_tokens(self._config)
-        llm = AsyncLLM.attach(engine, front_end)
+        llm = AsyncClient(engine, front_end)
         served = ServedModel(
             engine=llm,
             model_name=self._model_name,
@@ -70,7 +70,7 @@ class EngineReplica:
         return llm, AppReplica(make_app(served))
 
 
-async def _check_lives(llm: AsyncLLM) -> None:
+async def _check_lives(llm: AsyncClient) -> None:
     """Raise `EngineDeadError` unless the engine makes a token."""
     params = SamplingParams(max_tokens=1, detokenize=False)
     async for output in llm.generate({"prompt_token_ids": [0]}, params, priority=-MAX_PRIORITY):

@@ -16,7 +16,7 @@ from eagleray.deploy.cli.chat_input import ChatInput
 from eagleray.deploy.cli.engine import chat_templates, running_engine
 
 if TYPE_CHECKING:
-    from eagleray.cluster.async_llm import AsyncLLM
+    from eagleray.cluster.frontend.async_client import AsyncClient
 
 HELP = """\
 /help   show this
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 class Conversation:
     """The messages so far; the last turn is kept only if it was answered, in whole or in part."""
 
-    def __init__(self, engine: "AsyncLLM", params: SamplingParams, system: str | None) -> None:
+    def __init__(self, engine: "AsyncClient", params: SamplingParams, system: str | None) -> None:
         self._engine = engine
         self._params = params
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]

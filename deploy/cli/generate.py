@@ -22,7 +22,7 @@ from eagleray.deploy.cli.summary import Figures
 from eagleray.deploy.cli.views import PlainView, TerminalView, View
 
 if TYPE_CHECKING:
-    from eagleray.cluster.async_llm import AsyncLLM
+    from eagleray.cluster.frontend.async_client import AsyncClient
 
 MAX_OPEN = 1024  # requests handed to the engine at once: enough for it to choose from, however long the file
 
@@ -58,13 +58,13 @@ def _view(json: bool, err: Console, num_requests: int) -> View:
     return PlainView(write_plain(sys.stdout, titled=num_requests > 1), err, num_requests)
 
 
-async def _answer_all(engine: "AsyncLLM", answers: Sequence[Answer], params: SamplingParams, view: View) -> None:
+async def _answer_all(engine: "AsyncClient", answers: Sequence[Answer], params: SamplingParams, view: View) -> None:
     todo = iter(answers)
     with view:
         await asyncio.gather(*(_answer_some(engine, todo, params, view) for _ in answers[:MAX_OPEN]))
 
 
-async def _answer_some(engine: "AsyncLLM", todo: Iterator[Answer], params: SamplingParams, view: View) -> None:
+async def _answer_some(engine: "AsyncClient", todo: Iterator[Answer], params: SamplingParams, view: View) -> None:
     """Take one answer after another from what all of these share."""
     for answer in todo:
         try:
@@ -77,7 +77,7 @@ async def _answer_some(engine: "AsyncLLM", todo: Iterator[Answer], params: Sampl
         view.done(answer)
 
 
-def _stream(engine: "AsyncLLM", answer: Answer, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+def _stream(engine: "AsyncClient", answer: Answer, params: SamplingParams) -> AsyncIterator[RequestOutput]:
     task, request_id = answer.task, str(answer.index)
     if task.messages is not None:
         return engine.chat(task.messages, params, request_id)

@@ -6,8 +6,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import ALL_MASKED
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.prompts import TokensPrompt
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
@@ -75,7 +75,7 @@ def take_places(params: SamplingParams, num_prompts: int) -> None:
 
 
 async def outputs(
-    engine: AsyncLLM, job: Job, kind: RequestOutputKind
+    engine: AsyncClient, job: Job, kind: RequestOutputKind
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """News of every prompt, with its number, as soon as it is there. Leaving the iteration aborts what runs.
 
@@ -90,7 +90,7 @@ async def outputs(
 
 
 async def _outputs(
-    engine: AsyncLLM, job: Job, number: int, kind: RequestOutputKind
+    engine: AsyncClient, job: Job, number: int, kind: RequestOutputKind
 ) -> AsyncGenerator[RequestOutput, None]:
     stream = engine.generate(
         job.prompts[number],

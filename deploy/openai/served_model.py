@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.limits import Limits
@@ -15,7 +15,7 @@ from eagleray.deploy.openai.truncate import excerpt
 class ServedModel:
     """One model and the name it goes by."""
 
-    engine: AsyncLLM
+    engine: AsyncClient
     model_name: str
     max_model_len: int  # tokens of prompt and answer together
     created: int  # seconds since 1970

@@ -74,9 +74,9 @@ def _profile(
     engine: "EngineClient", front_end: "FrontEnd", arguments: argparse.Namespace, batch_size: int
 ) -> ProfileCase:
     """Fill the contexts, decode for a while, then as many steps under the profiler."""
-    from eagleray.cluster.llm import LLM  # imported by now, with the engine
+    from eagleray.cluster.frontend.client import Client  # imported by now, with the engine
 
-    num_steps, llm, load = arguments.num_steps, LLM.attach(engine, front_end), Load(engine, front_end)
+    num_steps, llm, load = arguments.num_steps, Client(engine, front_end), Load(engine, front_end)
     vocab_size, max_len = engine.info.vocab_size, engine.info.max_model_len
     prompts = random_prompts(
         [arguments.context_len] * batch_size, vocab_size, np.random.default_rng(arguments.workload_seed)

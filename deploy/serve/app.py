@@ -17,9 +17,9 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.generation_config import chosen_defaults
 from eagleray.cluster.runtime.engine_client import EngineClient
@@ -111,7 +111,7 @@ class Replica:
         self._info = engine.info
         before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
         self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
-        self._llm = AsyncLLM.attach(engine, front_end)
+        self._llm = AsyncClient(engine, front_end)
         self._llm.check_health(args.stall_timeout_s)  # from now on a death is noticed
         self._looks = asyncio.create_task(self._look_often(), name="eagleray metrics")
         self._created = int(time.time())

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.runtime.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.bench.environment import hardware, versions
@@ -54,7 +54,7 @@ def main() -> None:
     port = free_ports(1)[0]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(args))
-    llm = AsyncLLM(**options)
+    llm = AsyncClient(**options)
     try:
         engine, served = asyncio.run(measure(llm, f"http://127.0.0.1:{port}", settings))
     finally:
@@ -80,7 +80,9 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def measure(llm: AsyncLLM, url: str, settings: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
+async def measure(
+    llm: AsyncClient, url: str, settings: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of the engine and of the server, in milliseconds."""
     rng = np.random.default_rng(0)
     num_requests = settings.num_warmup + settings.num_requests
@@ -100,7 +102,7 @@ async def times(events: AsyncIterator[Any]) -> tuple[float, float]:
     return came[0] - begin, (came[-1] - came[0]) / max(1, len(came) - 1)
 
 
-async def from_engine(llm: AsyncLLM, prompt: list[int], max_tokens: int) -> AsyncIterator[Any]:
+async def from_engine(llm: AsyncClient, prompt: list[int], max_tokens: int) -> AsyncIterator[Any]:
     async for output in llm.generate(prompt, SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)):
         yield output
 

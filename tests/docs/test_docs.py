@@ -295,7 +295,7 @@ def test_the_first_example_runs_on_an_engine(tiny: Path, capsys: pytest.CaptureF
 
 @pytest.fixture
 def local_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of engines on Ray that `AsyncLLM` would start: one within this process, for any model."""
+    """In place of engines on Ray that `AsyncClient` would start: one within this process, for any model."""
 
     def launch(config: EngineConfig, tokenizer: str | None = None, **_: Any) -> tuple[LocalEngine, FrontEnd]:
         bounds = ModelLimits(max_model_len=256, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({END_ID}))

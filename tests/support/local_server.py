@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -20,5 +20,5 @@ def local_server(path: Path, chat_template: str = CHAT_TEMPLATE) -> Iterator[Ser
     """Its model is "toy"; `path` is a folder for its tokenizer."""
     limits = ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset())
     front_end = FrontEnd(Tokenizer.from_dir(write_tokenizer(path, chat_template)), limits)
-    with serving(AsyncLLM.attach(LocalEngine(), front_end), "toy", MAX_MODEL_LEN) as server:
+    with serving(AsyncClient(LocalEngine(), front_end), "toy", MAX_MODEL_LEN) as server:
         yield server

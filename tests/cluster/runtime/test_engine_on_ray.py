@@ -33,6 +33,7 @@ from eagleray import (
 )
 from eagleray.cluster.core.executor import RankFailedError
 from eagleray.cluster.core.scheduler import Scheduler
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.runtime.engine_client import EngineClient
@@ -431,7 +432,7 @@ async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
 ) -> None:
     config = EngineConfig(model=str(model_dir), tensor_parallel_size=2, load_format="dummy", step_timeout_s=1.0)
     engine = EngineClient.start(config)
-    llm = AsyncLLM.attach(
+    llm = AsyncClient(
         engine, FrontEnd(None, ModelLimits(max_model_len=4096, vocab_size=120, eos_token_ids=frozenset()))
     )
     pids = engine.info.rank_pids

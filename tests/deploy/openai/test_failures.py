@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def make_server(engine: LocalEngine, demo_model_dir: Path) -> Iterator[Callable[
 
     def make(*, tokenizer: bool = True) -> Server:
         front_end = FrontEnd(Tokenizer.from_dir(demo_model_dir) if tokenizer else None, limits)
-        context = serving(AsyncLLM.attach(engine, front_end), "local", 256)
+        context = serving(AsyncClient(engine, front_end), "local", 256)
         started.append(context)
         return context.__enter__()
 

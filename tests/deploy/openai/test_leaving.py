@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ def local(demo_model_dir: Path) -> Iterator[tuple[Server, LocalEngine]]:
     engine = LocalEngine()
     limits = ModelLimits(max_model_len=1500, vocab_size=49_152, eos_token_ids=frozenset({2}))
     front_end = FrontEnd(Tokenizer.from_dir(demo_model_dir), limits)
-    with serving(AsyncLLM.attach(engine, front_end), "local", 1500) as server:
+    with serving(AsyncClient(engine, front_end), "local", 1500) as server:
         yield server, engine
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -245,7 +245,7 @@ def test_a_start_token_can_be_left_out(demo_model_dir: Path) -> None:
     start = "<|im_start|>"
     tokenizer.backend.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 1)])
     limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    engine = AsyncLLM.attach(LocalEngine(), FrontEnd(tokenizer, limits))
+    engine = AsyncClient(LocalEngine(), FrontEnd(tokenizer, limits))
     ids = tokenizer.encode(PROMPT, add_special_tokens=False)
     with serving(engine, "local", 256) as server:
         for asked, expected in ((None, [1, *ids]), (True, [1, *ids]), (False, ids)):

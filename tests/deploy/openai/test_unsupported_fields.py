@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
@@ -83,9 +83,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def app_of(tokenizer: Tokenizer) -> tuple[AppReplica, AsyncLLM]:
+def app_of(tokenizer: Tokenizer) -> tuple[AppReplica, AsyncClient]:
     limits = ModelLimits(max_model_len=1000, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({END_ID}))
-    engine = AsyncLLM.attach(LocalEngine(), FrontEnd(tokenizer, limits))
+    engine = AsyncClient(LocalEngine(), FrontEnd(tokenizer, limits))
     return AppReplica(make_app(ServedModel(engine, "tiny", 1000, 1))), engine
 
 

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.core.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.deploy.openai.app import make_app
@@ -259,9 +259,7 @@ class Recording(LocalEngine):
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_engine_is_told_whose_key_it_was_and_what_was_asked_for_together(stream: bool) -> None:
     engine = Recording()
-    llm = AsyncLLM.attach(
-        engine, FrontEnd(None, ModelLimits(max_model_len=256, vocab_size=50, eos_token_ids=frozenset()))
-    )
+    llm = AsyncClient(engine, FrontEnd(None, ModelLimits(max_model_len=256, vocab_size=50, eos_token_ids=frozenset())))
     app = BoundedQueue(make_app(ServedModel(llm, "toy", 256, created=0)), 10, num_tenants=2)
     body = {"prompt": [[1, 2], [3, 4]], "n": 2, "max_tokens": 3, "stream": stream}
     async with client(ApiKeys(app, ["one", "two"])) as http:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.request_state import RequestState
@@ -49,7 +49,7 @@ class Seen:
 def seen(demo_model_dir: Path) -> Iterator[Seen]:
     seen = Seen()
     limits = ModelLimits(max_model_len=1500, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    llm = AsyncLLM.attach(LocalEngine(), FrontEnd(Tokenizer.from_dir(demo_model_dir), limits, on_end=seen.ended.append))
+    llm = AsyncClient(LocalEngine(), FrontEnd(Tokenizer.from_dir(demo_model_dir), limits, on_end=seen.ended.append))
     app = make_app(ServedModel(llm, "local", 1500, created=0))
     with asgi_server(HttpTime(app, seen.http_s.append), llm.close) as seen.url:
         yield seen

@@ -1,4 +1,4 @@
-"""`LLM` and `AsyncLLM` over a real scheduler in this process, whose rank's tokens can be foretold."""
+"""`Client` and `AsyncClient` over a real scheduler in this process, whose rank's tokens can be foretold."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from eagleray.cluster.async_llm import AsyncLLM
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
+from eagleray.cluster.frontend.async_client import AsyncClient
+from eagleray.cluster.frontend.client import Client
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
-from eagleray.cluster.llm import LLM
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
 from support.local_engine import LocalEngine
@@ -40,13 +40,13 @@ def front_end(tokenizer: Tokenizer) -> FrontEnd:
 
 
 @pytest.fixture
-def llm(engine: LocalEngine, front_end: FrontEnd) -> LLM:
-    return LLM.attach(engine, front_end)
+def llm(engine: LocalEngine, front_end: FrontEnd) -> Client:
+    return Client(engine, front_end)
 
 
 @pytest.fixture
-def async_llm(engine: LocalEngine, front_end: FrontEnd) -> Iterator[AsyncLLM]:
-    llm = AsyncLLM.attach(engine, front_end)
+def async_llm(engine: LocalEngine, front_end: FrontEnd) -> Iterator[AsyncClient]:
+    llm = AsyncClient(engine, front_end)
     yield llm
     assert engine.scheduler.num_unfinished == 0 or engine.failures, "a request was left running"
 
@@ -57,7 +57,7 @@ def params(max_tokens: int = 20, **others: object) -> SamplingParams:
 
 def test_without_parameters_the_models_own_count(engine: LocalEngine, tokenizer: Tokenizer) -> None:
     limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    llm = LLM.attach(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
+    llm = Client(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
     assert [len(token_ids(output)) for output in llm.generate(["a", "b"])] == [7, 7]
     assert [len(token_ids(output)) for output in llm.chat([{"role": "user", "content": "a"}])] == [7]
     mine = replace(llm.get_default_sampling_params(), max_tokens=3)
@@ -67,7 +67,7 @@ def test_without_parameters_the_models_own_count(engine: LocalEngine, tokenizer:
 
 async def test_without_parameters_the_models_own_count_in_streams(engine: LocalEngine, tokenizer: Tokenizer) -> None:
     limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    llm = AsyncLLM.attach(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
+    llm = AsyncClient(engine, FrontEnd(tokenizer, limits, defaults=params(7)))
     assert [len(token_ids(output)) async for output in llm.generate("a")][-1] == 7
     assert llm.get_default_sampling_params() == params(7)
     llm.close()
@@ -77,7 +77,7 @@ def token_ids(output: RequestOutput) -> list[int]:
     return output.outputs[0].token_ids
 
 
-def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, tokenizer: Tokenizer) -> None:
+def test_outputs_come_in_the_order_of_the_prompts(llm: Client, tokenizer: Tokenizer) -> None:
     each = [params(30 - 2 * i) for i in range(len(PROMPTS))]
     outputs = llm.generate(PROMPTS, each, use_tqdm=False)
     for prompt, wanted, output in zip(PROMPTS, each, outputs, strict=True):
@@ -86,7 +86,7 @@ def test_outputs_come_in_the_order_of_the_prompts(llm: LLM, tokenizer: Tokenizer
         assert output.outputs[0].text == tokenizer.decode(prompt + expected)[len(tokenizer.decode(prompt)) :]
 
 
-def test_one_prompt_needs_no_list(llm: LLM, tokenizer: Tokenizer) -> None:
+def test_one_prompt_needs_no_list(llm: Client, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("1+2=")
     for prompt in ("1+2=", ids, {"prompt": "1+2="}, {"prompt_token_ids": ids}, ["1+2="], [ids]):
         (output,) = llm.generate(prompt, params(5), use_tqdm=False)  # type: ignore[arg-type]
@@ -102,16 +102,16 @@ def test_one_prompt_needs_no_list(llm: LLM, tokenizer: Tokenizer) -> None:
         (["a"], [None], r"sampling_params is \[None\]"),
     ],
 )
-def test_what_is_no_prompt_or_no_parameters_is_refused(llm: LLM, prompts: Any, params: Any, message: str) -> None:
+def test_what_is_no_prompt_or_no_parameters_is_refused(llm: Client, prompts: Any, params: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params)
 
 
-def test_no_prompts_no_outputs(llm: LLM) -> None:
+def test_no_prompts_no_outputs(llm: Client) -> None:
     assert llm.generate([]) == []
 
 
-def test_nothing_is_sent_if_one_prompt_is_bad(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+def test_nothing_is_sent_if_one_prompt_is_bad(llm: Client, engine: LocalEngine, front_end: FrontEnd) -> None:
     with pytest.raises(ValueError, match="prompt 12: the prompt is empty"):
         llm.generate([*PROMPTS, []], params(), use_tqdm=False)
     with pytest.raises(ValueError, match=r"^the prompt holds the token id -1"):
@@ -122,7 +122,7 @@ def test_nothing_is_sent_if_one_prompt_is_bad(llm: LLM, engine: LocalEngine, fro
 
 
 def test_a_prompt_that_is_too_long_takes_no_other_along(
-    llm: LLM, engine: LocalEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+    llm: Client, engine: LocalEngine, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The model holds 256 tokens."""
     full, fits, over = [5] * 255, [6] * 250, [7] * 256
@@ -143,7 +143,7 @@ def test_a_prompt_that_is_too_long_takes_no_other_along(
     assert engine.scheduler.num_unfinished == 0
 
 
-def test_threads_share_the_engine_and_each_gets_its_own(llm: LLM, engine: LocalEngine) -> None:
+def test_threads_share_the_engine_and_each_gets_its_own(llm: Client, engine: LocalEngine) -> None:
     num_threads, failures = 8, {3: ValueError, 6: ValueError}
     engine.waits_for = 30
 
@@ -167,7 +167,7 @@ def test_threads_share_the_engine_and_each_gets_its_own(llm: LLM, engine: LocalE
     assert engine.rank.largest_batch == 30 * 3, "what several threads ask for runs together"
 
 
-def test_every_thread_hears_of_the_engines_death(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+def test_every_thread_hears_of_the_engines_death(llm: Client, engine: LocalEngine, front_end: FrontEnd) -> None:
     engine.failures = {30: EngineDeadError("rank 1 is gone")}
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(llm.generate, PROMPTS, params(200), use_tqdm=False) for _ in range(4)]:
@@ -176,7 +176,7 @@ def test_every_thread_hears_of_the_engines_death(llm: LLM, engine: LocalEngine, 
     assert front_end.num_running == 0
 
 
-def test_closing_ends_what_other_threads_wait_for(llm: LLM, engine: LocalEngine) -> None:
+def test_closing_ends_what_other_threads_wait_for(llm: Client, engine: LocalEngine) -> None:
     engine.waits_for = 1000
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(llm.generate, PROMPTS, params(200), use_tqdm=False) for _ in range(2)]
@@ -187,7 +187,7 @@ def test_closing_ends_what_other_threads_wait_for(llm: LLM, engine: LocalEngine)
                 future.result(60)
 
 
-def test_a_chat_is_put_into_the_models_template(llm: LLM, tokenizer: Tokenizer) -> None:
+def test_a_chat_is_put_into_the_models_template(llm: Client, tokenizer: Tokenizer) -> None:
     chats = [[{"role": "user", "content": text}] for text in ("Hello", "Bye")]
     outputs = llm.chat(chats, params(4), use_tqdm=False)
     for chat, output in zip(chats, outputs, strict=True):
@@ -197,7 +197,7 @@ def test_a_chat_is_put_into_the_models_template(llm: LLM, tokenizer: Tokenizer) 
     assert llm.chat(chats[1], params(4), use_tqdm=False)[0].prompt == outputs[1].prompt
 
 
-def test_a_stop_string_frees_the_engine_at_once(llm: LLM, engine: LocalEngine, tokenizer: Tokenizer) -> None:
+def test_a_stop_string_frees_the_engine_at_once(llm: Client, engine: LocalEngine, tokenizer: Tokenizer) -> None:
     expected = generate(PROMPTS[0], 40)
     text = tokenizer.decode(expected[:12])
     (output,) = llm.generate(PROMPTS[0], params(200, stop=text[-3:]), use_tqdm=False)
@@ -207,7 +207,7 @@ def test_a_stop_string_frees_the_engine_at_once(llm: LLM, engine: LocalEngine, t
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError()])
-def test_an_interruption_ends_what_runs(llm: LLM, engine: LocalEngine, interruption: BaseException) -> None:
+def test_an_interruption_ends_what_runs(llm: Client, engine: LocalEngine, interruption: BaseException) -> None:
     engine.failures = {5: interruption}
     with pytest.raises(type(interruption)):
         llm.generate(PROMPTS, params(), use_tqdm=False)
@@ -215,7 +215,7 @@ def test_an_interruption_ends_what_runs(llm: LLM, engine: LocalEngine, interrupt
     assert token_ids(llm.generate(PROMPTS[3], params(), use_tqdm=False)[0]) == generate(PROMPTS[3], 20)
 
 
-def test_a_dead_engine_says_why(llm: LLM, engine: LocalEngine, front_end: FrontEnd) -> None:
+def test_a_dead_engine_says_why(llm: Client, engine: LocalEngine, front_end: FrontEnd) -> None:
     engine.failures = {5: EngineDeadError("rank 1 is gone")}
     for _ in range(2):
         with pytest.raises(EngineDeadError, match="rank 1 is gone") as death:
@@ -225,7 +225,7 @@ def test_a_dead_engine_says_why(llm: LLM, engine: LocalEngine, front_end: FrontE
 
 
 def test_a_failed_request_keeps_the_others_outputs(
-    llm: LLM, engine: LocalEngine, caplog: pytest.LogCaptureFixture
+    llm: Client, engine: LocalEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.fails_at = 5
     outputs = llm.generate(PROMPTS, [params(1), *[params()] * 11], use_tqdm=False)
@@ -236,19 +236,19 @@ def test_a_failed_request_keeps_the_others_outputs(
     assert caplog.messages == ["11 of 12 requests failed: rank 1 says no"]
 
 
-def test_progress_is_shown_on_standard_error(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_standard_error(llm: Client, capfd: pytest.CaptureFixture[str]) -> None:
     llm.generate(PROMPTS, params())
     shown = capfd.readouterr()
     assert (shown.out, "12/12" in shown.err, "tokens/s" in shown.err) == ("", True, True)
 
 
-def test_closing_closes_the_engine(llm: LLM, engine: LocalEngine) -> None:
+def test_closing_closes_the_engine(llm: Client, engine: LocalEngine) -> None:
     with llm:
         assert not engine.closed
     assert engine.closed
 
 
-async def test_a_profile_needs_the_name_of_a_directory(llm: LLM, async_llm: AsyncLLM) -> None:
+async def test_a_profile_needs_the_name_of_a_directory(llm: Client, async_llm: AsyncClient) -> None:
     with pytest.raises(ValueError, match="directory is ''; name one"):
         llm.start_profile("")
     with pytest.raises(ValueError, match="directory is ''; name one"):
@@ -256,7 +256,7 @@ async def test_a_profile_needs_the_name_of_a_directory(llm: LLM, async_llm: Asyn
 
 
 HELLO = [{"role": "user", "content": "Hello"}]
-CALLS: dict[str, Callable[[LLM], object]] = {
+CALLS: dict[str, Callable[[Client], object]] = {
     "generate": lambda llm: llm.generate("a", use_tqdm=False),
     "generate nothing": lambda llm: llm.generate([]),
     "generate what is refused": lambda llm: llm.generate(None),  # type: ignore[arg-type]
@@ -265,7 +265,7 @@ CALLS: dict[str, Callable[[LLM], object]] = {
     "stop_profile": lambda llm: llm.stop_profile(),
     "with": lambda llm: llm.__enter__(),
 }
-ASYNC_CALLS: dict[str, Callable[[AsyncLLM], Awaitable[object]]] = {
+ASYNC_CALLS: dict[str, Callable[[AsyncClient], Awaitable[object]]] = {
     "generate": lambda llm: collect(llm.generate("a")),
     "chat": lambda llm: collect(llm.chat(HELLO)),
     "abort": lambda llm: llm.abort("mine"),
@@ -276,21 +276,21 @@ ASYNC_CALLS: dict[str, Callable[[AsyncLLM], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_a_closed_engine_can_do_nothing_and_says_so(llm: LLM, call: Callable[[LLM], object]) -> None:
+def test_a_closed_engine_can_do_nothing_and_says_so(llm: Client, call: Callable[[Client], object]) -> None:
     for _ in range(2):
         llm.close()
-    with pytest.raises(EngineClosedError, match="this LLM is closed; make a new one"):
+    with pytest.raises(EngineClosedError, match="this Client is closed; make a new one"):
         call(llm)
     assert llm.tokenizer is not None
 
 
 @pytest.mark.parametrize("call", ASYNC_CALLS.values(), ids=ASYNC_CALLS.keys())
 async def test_a_closed_async_engine_can_do_nothing_and_says_so(
-    async_llm: AsyncLLM, call: Callable[[AsyncLLM], Awaitable[object]]
+    async_llm: AsyncClient, call: Callable[[AsyncClient], Awaitable[object]]
 ) -> None:
     for _ in range(2):
         async_llm.close()
-    with pytest.raises(EngineClosedError, match="this AsyncLLM is closed; make a new one"):
+    with pytest.raises(EngineClosedError, match="this AsyncClient is closed; make a new one"):
         await call(async_llm)
     assert async_llm.tokenizer is not None
 
@@ -305,9 +305,9 @@ async def test_a_closed_async_engine_can_do_nothing_and_says_so(
         ({"tokenizer": "/nowhere", "skip_tokenizer_init": True}, "leave one of them out"),
     ],
 )
-@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_bad_options_are_refused_before_anything_starts(
-    demo_model_dir: Path, kind: type[LLM] | type[AsyncLLM], options: dict[str, object], message: str
+    demo_model_dir: Path, kind: type[Client] | type[AsyncClient], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**{"model": demo_model_dir} | options)  # type: ignore[arg-type]
@@ -321,7 +321,7 @@ async def collect(outputs: AsyncIterator[RequestOutput], pause: float = 0) -> li
     return collected
 
 
-async def test_streams_grow_to_what_generate_returns(async_llm: AsyncLLM) -> None:
+async def test_streams_grow_to_what_generate_returns(async_llm: AsyncClient) -> None:
     streams = await asyncio.gather(*(collect(async_llm.generate(prompt, params())) for prompt in PROMPTS))
     for prompt, outputs in zip(PROMPTS, streams, strict=True):
         assert token_ids(outputs[-1]) == generate(prompt, 20)
@@ -331,21 +331,21 @@ async def test_streams_grow_to_what_generate_returns(async_llm: AsyncLLM) -> Non
             assert outputs[-1].outputs[0].text.startswith(output.outputs[0].text)
 
 
-async def test_a_stream_goes_on_while_there_are_always_news(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_a_stream_goes_on_while_there_are_always_news(async_llm: AsyncClient, engine: LocalEngine) -> None:
     """An engine that is faster than its front end must not keep what it says from those who wait for it."""
     engine.pauses = False
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200)))
     assert len(outputs) > 100
 
 
-async def test_a_slow_consumer_gets_merged_outputs_and_the_last(async_llm: AsyncLLM) -> None:
+async def test_a_slow_consumer_gets_merged_outputs_and_the_last(async_llm: AsyncClient) -> None:
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200)), pause=0.05)
     assert len(outputs) < 100
     assert token_ids(outputs[-1]) == generate(PROMPTS[0], 200)
 
 
 async def test_a_stop_string_ends_a_stream_and_frees_the_engine(
-    async_llm: AsyncLLM, engine: LocalEngine, tokenizer: Tokenizer
+    async_llm: AsyncClient, engine: LocalEngine, tokenizer: Tokenizer
 ) -> None:
     text = tokenizer.decode(generate(PROMPTS[0], 12))
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200, stop=[text[-3:]])))
@@ -354,7 +354,7 @@ async def test_a_stop_string_ends_a_stream_and_frees_the_engine(
     assert engine.scheduler.num_unfinished == 0
 
 
-async def test_leaving_the_iteration_aborts_the_request(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_leaving_the_iteration_aborts_the_request(async_llm: AsyncClient, engine: LocalEngine) -> None:
     async for output in async_llm.generate(PROMPTS[0], params(200)):
         if len(token_ids(output)) >= 3:
             break
@@ -362,7 +362,7 @@ async def test_leaving_the_iteration_aborts_the_request(async_llm: AsyncLLM, eng
     assert engine.scheduler.num_unfinished == 0
 
 
-async def test_cancelling_aborts_only_that_request(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_cancelling_aborts_only_that_request(async_llm: AsyncClient, engine: LocalEngine) -> None:
     cancelled = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(200))))
     other = asyncio.create_task(collect(async_llm.generate(PROMPTS[1], params(100))))
     while engine.scheduler.num_unfinished != 2:
@@ -374,7 +374,7 @@ async def test_cancelling_aborts_only_that_request(async_llm: AsyncLLM, engine: 
     assert token_ids((await other)[-1]) == generate(PROMPTS[1], 100)
 
 
-async def test_abort_gives_a_last_output(async_llm: AsyncLLM) -> None:
+async def test_abort_gives_a_last_output(async_llm: AsyncClient) -> None:
     outputs = []
     async for output in async_llm.generate(PROMPTS[0], params(200), "mine"):
         outputs.append(output)
@@ -386,7 +386,7 @@ async def test_abort_gives_a_last_output(async_llm: AsyncLLM) -> None:
     assert token_ids(outputs[-1]) == generate(PROMPTS[0], len(token_ids(outputs[-1])))
 
 
-async def test_an_aborted_requests_id_is_free_while_its_stream_is_open(async_llm: AsyncLLM) -> None:
+async def test_an_aborted_requests_id_is_free_while_its_stream_is_open(async_llm: AsyncClient) -> None:
     first = async_llm.generate(PROMPTS[0], params(200), "mine")
     await anext(first)
     await async_llm.abort("mine")
@@ -396,7 +396,7 @@ async def test_an_aborted_requests_id_is_free_while_its_stream_is_open(async_llm
     assert token_ids((await second)[-1]) == generate(PROMPTS[1], 20)
 
 
-async def test_a_bad_request_hurts_no_other(async_llm: AsyncLLM) -> None:
+async def test_a_bad_request_hurts_no_other(async_llm: AsyncClient) -> None:
     other = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(50), "taken")))
     await asyncio.sleep(0)
     with pytest.raises(ValueError, match="the prompt is empty"):
@@ -406,7 +406,7 @@ async def test_a_bad_request_hurts_no_other(async_llm: AsyncLLM) -> None:
     assert token_ids((await other)[-1]) == generate(PROMPTS[0], 50)
 
 
-async def test_a_dead_engine_reaches_every_waiter(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_a_dead_engine_reaches_every_waiter(async_llm: AsyncClient, engine: LocalEngine) -> None:
     engine.failures = {9: EngineDeadError("rank 1 is gone")}
     finished = async_llm.generate(PROMPTS[0], params(2))
     await anext(finished)
@@ -419,13 +419,13 @@ async def test_a_dead_engine_reaches_every_waiter(async_llm: AsyncLLM, engine: L
         await collect(async_llm.generate(PROMPTS[0], params()))
 
 
-async def test_a_failure_of_the_front_end_itself_hangs_nobody(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_a_failure_of_the_front_end_itself_hangs_nobody(async_llm: AsyncClient, engine: LocalEngine) -> None:
     engine.failures = {5: MemoryError("no room")}
     with pytest.raises(EngineDeadError, match="the front end failed: MemoryError"):
         await asyncio.wait_for(collect(async_llm.generate(PROMPTS[0], params())), 5)
 
 
-async def test_closing_ends_every_wait(async_llm: AsyncLLM, engine: LocalEngine) -> None:
+async def test_closing_ends_every_wait(async_llm: AsyncClient, engine: LocalEngine) -> None:
     engine.failures = {10**9: MemoryError()}  # requests are left in the engine, which ends with it
     waiting = asyncio.create_task(collect(async_llm.generate(PROMPTS[0], params(200))))
     await asyncio.sleep(0.01)
@@ -435,7 +435,7 @@ async def test_closing_ends_every_wait(async_llm: AsyncLLM, engine: LocalEngine)
     assert engine.closed
 
 
-def test_the_tokenizer_has_the_methods_of_transformers(llm: LLM, demo_model_dir: Path) -> None:
+def test_the_tokenizer_has_the_methods_of_transformers(llm: Client, demo_model_dir: Path) -> None:
     ours, theirs = llm.get_tokenizer(), AutoTokenizer.from_pretrained(demo_model_dir)
     chat = [{"role": "user", "content": "Hello 🦅"}]
     assert ours("Hello 🦅").input_ids == theirs("Hello 🦅").input_ids
@@ -448,20 +448,20 @@ def test_the_tokenizer_has_the_methods_of_transformers(llm: LLM, demo_model_dir:
 def test_without_a_tokenizer_there_is_none_to_get() -> None:
     limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
     with pytest.raises(ValueError, match="skip_tokenizer_init"):
-        LLM.attach(LocalEngine(), FrontEnd(None, limits)).get_tokenizer()
+        Client(LocalEngine(), FrontEnd(None, limits)).get_tokenizer()
 
 
 @pytest.mark.parametrize(
     "prompt", ["A prompt of several words", [5, 6, 7, 8, 9, 10], {"prompt_token_ids": [5, 6, 7, 8]}]
 )
 @pytest.mark.parametrize("most", [1, 3, 6, 100])
-def test_only_the_end_of_a_longer_prompt_is_taken(llm: LLM, prompt: Any, most: int) -> None:
+def test_only_the_end_of_a_longer_prompt_is_taken(llm: Client, prompt: Any, most: int) -> None:
     (whole,) = llm.generate(prompt, params())
     (output,) = llm.generate(prompt, params(truncate_prompt_tokens=most))
     assert output.prompt_token_ids == whole.prompt_token_ids[-most:]
     assert token_ids(output) == generate(output.prompt_token_ids, 20)
 
 
-def test_of_a_prompt_as_much_is_taken_as_fits(llm: LLM) -> None:
+def test_of_a_prompt_as_much_is_taken_as_fits(llm: Client) -> None:
     (output,) = llm.generate([[*range(20)] * 50], params(20, truncate_prompt_tokens=-1))
     assert output.prompt_token_ids == ([*range(20)] * 50)[-236:]
