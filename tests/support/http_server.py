@@ -11,7 +11,7 @@ import openai
 import uvicorn
 from starlette.types import ASGIApp
 
-from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
@@ -38,9 +38,9 @@ def guarded(key: str, max_body_bytes: int, max_requests: int) -> Wrapper:
 
 
 class Server:
-    """uvicorn and an `AsyncLLM`, with an event loop of their own in a thread of this process."""
+    """uvicorn and an `AsyncClient`, with an event loop of their own in a thread of this process."""
 
-    def __init__(self, engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper, key: str) -> None:
+    def __init__(self, engine: AsyncClient, model_name: str, max_model_len: int, around: Wrapper, key: str) -> None:
         self.engine = engine
         self._around, self._key = around, key
         self.served = ServedModel(engine, model_name, max_model_len, created=1_700_000_000, allow_priority=True)
@@ -101,7 +101,7 @@ class Server:
 
 @contextmanager
 def serving(
-    engine: AsyncLLM, model_name: str, max_model_len: int, around: Wrapper = bare, key: str = "none"
+    engine: AsyncClient, model_name: str, max_model_len: int, around: Wrapper = bare, key: str = "none"
 ) -> Iterator[Server]:
     """A server, and at the end neither it nor the engine. `around` puts its application into others."""
     server = Server(engine, model_name, max_model_len, around, key)
