@@ -295,24 +295,6 @@ async def test_a_closed_async_engine_can_do_nothing_and_says_so(
     assert async_llm.tokenizer is not None
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tensor_parallel": 2}, "no such option: tensor_parallel; the options are block_size, compile"),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0"),
-        ({"model": "/nowhere"}, "there is no model directory /nowhere"),
-        ({"tokenizer": "/nowhere"}, "there is no directory /nowhere; name a directory with a tokenizer.json"),
-        ({"tokenizer": "/nowhere", "skip_tokenizer_init": True}, "leave one of them out"),
-    ],
-)
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_bad_options_are_refused_before_anything_starts(
-    demo_model_dir: Path, kind: type[Client] | type[AsyncClient], options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(**{"model": demo_model_dir} | options)  # type: ignore[arg-type]
-
-
 async def collect(outputs: AsyncIterator[RequestOutput], pause: float = 0) -> list[RequestOutput]:
     collected = []
     async for output in outputs:
