@@ -38,17 +38,25 @@ class WeightShard:
         return ".".join(filter(None, (parent, self.part, self.name)))
 
     def load(self, source: TensorSlice) -> None:
-        """Read this rank's region, and nothing else. Raises `ValueError` for another shape, or no floating point."""
+        """Read this rank's region, and nothing else. Raises `ValueError` for another shape, or a wrong dtype."""
         self.check_shape(source)
         values = source[self.region]
-        if not values.is_floating_point():
-            raise ValueError(f"has dtype {values.dtype}, but weights are floating-point numbers, not quantized")
+        self.check_dtype(values.dtype)
         self.target.copy_(values)
 
     def check_shape(self, source: TensorSlice) -> None:
         """Raise `ValueError` when the tensor in the file is not of the shape that the model needs."""
         if tuple(source.get_shape()) != self.shape:
             raise ValueError(f"has shape {source.get_shape()}, but the model needs {list(self.shape)}")
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise `ValueError` unless `dtype` is the target's, or both are of floating-point numbers."""
+        wanted = self.target.dtype
+        if dtype == wanted or (dtype.is_floating_point and wanted.is_floating_point):
+            return
+        if wanted.is_floating_point:
+            raise ValueError(f"has dtype {dtype}, but weights are floating-point numbers, not quantized")
+        raise ValueError(f"has dtype {dtype}, but the model needs {wanted}")
 
 
 @runtime_checkable
