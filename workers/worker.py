@@ -41,8 +41,7 @@ class Worker:
         graph_sizes: Sequence[int] | None = None,
     ) -> None:
         """On CUDA, graphs are captured of decode batches: of every size, or of `graph_sizes`, which may be none."""
-        parameter = next(model.parameters())
-        device, dtype = parameter.device, parameter.dtype
+        device, dtype = model.device, model.dtype
         self._model = model
         self._forward = torch.compile(model, fullgraph=True, dynamic=True) if config.compile else model
         self._specs = [layer.spec for layer in model.attentions]
