@@ -78,6 +78,15 @@ class CausalLM(nn.Module):
         """The token ids whose logits this rank computes."""
         return self.lm_head.own
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states; weights may be kept in another."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """`input_ids` and `positions`, `[tokens]` int64, to `[tokens, hidden_size]`, equal on all ranks."""
         return self.model(input_ids, positions)  # type: ignore[no-any-return]

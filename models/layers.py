@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagleray.models.config import ModelConfig, RopeConfig
+from eagleray.models.weights import linear_weight
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from eagleray.parallel.platform import HAS_TRITON
@@ -16,7 +17,7 @@ from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
 if HAS_TRITON:
     from eagleray.models import kernels
-    from eagleray.parallel import low_latency_reduce, skinny
+    from eagleray.parallel import low_latency_reduce
 
 
 class RMSNorm(nn.Module):
@@ -103,21 +104,19 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TPGroup, activation: str = "silu") -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.activation = activation
-        self.gate_up_proj = ColumnParallelLinear(
-            hidden, {"gate_proj": inner, "up_proj": inner}, tp, bias=config.mlp_bias
-        )
+        parts, make_weight = {"gate_proj": inner, "up_proj": inner}, linear_weight(config)
+        self.gate_up_proj = ColumnParallelLinear(hidden, parts, tp, bias=bias, make_weight=make_weight)
         own = shard_columns(inner, tp.rank, tp.size)
-        self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=config.mlp_bias)
+        self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=bias, make_weight=make_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden]` to this rank's part of the same."""
         merged = self.gate_up_proj
         if x.is_cuda and self.activation == "silu":
-            if merged.bias is None and skinny.takes(x, merged.weight, gated=True):
-                return self.down_proj(skinny.silu_gated(x, merged.weight))  # type: ignore[no-any-return]
-            return self.down_proj(kernels.silu_mul(merged(x)))  # type: ignore[no-any-return]
+            gated = merged.silu_gated(x)
+            return self.down_proj(kernels.silu_mul(merged(x)) if gated is None else gated)  # type: ignore[no-any-return]
         gate, up = merged(x).chunk(2, dim=-1)
         gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * up)  # type: ignore[no-any-return]

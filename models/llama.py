@@ -8,6 +8,7 @@ from eagleray.models.attention import Attention, AttentionSpec
 from eagleray.models.config import ModelConfig
 from eagleray.models.decoder import CausalLM, DecoderLayer
 from eagleray.models.layers import GatedMLP, RMSNorm
+from eagleray.models.weights import linear_weight
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import QKVParallelLinear, RowParallelLinear, head_columns
 from eagleray.parallel.sharding import shard_heads
@@ -22,11 +23,13 @@ class LlamaAttention(nn.Module):
         super().__init__()
         hidden, head_size, num_heads = config.hidden_size, config.head_size, config.num_heads
         heads = shard_heads(num_heads, config.num_kv_heads, tp.rank, tp.size)
+        make_weight = linear_weight(config)
         self.qkv_proj = QKVParallelLinear(
-            hidden, num_heads, config.num_kv_heads, head_size, heads, bias=config.qkv_bias
+            hidden, num_heads, config.num_kv_heads, head_size, heads, bias=config.qkv_bias, make_weight=make_weight
         )
+        own = head_columns(heads.query, head_size)
         self.o_proj = RowParallelLinear(
-            num_heads * head_size, hidden, head_columns(heads.query, head_size), tp, bias=config.output_bias
+            num_heads * head_size, hidden, own, tp, bias=config.output_bias, make_weight=make_weight
         )
         spec = AttentionSpec(
             num_heads=len(heads.query),

@@ -24,16 +24,15 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
 
     Raises `MemoryError` when that is nothing.
     """
-    parameter = next(model.parameters())
     specs = [layer.spec for layer in model.attentions]
-    each = block_bytes(specs, config.block_size, parameter.dtype)
+    each = block_bytes(specs, config.block_size, model.dtype)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes // each
-    if parameter.device.type == "cpu":
+    if model.device.type == "cpu":
         return CPU_KV_CACHE_BYTES // each
-    need = _measure(config, model, tp, parameter.device, num_profile_blocks(config) * each)
+    need = _measure(config, model, tp, model.device, num_profile_blocks(config) * each)
     if need.left < each:
-        raise MemoryError(_no_room(config, need, parameter.device))
+        raise MemoryError(_no_room(config, need, model.device))
     return need.left // each
 
 

@@ -23,9 +23,8 @@ class ModelRunner:
     """A model shard and its KV cache of `num_blocks` blocks."""
 
     def __init__(self, model: CausalLM, num_blocks: int, block_size: int, *, compile: bool) -> None:
-        parameter = next(model.parameters())
         self.model = model
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self.device = model.dtype, model.device
         self.specs = [layer.spec for layer in model.attentions]
         self.backends = [choose_backend(spec, self.dtype, self.device) for spec in self.specs]  # of each layer
         self.kv_cache = KVCache(self.specs, num_blocks, block_size, self.dtype, self.device)

@@ -189,7 +189,7 @@ class Rank:
 
         self._teller.begin(GRAPHS)
         worker, ready = self._worker(num_blocks)
-        profiler = RankProfiler(self._rank, next(self._model.parameters()).device)
+        profiler = RankProfiler(self._rank, self._device)
         decode = msgspec.msgpack.Decoder(RankMessage).decode
         hub = Peer(self._hub, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of

@@ -6,10 +6,12 @@ region and nothing else, on its own device.
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from eagleray.models.loading.parts import parts
 from eagleray.parallel.weight_shard import WeightShard
 
 STD = 0.02
@@ -18,15 +20,20 @@ _CHUNK = 1 << 24  # values at a time, to bound memory
 
 def fill(name: str, shard: WeightShard, seed: int) -> None:
     """Fill `shard` of tensor `name` with `mean` plus normal noise of standard deviation 0.02."""
-    rows, *columns = (torch.arange(cut.start, cut.stop, device=shard.target.device) for cut in shard.region)
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little", signed=True)
-    width = columns[0].numel() if columns else 1
-    step = max(1, _CHUNK // max(1, width))
-    for start in range(0, rows.numel(), step):
-        index = rows[start : start + step]
-        if columns:
-            index = index.unsqueeze(1) * shard.shape[1] + columns[0]
-        shard.target[start : start + step].copy_(_normal(index, key).mul_(STD).add_(shard.mean))
+    for part in parts(shard.target.shape, _CHUNK):
+        starts = [cut.start + own.start for cut, own in zip(part, shard.region, strict=True)]
+        target = shard.target[part]
+        index = _places(shard.shape, starts, target.shape, target.device)
+        target.copy_(_normal(index, key).mul_(STD).add_(shard.mean))
+
+
+def _places(whole: Sequence[int], starts: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Where the values of a region of `shape` that begins at `starts` stand in the whole tensor, counted in order."""
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, start, length in zip(whole, starts, shape, strict=True):
+        index = index.unsqueeze(-1) * size + torch.arange(start, start + length, device=device)
+    return index
 
 
 def _normal(index: Tensor, key: int) -> Tensor:

@@ -1,37 +1,25 @@
 """Streams weights from safetensors files to a GPU through pinned memory, with several threads.
 
 Reading the next part overlaps with the last one's way to the device, and the device converts the dtype. Files are
-mapped: of a tensor that is cut by columns a thread copies a strided view in one go, without the interpreter's lock.
+mapped: of a tensor that is cut in any of its dimensions a thread copies a strided view in one go, without the
+interpreter's lock.
 """
 
-import json
-import mmap
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from threading import local
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eagleray.models.loading.mapped_file import Bytes, MappedFile
+from eagleray.models.loading.parts import parts
 from eagleray.parallel.weight_shard import WeightShard
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 NUM_THREADS = 4
-BUFFER_BYTES = 16 << 20  # of page-locked memory; each thread has two
-
-Bytes = npt.NDArray[np.uint8]
+BUFFER_BYTES = 16 << 20  # of page-locked memory, and no part is larger; each thread has two
 
 
 class WeightStream:
@@ -53,18 +41,16 @@ class WeightStream:
         self._parts: list[Future[int]] = []
         self._own = local()  # of each thread: its lane
         self._lanes: list[_Lane] = []
-        self._files: dict[Path, _MappedFile] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def fill(self, shard: WeightShard, file: Path, name: str) -> None:
         """Have `shard` filled from tensor `name` in `file`, whose shape the caller has checked."""
         if file not in self._files:
-            self._files[file] = _MappedFile(file)
-        source, dtype = self._files[file].region(name, shard.region)  # [rows, bytes of a row's own columns]
-        target = shard.target.view(len(source), -1)
-        rows = max(1, self._buffer_bytes // max(1, source.shape[1]))
-        for start in range(0, len(source), rows):
-            part = slice(start, start + rows)
-            self._parts.append(self._threads.submit(self._copy, source[part], dtype, target[part]))
+            self._files[file] = MappedFile(file)
+        source, dtype = self._files[file].region(name, shard.region)
+        shard.check_dtype(dtype)
+        for part in parts(source.shape[:-1], max(1, self._buffer_bytes // dtype.itemsize)):
+            self._parts.append(self._threads.submit(self._copy, source[part], dtype, shard.target[part]))
 
     def _copy(self, source: Bytes, dtype: torch.dtype, target: Tensor) -> int:
         """Returns how many bytes of weights are filled, or on their way."""
@@ -141,41 +127,3 @@ class _Buffer:
         """What it holds is on its way on `stream`."""
         if self._event is not None:
             self._event.record(stream)
-
-
-class _Extent(NamedTuple):
-    """Where a tensor stands in its file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-
-class _MappedFile:
-    """The bytes of a safetensors file that was found to be whole."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        with file.open("rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
-        self._bytes: Bytes = np.frombuffer(self._map, np.uint8)
-        data = 8 + int.from_bytes(self._map[:8], "little")
-        self._tensors = json.loads(self._map[8:data])
-        self._data = data
-
-    def region(self, name: str, region: tuple[slice, ...]) -> tuple[Bytes, torch.dtype]:
-        """A region of a tensor of one or two dimensions, as rows of bytes, and its dtype."""
-        extent = self._extent(name)
-        size = extent.dtype.itemsize
-        whole = self._bytes[extent.begin : extent.begin + prod(extent.shape) * size]
-        rows, *columns = region
-        if not columns:
-            return whole[rows.start * size : rows.stop * size].reshape(1, -1), extent.dtype
-        cut = slice(columns[0].start * size, columns[0].stop * size)
-        return whole.reshape(extent.shape[0], -1)[rows, cut], extent.dtype
-
-    def _extent(self, name: str) -> _Extent:
-        entry = self._tensors[name]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"has dtype {entry['dtype']}, but weights are of {', '.join(DTYPES)}, not quantized")
-        return _Extent(DTYPES[entry["dtype"]], tuple(entry["shape"]), self._data + entry["data_offsets"][0])

@@ -84,10 +84,9 @@ class Steps:
 
 def measure(model_dir: str, out: str | None, limit_s: float) -> None:
     begin, steps = time.monotonic(), Steps(model_dir)
-    embedding = steps.model.model.embed_tokens.weight
     weights = sum(p.nbytes for p in steps.model.parameters())
     if steps.model.lm_head is not steps.model.model.embed_tokens:
-        weights -= embedding.nbytes
+        weights -= sum(p.nbytes for p in steps.model.model.embed_tokens.parameters())
     for context in CONTEXTS:
         for batch in BATCHES:
             if batch * (-(-(context + STEPS + WARM + 8) // BLOCK_SIZE)) > steps.num_blocks:

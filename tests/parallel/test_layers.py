@@ -9,30 +9,9 @@ from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHea
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear, head_columns
 from eagleray.parallel.sharding import shard_columns, shard_heads
-from eagleray.parallel.weight_shard import HasWeightShards
+from support.stored import load
 
 SIZES = [1, 2, 3, 4, 6]
-
-
-class Stored:
-    """A tensor that is indexed like one in a safetensors file."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
-        return self.tensor[region]
-
-
-def load(layer: HasWeightShards, tensors: dict[str, Tensor]) -> None:
-    """By the names that shards have beside a layer called `parent.layer`."""
-    shards = {shard.path("parent.layer"): shard for shard in layer.weight_shards()}
-    assert shards.keys() == tensors.keys()
-    for name, shard in shards.items():
-        shard.load(Stored(tensors[name]))
 
 
 def groups(size: int) -> list[TPGroup]:

@@ -1,0 +1,9 @@
+"""Which `Weight` the layers of a model hold: the one place that chooses."""
+
+from eagleray.models.config import ModelConfig
+from eagleray.parallel.weight import DenseWeight, WeightFactory
+
+
+def linear_weight(config: ModelConfig) -> WeightFactory:
+    """Of the linear layers in attention and MLP: dense, since `ModelConfig` refuses checkpoints in any other format."""
+    return DenseWeight
