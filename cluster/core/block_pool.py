@@ -38,7 +38,7 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - self.num_free
 
-    def take(self, count: int) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
         """Give out `count` free blocks with one reference each; the caller has looked at `num_free`."""
         assert count <= len(self._free)
         return [self._take_one() for _ in range(count)]

@@ -50,7 +50,7 @@ class Controls:
         self._asked = (front_end, control)
         return None
 
-    def take(self, replies: Sequence[RankReply]) -> tuple[FrontEndId, ControlReply] | None:
+    def collect(self, replies: Sequence[RankReply]) -> tuple[FrontEndId, ControlReply] | None:
         """Every rank has replied: whom to tell, and what; None while the ranks undo what has failed."""
         assert self._asked is not None
         front_end, control = self._asked

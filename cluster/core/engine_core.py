@@ -139,7 +139,7 @@ class EngineCore:
         while (report := self._executor.receive()) is not None:
             if isinstance(report, StepOutput):
                 self._tell(self._scheduler.update(report))
-            elif (reply := self._controls.take(report)) is not None:
+            elif (reply := self._controls.collect(report)) is not None:
                 self._replies[reply[0]].append(reply[1])
             self._step_due = time.monotonic() + self._step_timeout_s
 

@@ -137,7 +137,7 @@ class KVCacheManager:
         """Give a request its prefix, and blocks for the `num_tokens` after it. The caller has asked `fits_start`."""
         for pool, size, blocks, cached in zip(self._pools, self._sizes, holder.blocks, prefix.ids, strict=True):
             pool.share(cached)
-            blocks.ids = cached + pool.take(-(-(prefix.num_tokens + num_tokens) // size) - len(cached))
+            blocks.ids = cached + pool.allocate(-(-(prefix.num_tokens + num_tokens) // size) - len(cached))
             blocks.num_published = len(cached)
 
     def allocate(self, holder: Holder, num_tokens: int) -> list[list[int]] | None:
@@ -147,7 +147,7 @@ class KVCacheManager:
             return None
         taken = []
         for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
-            new = pool.take(max(0, -(-end // size) - len(blocks.ids)))
+            new = pool.allocate(max(0, -(-end // size) - len(blocks.ids)))
             blocks.ids += new
             taken.append(new)
         return taken

@@ -106,7 +106,7 @@ class AsyncClient:
         self._check_open()
         self._check_alive()
         params = sampling_params or self._front_end.default_params
-        generation = self._front_end.prepare(
+        generation = self._front_end.make_request(
             prompt, params, request_id, priority, output_kind, group=group, tenant=tenant, clip=clip
         )
         news = self._submit(generation)

@@ -100,7 +100,7 @@ class Client:
         prepared = []
         for number, (prompt, params) in enumerate(zip(all_prompts, all_params, strict=True)):
             try:
-                prepared.append(self._prepare(prompt, params, priority, group))
+                prepared.append(self._make_request(prompt, params, priority, group))
             except ValueError as error:
                 raise ValueError(f"prompt {number}: {error}" if len(all_prompts) > 1 else str(error)) from None
         generations = [each for each in prepared if isinstance(each, RequestState)]
@@ -169,13 +169,13 @@ class Client:
             raise EngineClosedError(f"this {type(self).__name__} is closed; make a new one")
         check_process(self._owner)
 
-    def _prepare(
+    def _make_request(
         self, prompt: Prompt, params: SamplingParams, priority: int, group: str
     ) -> RequestState | RequestOutput:
         """A request that can run, or the output of one whose prompt does not fit."""
         with self._turn:
             try:
-                return self._front_end.prepare(prompt, params, priority=priority, group=group, clip=True)
+                return self._front_end.make_request(prompt, params, priority=priority, group=group, clip=True)
             except ContextLengthError as error:
                 return _failed(prompt, str(error))
 

@@ -48,7 +48,7 @@ class Detokenizer:
         before = self._length
         self._add(new)
         if self._stop:
-            self._state, num_taken, found = self._stop.run(self._state, new, may_stop=may_stop)
+            self._state, num_taken, found = self._stop.scan(self._state, new, may_stop=may_stop)
             if found is not None:
                 self.num_characters = before + num_taken - (0 if self._keep_stop else len(found))
                 return found

@@ -78,7 +78,7 @@ class FrontEnd:
         self._control_ids = count()
         self._control_replies: dict[int, ControlReply] = {}
 
-    def prepare(
+    def make_request(
         self,
         prompt: Prompt,
         params: SamplingParams,
@@ -166,7 +166,7 @@ class FrontEnd:
             if tokens.id not in self._live:  # ended here while the engine was a step ahead
                 continue
             generation, completion = self._live[tokens.id]
-            generation.take(completion, tokens, self._limits.eos_token_ids, now)
+            generation.apply(completion, tokens, self._limits.eos_token_ids, now)
             changed[generation.request_id] = generation
             if completion.finish_reason is not None:
                 del self._live[tokens.id]

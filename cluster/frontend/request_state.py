@@ -39,7 +39,7 @@ class Completion:
     num_characters_told: int = 0
     shown: list[CompletionOutput] | None = None  # while nothing is new
 
-    def take(self, news: Tokens, generation: "RequestState", eos_token_ids: frozenset[int]) -> None:
+    def apply(self, news: Tokens, generation: "RequestState", eos_token_ids: frozenset[int]) -> None:
         """Add tokens up to the one that completes a stop string; see to the end if this is it."""
         self.shown = None
         params = generation.params
@@ -94,9 +94,9 @@ class RequestState:
         """Whether every sequence has ended."""
         return self.finished_time is not None
 
-    def take(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
+    def apply(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
         """News of one of `completions`, received at `now`."""
-        completion.take(news, self, eos_token_ids)
+        completion.apply(news, self, eos_token_ids)
         self.changed[completion.index] = completion
         completion.begun = news.begun or completion.begun
         self.prompt_logprobs += news.prompt_logprobs

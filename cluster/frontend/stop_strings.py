@@ -32,7 +32,7 @@ class StopStrings:
             state = self._shorter[state]
         return self._next[state][character]
 
-    def run(self, state: int, text: str, *, may_stop: bool) -> tuple[int, int, str | None]:
+    def scan(self, state: int, text: str, *, may_stop: bool) -> tuple[int, int, str | None]:
         """The state after more text, or up to the first stop string that ends in it; how much of it that is, and which.
 
         Without `may_stop` those that end in it do not count.

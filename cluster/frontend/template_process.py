@@ -55,7 +55,7 @@ class Clock:
         self._runs = False
         signal.signal(signal.SIGPROF, self._ring)
 
-    def run(self, seconds: float, work: Callable[[], Any]) -> Any:
+    def run_within(self, seconds: float, work: Callable[[], Any]) -> Any:
         """Raises `TooSlowError`; ends the process where Python does not come to that."""
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds + GRACE_S)
         signal.setitimer(signal.ITIMER_PROF, seconds, GRACE_S / 4)
@@ -151,7 +151,7 @@ def _answer(
         seen.add(template)
         seconds = max(seconds, PRIME_S)
     try:
-        rendered = clock.run(seconds, lambda: render([messages], chat_template=template, **options))
+        rendered = clock.run_within(seconds, lambda: render([messages], chat_template=template, **options))
         return Answer.TEXT, str(rendered[0][0])
     except TooSlowError:
         return Answer.SLOW, ""

@@ -92,7 +92,7 @@ class Tokenizer:
             self._words[name] = re.search(rf"\b{re.escape(name)}\b", template) is not None
         return self._words[name]
 
-    def prepare(self) -> None:
+    def warm_up(self) -> None:
         """Start the process that chat templates need, while others wait for something else."""
         if self.has_chat_template:
             chat_renderer().start()

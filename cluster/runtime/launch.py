@@ -57,7 +57,7 @@ def launch(
     eos = eos_token_ids(folder, text)
     defaults = default_params(folder, generation_config)
     if text is not None:
-        Thread(target=text.prepare, name="tokenizer").start()
+        Thread(target=text.warm_up, name="tokenizer").start()
     shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)
     with shown as progress:
         engine = EngineClient.start(config, progress, room)

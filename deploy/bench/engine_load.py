@@ -45,9 +45,9 @@ class Load:
         """Requests that were sent and have not ended."""
         return len(self._running)
 
-    def prepare(self, planned: Sequence[Planned]) -> "list[RequestState]":
+    def make_requests(self, planned: Sequence[Planned]) -> "list[RequestState]":
         """Tokenise and check requests. Raises `ValueError` for one that cannot run."""
-        return [self._front_end.prepare(each.prompt, each.params) for each in planned]
+        return [self._front_end.make_request(each.prompt, each.params) for each in planned]
 
     def send(self, generations: "Sequence[RequestState]", due: Sequence[float]) -> list[RequestTimes]:
         """Submit requests that were due at these times; their times fill up with `receive`."""
@@ -87,11 +87,11 @@ class Load:
         if ids:
             self._engine.send(Abort(ids))
 
-    def run(
+    def measure(
         self, planned: Sequence[Planned], on_end: "Callable[[list[RequestState]], None] | None" = None
     ) -> list[RequestTimes]:
         """Send every request when it is due and wait for all to end. They must be in the order of their due times."""
-        waiting = deque(zip(self.prepare(planned), (each.due for each in planned), strict=True))
+        waiting = deque(zip(self.make_requests(planned), (each.due for each in planned), strict=True))
         start = time.monotonic()
         times: list[RequestTimes] = []
         while waiting or self._running:

@@ -53,7 +53,7 @@ class HttpLoad:
         self._timeout_s = timeout_s
         self._max_concurrency = max_concurrency
 
-    async def run(self, asks: Sequence[Ask], on_end: Callable[[int], None] = lambda _: None) -> list[Exchange]:
+    async def measure(self, asks: Sequence[Ask], on_end: Callable[[int], None] = lambda _: None) -> list[Exchange]:
         """Send every request when it is due, in the order of their due times, and wait for all to end.
 
         Where all `max_concurrency` requests are taken, the next is due only when one of them ends. Raises `ValueError`

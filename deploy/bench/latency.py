@@ -83,7 +83,7 @@ def _measure(load: Load, arguments: argparse.Namespace, batch_size: int, vocab_s
 
 
 def _latency(load: Load, batch: list[Planned], on_end: Callable[[], None]) -> float:
-    requests = load.run(batch)
+    requests = load.measure(batch)
     if errors := [request.error for request in requests if request.error]:
         raise RuntimeError(f"a request failed: {errors[0]}")
     on_end()

@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_concurrency,
     )
     asks = plan(arguments)
-    if failed := _failures(asyncio.run(load.run(warm_ups(arguments, asks)))):
+    if failed := _failures(asyncio.run(load.measure(warm_ups(arguments, asks)))):
         return _report(failed, "warm-up request")
     with requests_bar(len(asks), Console(stderr=True)) as advance:
         cpu_s, start = time.process_time(), time.monotonic()
-        exchanges = asyncio.run(load.run(asks, advance))
+        exchanges = asyncio.run(load.measure(asks, advance))
         busy = (time.process_time() - cpu_s) / (time.monotonic() - start)
     figures = serving_figures((each.times for each in exchanges), {name: ms / 1000 for name, ms in limits.items()})
     case = asdict(figures) | _about_sending(exchanges) | {"client_busy_share": busy}

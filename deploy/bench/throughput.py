@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     err = Console(stderr=True)
     with measured_engine(config, err) as (engine, front_end):
         load = Load(engine, front_end)
-        load.run(_warm_ups(planned, arguments.num_warmups, engine.info.vocab_size))
+        load.measure(_warm_ups(planned, arguments.num_warmups, engine.info.vocab_size))
         requests = _run(load, planned, err)
         figures = serving_figures(requests, {name: most / 1000 for name, most in limits.items()})
         content = record("bench throughput", arguments, config, engine.info, [asdict(figures)])
@@ -90,7 +90,7 @@ def _warm_ups(planned: list[Planned], count: int, vocab_size: int) -> list[Plann
 
 def _run(load: Load, planned: list[Planned], err: Console) -> list[RequestTimes]:
     with requests_bar(len(planned), err) as advance:
-        return load.run(planned, on_end=lambda ended: advance(len(ended)))
+        return load.measure(planned, on_end=lambda ended: advance(len(ended)))
 
 
 def _report_failures(requests: list[RequestTimes]) -> int:

@@ -92,7 +92,7 @@ async def chat_chunks(served: ServedModel, request: ChatRequest) -> AsyncGenerat
             count.add(number, output)
             chunks = []
             for sequence in output.outputs:
-                if (news := growth[sequence.index].take(sequence)) is not None:
+                if (news := growth[sequence.index].news_of(sequence)) is not None:
                     so_far = {"usage": usage(output, growth[sequence.index].num_tokens)} if in_each else {}
                     choice = _chunk_choice(request, sequence.index, news, job.params, served.engine.tokenizer)
                     ids = _prompt_ids(request, output) if news.first else {}
@@ -133,7 +133,7 @@ def _token_ids(request: ChatRequest, news: News) -> dict[str, Any]:
 
 
 def _whole(sequence: CompletionOutput) -> News:
-    news = ChoiceProgress().take(sequence)
+    news = ChoiceProgress().news_of(sequence)
     assert news is not None, "the output is the last"
     return news
 

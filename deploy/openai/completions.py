@@ -104,7 +104,7 @@ class Reply:
         found = []
         for sequence in output.outputs:
             index = number * self.job.n + sequence.index
-            news = self._growth[index].take(sequence)
+            news = self._growth[index].news_of(sequence)
             if news is not None:
                 found.append(self._choice(index, number, output, news))
         return found

@@ -137,7 +137,7 @@ class ChoiceProgress:
 
     num_tokens: int = 0
 
-    def take(self, delta: CompletionOutput) -> News | None:
+    def news_of(self, delta: CompletionOutput) -> News | None:
         """What came since the last call; None if nothing did."""
         if not delta.token_ids and delta.finish_reason is None:
             return None

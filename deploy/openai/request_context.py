@@ -23,7 +23,7 @@ class Places:
         self._share = min(size, max(1, size // num_tenants))
         self._held: Counter[str] = Counter()
 
-    def take(self, tenant: str, count: int) -> bool:
+    def reserve(self, tenant: str, count: int) -> bool:
         """Whether there were `count` places, which are then taken."""
         if self.num_taken + count > self.size and self._held[tenant] + count > self._share:
             return False
@@ -52,7 +52,7 @@ class Place:
         if count > size:
             message = f"{count + 1} choices are more than this server takes, {size + 1} at most"
             raise ApiError(400, f"{message}; ask for fewer, or raise max_queued_requests", param=param)
-        if not self._further.take(self._tenant, count):
+        if not self._further.reserve(self._tenant, count):
             message = f"{self._further.num_taken} further choices in progress or waiting here leave no room for {count}"
             raise queue_full(f"{message} more; retry in a while, or ask for fewer")
         self._num_taken += count

@@ -82,7 +82,7 @@ def _profile(
         [arguments.context_len] * batch_size, vocab_size, np.random.default_rng(arguments.workload_seed)
     )
     params = bench_params(arguments, max_len - arguments.context_len)  # more than will be run
-    generations = load.prepare([Planned(prompt, params) for prompt in prompts])
+    generations = load.make_requests([Planned(prompt, params) for prompt in prompts])
     requests = load.send(generations, [0.0] * batch_size)
     _decode(load, requests, WARM_UP + num_steps)
     last = min(requests, key=lambda request: len(request.tokens))  # from its first token on, all requests decode

@@ -94,7 +94,7 @@ class _Lane:
     def copy(self, source: Bytes, dtype: torch.dtype, target: Tensor) -> None:
         self._buffers.reverse()
         buffer = self._buffers[0]
-        host = buffer.take(source).view(dtype).view(target.shape)
+        host = buffer.copy_in(source).view(dtype).view(target.shape)
         with torch.cuda.stream(self._stream):  # does nothing without a stream
             on_device = host if host.dtype == target.dtype else host.to(self._device, non_blocking=True)
             target.copy_(on_device, non_blocking=True)
@@ -113,7 +113,7 @@ class _Buffer:
         self._host = torch.empty(0, dtype=torch.uint8)
         self._event = torch.cuda.Event(blocking=True) if self._pinned else None
 
-    def take(self, source: Bytes) -> Tensor:
+    def copy_in(self, source: Bytes) -> Tensor:
         """A copy of `source` in this buffer, once what it held has left."""
         if self._event is not None:
             self._event.synchronize()

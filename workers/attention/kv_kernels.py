@@ -16,7 +16,7 @@ BYTES_AT_ONCE = 16_384
 def rotate_and_write(
     q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, layer: PagedKVLayer
 ) -> Tensor:
-    """As `op.prepare`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
+    """As `op.rotate_and_write`; each token's heads lie side by side in `q`, `k` and `v`, and so do the cache's."""
     kv_cache, slot_mapping = layer.cache.kv, layer.metadata.slot_mapping
     tokens, num_q, head_size = q.shape
     num_k = k.shape[1]

@@ -21,10 +21,12 @@ def attention(
     """`q` is `[tokens, heads, head_size]`, `k` and `v` are `[tokens, kv_heads, head_size]`; like `q`."""
     layer = current_layer(layer_index, PagedKVLayer)
     rotation = None if cos is None or sin is None else (cos, sin)
-    return layer.backend(prepare(q, k, v, rotation, layer), layer)
+    return layer.backend(rotate_and_write(q, k, v, rotation, layer), layer)
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, layer: PagedKVLayer) -> Tensor:
+def rotate_and_write(
+    q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None, layer: PagedKVLayer
+) -> Tensor:
     """Turn queries and keys, and put each token's key and value into its slot; returns the queries.
 
     Tokens beyond the slot mapping are padding. Blocks that get a number that is not finite are marked.

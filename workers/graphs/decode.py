@@ -65,7 +65,7 @@ class DecodeGraphs:
         """Whether a graph holds so many rows."""
         return num_rows <= self._sizes[-1]
 
-    def run(self, rows: IntArray) -> Tensor:
+    def replay(self, rows: IntArray) -> Tensor:
         """The pair [n] of the next token of each of `rows`; the next run overwrites it."""
         count = len(rows)
         replay = self._replays[self._sizes[bisect.bisect_left(self._sizes, count)]]

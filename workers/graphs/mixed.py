@@ -114,7 +114,7 @@ class MixedGraphs:
         num_chunks = len(metadata.seq_lens) - metadata.num_single
         return len(batch.input_ids) <= self._counts[-1] and num_chunks <= MAX_CHUNKS
 
-    def run(self, batch: Batch) -> Tensor:
+    def replay(self, batch: Batch) -> Tensor:
         """Hidden states `[tokens, hidden_size]` of a batch. The next run overwrites them."""
         tokens, n = len(batch.input_ids), batch.metadata.num_single
         count = self._counts[bisect.bisect_left(self._counts, tokens)]

@@ -102,12 +102,12 @@ class GraphRunner:
         """
         if self._decodes is None or not chunks.is_decode or not self._decodes.holds(len(chunks.rows)):
             return None
-        return self._logits, self._decodes.run(chunks.rows)
+        return self._logits, self._decodes.replay(chunks.rows)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states `[tokens, hidden_size]` of a batch. The next call may overwrite them."""
         if self._mixed is not None and self._mixed.holds(batch):
-            return self._mixed.run(batch)
+            return self._mixed.replay(batch)
         return self._forward_eagerly(batch)
 
     # ---- what graphs capture: it waits for nothing, copies nothing from the host, and decides nothing by what rows ask

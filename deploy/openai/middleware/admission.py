@@ -116,7 +116,7 @@ class BoundedQueue:
         tenant = tenant_asking.get()
         if not may_generate(scope):
             await self._app(scope, receive, send)
-        elif not self._first.take(tenant, 1):
+        elif not self._first.reserve(tenant, 1):
             message = f"{counted(self.num_requests, 'request')} in progress or waiting here already; retry in a while"
             await refuse(send, queue_full(message), {"retry-after": str(RETRY_AFTER_S)})
         else:

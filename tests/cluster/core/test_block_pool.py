@@ -20,23 +20,23 @@ def test_block_hash_depends_on_its_tokens_and_on_all_before_them() -> None:
 
 def test_blocks_without_a_prefix_are_given_out_before_cached_ones_and_those_in_order_of_release() -> None:
     pool = BlockPool(3)
-    blocks = pool.take(3)
+    blocks = pool.allocate(3)
     pool.publish(blocks[0], b"a")
     pool.publish(blocks[2], b"c")
     pool.release([blocks[2]])
     pool.release([blocks[0]])
     pool.release([blocks[1]])
-    assert pool.take(3) == [blocks[1], blocks[2], blocks[0]]
+    assert pool.allocate(3) == [blocks[1], blocks[2], blocks[0]]
     assert pool.match([b"a"]) == [] == pool.match([b"c"])
 
 
 def test_a_requests_last_block_is_evicted_first() -> None:
     pool = BlockPool(2)
-    blocks = pool.take(2)
+    blocks = pool.allocate(2)
     for block, key in zip(blocks, (b"a", b"ab"), strict=True):
         pool.publish(block, key)
     pool.release(blocks)
-    assert pool.take(1) == [blocks[1]]
+    assert pool.allocate(1) == [blocks[1]]
     assert pool.match([b"a", b"ab"]) == [blocks[0]]
 
 
@@ -52,7 +52,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def take(self, count: int) -> None:
         if count <= self.pool.num_free:
-            blocks = self.pool.take(count)
+            blocks = self.pool.allocate(count)
             assert all(block not in held for held in self.held for block in blocks)
             self.published = {key: block for key, block in self.published.items() if block not in blocks}
             self.held.append(blocks)

@@ -110,7 +110,7 @@ class Engine:
         front_end = FrontEnd(None, limits, on_end=self.ended.append)
         peer = Peer(hub.endpoint, b"front end")
         params = SamplingParams(max_tokens=STEPS, ignore_eos=True)
-        generations = [front_end.prepare(prompt, params) for prompt in prompts]
+        generations = [front_end.make_request(prompt, params) for prompt in prompts]
         requests = [front_end.add(generation) for generation in generations]
         peer.send(msgspec.msgpack.encode(Submit(requests)))
         while front_end.num_running:

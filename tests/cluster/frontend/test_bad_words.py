@@ -32,10 +32,10 @@ def test_a_word_is_known_at_the_beginning_of_a_text_and_behind_a_space(tokenizer
 
 def test_they_are_sent_with_a_request(tokenizer: Tokenizer) -> None:
     front_end = FrontEnd(tokenizer, LIMITS)
-    generation = front_end.prepare("Hello", SamplingParams(bad_words=["New York"], n=2))
+    generation = front_end.make_request("Hello", SamplingParams(bad_words=["New York"], n=2))
     expected = [tokenizer.encode("New York"), tokenizer.encode(" New York")]
     assert front_end.add(generation).sampling.bad_words == expected
-    assert front_end.add(front_end.prepare("Hello", SamplingParams(bad_words=[]))).sampling.bad_words == []
+    assert front_end.add(front_end.make_request("Hello", SamplingParams(bad_words=[]))).sampling.bad_words == []
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_what_cannot_be_forbidden_is_refused(wrong: Any, message: str) -> None:
 def test_more_than_a_rank_should_compare_at_every_token_is_refused(tokenizer: Tokenizer) -> None:
     words = [*(f"w{index}" for index in range(500)), "🦅" * 200]
     with pytest.raises(ValueError, match=rf"bad_words .* at most {MAX_TABLE}"):
-        FrontEnd(tokenizer, LIMITS).prepare("Hello", SamplingParams(bad_words=words))
+        FrontEnd(tokenizer, LIMITS).make_request("Hello", SamplingParams(bad_words=words))
 
 
 def test_without_a_tokenizer_there_are_no_words() -> None:
     with pytest.raises(ValueError, match="no tokenizer"):
-        FrontEnd(None, LIMITS).prepare([5], SamplingParams(bad_words=["a"]))
+        FrontEnd(None, LIMITS).make_request([5], SamplingParams(bad_words=["a"]))

@@ -46,7 +46,7 @@ def add(
     kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     **params: Any,
 ) -> tuple[RequestState, list[EngineRequest]]:
-    generation = front_end.prepare(prompt, SamplingParams(**params), output_kind=kind)
+    generation = front_end.make_request(prompt, SamplingParams(**params), output_kind=kind)
     return generation, [front_end.add(generation)]
 
 
@@ -57,8 +57,8 @@ def tell(front_end: FrontEnd, *news: Tokens) -> tuple[list[RequestState], list[i
 @pytest.mark.parametrize("priority", ["high", 1.5, None, True, 2**40])
 def test_a_priority_that_is_no_whole_number_is_refused(front_end: FrontEnd, priority: Any) -> None:
     with pytest.raises(ValueError, match="priority is "):
-        front_end.prepare("Hello", SamplingParams(), priority=priority)
-    front_end.prepare("Hello", SamplingParams(), priority=-3)
+        front_end.make_request("Hello", SamplingParams(), priority=priority)
+    front_end.make_request("Hello", SamplingParams(), priority=-3)
 
 
 @pytest.mark.parametrize("value", [5, 0, b"", False, [], 1.5])
@@ -66,14 +66,14 @@ def test_a_priority_that_is_no_whole_number_is_refused(front_end: FrontEnd, prio
 def test_a_name_that_is_no_text_is_refused(front_end: FrontEnd, name: str, value: Any) -> None:
     names: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; give text")):
-        front_end.prepare("Hello", SamplingParams(), **names)
+        front_end.make_request("Hello", SamplingParams(), **names)
 
 
 def test_a_name_that_cannot_be_sent_is_refused(front_end: FrontEnd) -> None:
     for name in ("request_id", "group", "tenant"):
         names: dict[str, Any] = {name: "a\udcff"}
         with pytest.raises(ValueError, match=rf"^{name} holds .* at position 1, which is not a character"):
-            front_end.prepare("Hello", SamplingParams(), **names)
+            front_end.make_request("Hello", SamplingParams(), **names)
     with pytest.raises(ValueError, match=r"^directory holds"):
         front_end.start_profile("/tmp/\udcff")
 
@@ -82,12 +82,12 @@ def test_ids_that_are_no_list_are_refused(front_end: FrontEnd) -> None:
     for wrong in (5, "abc", b"abc", {5}):
         prompt: Any = {"prompt_token_ids": wrong}
         with pytest.raises(ValueError, match=r"^prompt_token_ids is .*; give a list of token ids$"):
-            front_end.prepare(prompt, SamplingParams())
+            front_end.make_request(prompt, SamplingParams())
 
 
 def test_what_prompts_of_a_group_share_is_made_once(front_end: FrontEnd) -> None:
     params = SamplingParams(stop=["x" * 200], bad_words=["Paris"], logit_bias={5: 1.0}, temperature=0)
-    first, second, other = (front_end.prepare(text, params, group=group) for text, group in ("ag", "bg", "ch"))
+    first, second, other = (front_end.make_request(text, params, group=group) for text, group in ("ag", "bg", "ch"))
     assert first.request.sampling is second.request.sampling
     assert first.request.sampling is not other.request.sampling
     assert first.request.sampling == other.request.sampling
@@ -95,10 +95,10 @@ def test_what_prompts_of_a_group_share_is_made_once(front_end: FrontEnd) -> None
 
 def test_a_list_that_was_changed_meanwhile_counts_for_the_next_group(front_end: FrontEnd) -> None:
     params = SamplingParams(logit_bias={5: 1.0})
-    assert front_end.prepare("a", params).request.sampling.logit_bias == {5: 1.0}
+    assert front_end.make_request("a", params).request.sampling.logit_bias == {5: 1.0}
     assert params.logit_bias is not None
     params.logit_bias[6] = 2.0
-    assert front_end.prepare("a", params).request.sampling.logit_bias == {5: 1.0, 6: 2.0}
+    assert front_end.make_request("a", params).request.sampling.logit_bias == {5: 1.0, 6: 2.0}
 
 
 def test_a_prompt_is_text_ids_or_a_dict(front_end: FrontEnd, tokenizer: Tokenizer) -> None:
@@ -373,12 +373,12 @@ def test_an_output_is_a_snapshot(front_end: FrontEnd) -> None:
 
 
 def test_a_running_requests_id_cannot_be_taken_twice(front_end: FrontEnd) -> None:
-    first = front_end.prepare("Hello", SamplingParams(), "mine")
+    first = front_end.make_request("Hello", SamplingParams(), "mine")
     front_end.add(first)
     with pytest.raises(ValueError, match="request_id 'mine' is that of a running request"):
-        front_end.add(front_end.prepare("Hello", SamplingParams(), "mine"))
+        front_end.add(front_end.make_request("Hello", SamplingParams(), "mine"))
     front_end.abort(first)
-    second = front_end.prepare("Hello", SamplingParams(), "mine")
+    second = front_end.make_request("Hello", SamplingParams(), "mine")
     front_end.add(second)
     assert front_end.abort(first) == []
     assert front_end.running("mine") is second
