@@ -1,5 +1,6 @@
 """The interface between a front end and an engine, on Ray or in the same process."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from eagleray.cluster.core.messages import EngineOutputs, RequestMessage
@@ -17,8 +18,8 @@ class EngineLink(Protocol):
     def wake(self) -> None:
         """Let a `receive` of another thread return; of all methods this one may be called meanwhile."""
 
-    async def areceive(self) -> EngineOutputs:
-        """The next news, for asyncio."""
+    async def areceive(self) -> Sequence[EngineOutputs]:
+        """All news that are there, for asyncio: waits for the first, and leaves what is too much for one turn."""
 
     def close(self) -> None:
         """End the connection, and the engine if it was started with it."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from eagleray.cluster.core.engine_link import EngineLink
-from eagleray.cluster.core.messages import Abort, Control, EngineStats, Submit
+from eagleray.cluster.core.messages import Abort, Control, EngineOutputs, EngineStats, Submit
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError, check_process, counted
 from eagleray.cluster.frontend.chat import achat_prompt
 from eagleray.cluster.frontend.front_end import FrontEnd
@@ -210,15 +210,16 @@ class AsyncClient:
             del self._replies[control.id]
 
     async def _read(self) -> None:
-        """Take the engine's news until it is gone; whatever ends this reaches every waiter."""
+        """Take the engine's news until it is gone; whatever ends this reaches every waiter.
+
+        All news that are there at once, so that a stream which falls behind has several tokens in one output, and
+        costs less for each: under any load the front end keeps up with the engine.
+        """
         try:
             while True:
-                changed, aborts = self._front_end.process(news := await self._engine.areceive())
-                if aborts:
-                    self._engine.send(Abort(aborts))
-                for reply in news.replies:
-                    if reply.id in self._replies:
-                        self._replies[reply.id].set()
+                changed: dict[RequestState, None] = {}
+                for news in await self._engine.areceive():
+                    changed |= dict.fromkeys(self._process(news))
                 for generation in changed:
                     self._wake(generation)
                 await asyncio.sleep(0)  # more news may be there already, and who reads these must have a turn
@@ -227,6 +228,16 @@ class AsyncClient:
         except Exception as error:
             logger.exception("The front end failed; its requests end with this cause")
             self._fail(f"the front end failed: {error!r}")
+
+    def _process(self, news: EngineOutputs) -> list[RequestState]:
+        """Requests with news."""
+        changed, aborts = self._front_end.process(news)
+        if aborts:
+            self._engine.send(Abort(aborts))
+        for reply in news.replies:
+            if reply.id in self._replies:
+                self._replies[reply.id].set()
+        return changed
 
     def _abort(self, generation: RequestState) -> None:
         """End a request here and in the engine, if it runs."""

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 START_MARGIN_S = 60.0  # for the core's own process, beside what its ranks may take
 CLOSE_S = 3.0  # how long a closing engine may take before it is killed: ranks have two of them
+MAX_NEWS = 16  # taken at once: more would keep the event loop from its other work
 LAST_WORDS_S = 0.5  # how long messages of a core that has ended may still be on their way
 MAX_UNHEARD = 100  # signs of news that nobody takes, before the event loop is spared them
 GONE_S = 1.0  # how long a core that is ended is waited for
@@ -139,8 +141,8 @@ class EngineClient:
         """From any thread: a `receive` that waits returns now, or the next one does."""
         os.eventfd_write(self._bell, 1)
 
-    async def areceive(self) -> EngineOutputs:
-        """The next news, without blocking the event loop. Raises like `receive`.
+    async def areceive(self) -> list[EngineOutputs]:
+        """The next news, and those that have come behind it, without blocking the event loop. Raises like `receive`.
 
         A socket's descriptor tells of news once, and whatever touches the socket next takes the sign away. So `send`,
         which touches it too, wakes this up to look again.
@@ -153,7 +155,17 @@ class EngineClient:
                 continue  # what arrived meanwhile may give no sign
             self._wake.clear()
             await self._wake.wait()
-        return news
+        return [news, *self._more()]
+
+    def _more(self) -> Iterator[EngineOutputs]:
+        """What has arrived meanwhile. What ends the engine is raised by the next call, once these are taken."""
+        try:
+            for _ in range(MAX_NEWS - 1):
+                if self._dead is not None or (news := self._link.receive(0)) is None:
+                    return
+                yield news
+        except EngineDeadError as error:
+            self._dead = str(error)
 
     def _wait_on(self, loop: asyncio.AbstractEventLoop) -> None:
         self._leave_loop()

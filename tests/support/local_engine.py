@@ -70,13 +70,13 @@ class LocalEngine:
             news += [tokens for _, tokens in self.scheduler.update(self._in_flight.popleft())]
         return EngineOutputs(news, self.scheduler.stats()) if news else None
 
-    async def areceive(self) -> EngineOutputs:
+    async def areceive(self) -> list[EngineOutputs]:
         """After a millisecond a step; without `pauses` at once, as from a socket that never runs dry."""
         while True:
             if self.pauses:
                 await asyncio.sleep(0.001)
             if news := self.receive(0):
-                return news
+                return [news]
             await asyncio.sleep(0.001)
 
     def close(self) -> None:
