@@ -46,7 +46,7 @@ class Logprob:
     decoded_token: str | None  # None without a tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionOutput(Later):
     """One sequence so far."""
 
@@ -76,7 +76,7 @@ class RequestParts:
     channel: float  # all the rest: between front end and engine, both ways, until either has time to look
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestMetrics:
     """When things happened, in seconds of `time.monotonic()`."""
 
@@ -91,7 +91,7 @@ class RequestMetrics:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestOutput(Later):
     """One request so far: cumulative, so that the last one says everything, unless `output_kind` says otherwise."""
 

@@ -13,6 +13,7 @@ from eagleray.workers.heartbeat import Heartbeat
 from eagleray.workers.output_sender import OutputSender
 from eagleray.workers.protocol.channel import Endpoint, Peer
 from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.garbage import freeze_startup
 from eagleray.workers.protocol.messages import Goodbye, RankControl, RankMessage
 from eagleray.workers.protocol.priority import run_at_normal_priority
 from eagleray.workers.protocol.startup import (
@@ -194,6 +195,7 @@ class Rank:
         hub = Peer(self._hub, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
         self._teller.close()
+        freeze_startup()
         reporter = OutputSender(self._hub) if self._rank == 0 else None
         while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
             if isinstance(message, RankControl):

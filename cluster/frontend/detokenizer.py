@@ -40,6 +40,12 @@ class Detokenizer:
         first, last = max(start - begin, 0), self.num_characters - begin
         return lambda: _between(parts, first, last)
 
+    def text_since(self, start: int) -> str:
+        """What may be shown from this character on, near the end of the text."""
+        if self._parts and start >= (begin := self._length - len(self._parts[-1])):
+            return self._parts[-1][start - begin : self.num_characters - begin]
+        return self.shown(start)()
+
     def push(self, token_id: int, *, may_stop: bool = True) -> str | None:
         """Take a token; the stop string that it completes, if `may_stop`, after which the sequence is over."""
         new = self._stream.push(token_id)

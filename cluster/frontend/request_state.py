@@ -131,7 +131,18 @@ class RequestState:
         return any(completion.error is not None for completion in self.completions)
 
     def output(self) -> RequestOutput:
-        """All that is known by now, or what is new, as `output_kind` says. Nothing is copied before it is read."""
+        """All that is known by now, or what is new, as `output_kind` says. Long lists are not copied before read."""
+        if self.output_kind is RequestOutputKind.DELTA and self.params.prompt_logprobs is None:
+            return RequestOutput(
+                self.request_id,
+                self.prompt,
+                self.prompt_token_ids,
+                None,
+                self._deltas(),
+                self.finished_time is not None,
+                self.num_cached_tokens,
+                RequestMetrics(self.arrival_time, self.first_token_time, self.finished_time, self.parts),
+            )
         told, num_told = self.prompt_logprobs, len(self.prompt_logprobs)
         wanted = self.params.prompt_logprobs is not None
         output: RequestOutput = RequestOutput.made_later(
@@ -166,7 +177,7 @@ class RequestState:
     def _all(self) -> list[CompletionOutput]:
         for completion in self.completions:
             if completion.shown is None:
-                completion.shown = self._completion_outputs(completion, 0, 0)
+                completion.shown = self._completion_outputs(completion)
         return [output for completion in self.completions for output in completion.shown or ()]
 
     def _deltas(self) -> list[CompletionOutput]:
@@ -174,32 +185,40 @@ class RequestState:
         return [output for completion in changed.values() for output in self._delta(completion)]
 
     def _delta(self, completion: Completion) -> list[CompletionOutput]:
-        outputs = self._completion_outputs(completion, completion.num_told, completion.num_characters_told)
-        completion.num_told = len(completion.token_ids)
+        """What is new, made at once: it is short, and will be read. One for each sequence that it stands for."""
+        text, wanted = "", self.params.logprobs is not None
         if completion.detokenizer is not None:
+            text = completion.detokenizer.text_since(completion.num_characters_told)
             completion.num_characters_told = completion.detokenizer.num_characters
-        completion.logprobs = []
-        return outputs
-
-    def _completion_outputs(self, completion: Completion, begin: int, first_character: int) -> list[CompletionOutput]:
-        """One for each sequence that it stands for: all if they are equal."""
-        num_equal = self.params.n // self.params.num_distinct
+        token_ids, completion.num_told = completion.token_ids[completion.num_told :], len(completion.token_ids)
+        logprobs, completion.logprobs = completion.logprobs, []
         return [
-            self._completion_output(completion, completion.index + copy, begin, first_character)
-            for copy in range(num_equal)
+            CompletionOutput(
+                completion.index + copy,
+                text,
+                token_ids,
+                completion.cumulative_logprob if wanted else None,
+                logprobs if wanted else None,
+                completion.finish_reason,
+                completion.stop_reason,
+                completion.error,
+            )
+            for copy in range(self.params.n // self.params.num_distinct)
         ]
 
-    def _completion_output(
-        self, completion: Completion, index: int, begin: int, first_character: int
-    ) -> CompletionOutput:
-        """From a token and a character on. The lists only grow, so that their beginnings can be copied later."""
+    def _completion_outputs(self, completion: Completion) -> list[CompletionOutput]:
+        """All of it so far. One for each sequence that it stands for: all if they are equal."""
+        num_equal = self.params.n // self.params.num_distinct
+        return [self._completion_output(completion, completion.index + copy) for copy in range(num_equal)]
+
+    def _completion_output(self, completion: Completion, index: int) -> CompletionOutput:
+        """The lists only grow, so that their beginnings can be copied later."""
         token_ids, end, logprobs = completion.token_ids, len(completion.token_ids), completion.logprobs
         num_logprobs, wanted = len(logprobs), self.params.logprobs is not None
-        text = _no_text if completion.detokenizer is None else completion.detokenizer.shown(first_character)
         output: CompletionOutput = CompletionOutput.made_later(
             {
-                "text": text,
-                "token_ids": lambda: token_ids[begin:end],
+                "text": _no_text if completion.detokenizer is None else completion.detokenizer.shown(),
+                "token_ids": lambda: token_ids[:end],
                 "logprobs": lambda: logprobs[:num_logprobs] if wanted else None,
             },
             index=index,

@@ -13,6 +13,7 @@ from eagleray.cluster.runtime.engine_info import EngineInfo
 from eagleray.cluster.runtime.ray_executor import RayExecutor
 from eagleray.cluster.runtime.resolve import check_model, worker_config
 from eagleray.workers.protocol.channel import Endpoint, Hub
+from eagleray.workers.protocol.garbage import freeze_startup
 from eagleray.workers.protocol.priority import run_at_normal_priority
 
 
@@ -66,6 +67,7 @@ class CoreActor:
 
     def run(self) -> None:
         """Serve until the owner shuts the engine down. Raises `EngineDeadError` if a rank fails."""
+        freeze_startup()
         self._core.run()
 
 

@@ -11,7 +11,18 @@ from typing import Any
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
-from eagleray.deploy.openai.generate import ChoiceProgress, Count, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.event_template import TEXT, EventTemplate
+from eagleray.deploy.openai.generate import (
+    NOTHING_ELSE,
+    ChoiceProgress,
+    Count,
+    Job,
+    News,
+    is_text_alone,
+    outputs,
+    take_places,
+    usage,
+)
 from eagleray.deploy.openai.large import SMALL, log_probabilities, parts, written
 from eagleray.deploy.openai.limits import MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs, prompt_logprobs
@@ -68,8 +79,13 @@ async def chat_completion(served: ServedModel, request: ChatRequest) -> ChatComp
     return reply([_logprobs(request, news, params, tokenizer) for news in whole])
 
 
-async def chat_chunks(served: ServedModel, request: ChatRequest) -> AsyncGenerator[list[ChatCompletionChunk], None]:
-    """What is new, choice by choice. Raises as `chat_completion`. Leaving the iteration aborts what runs."""
+async def chat_chunks(
+    served: ServedModel, request: ChatRequest
+) -> AsyncGenerator[list[ChatCompletionChunk | bytes], None]:
+    """What is new, choice by choice, as chunks or as events. Leaving the iteration aborts what runs.
+
+    Raises as `chat_completion`.
+    """
     job = await _job(served, request)
     created, count = int(time.time()), Count()
 
@@ -87,16 +103,23 @@ async def chat_chunks(served: ServedModel, request: ChatRequest) -> AsyncGenerat
     options = request.stream_options or StreamOptions()
     in_each = options.continuous_usage_stats
     growth: defaultdict[int, ChoiceProgress] = defaultdict(ChoiceProgress)
+    text_alone = job.params.logprobs is None and not in_each and not request.return_token_ids
+    templates: dict[int, EventTemplate] = {}  # of choices that have begun
     async with aclosing(outputs(served.engine, job, RequestOutputKind.DELTA)) as news_of_all:
         async for number, output in news_of_all:
             count.add(number, output)
-            chunks = []
+            chunks: list[ChatCompletionChunk | bytes] = []
             for sequence in output.outputs:
-                if (news := growth[sequence.index].news_of(sequence)) is not None:
+                if text_alone and (template := templates.get(sequence.index)) and is_text_alone(sequence):
+                    chunks.append(template.event(sequence.text))
+                elif (news := growth[sequence.index].news_of(sequence)) is not None:
                     so_far = {"usage": usage(output, growth[sequence.index].num_tokens)} if in_each else {}
                     choice = _chunk_choice(request, sequence.index, news, job.params, served.engine.tokenizer)
                     ids = _prompt_ids(request, output) if news.first else {}
                     chunks.append(chunk([choice], **so_far, **ids))
+                    if text_alone and news.first:
+                        choice = ChunkChoice(index=sequence.index, delta=ChatDelta(content=TEXT), **NOTHING_ELSE)
+                        templates[sequence.index] = EventTemplate(chunk([choice]))
             if chunks:
                 yield chunks
     if options.include_usage:

@@ -9,7 +9,18 @@ from typing import Any
 
 from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.deploy.openai.echo import Echo
-from eagleray.deploy.openai.generate import ChoiceProgress, Count, Job, News, outputs, take_places, usage
+from eagleray.deploy.openai.event_template import TEXT, EventTemplate
+from eagleray.deploy.openai.generate import (
+    NOTHING_ELSE,
+    ChoiceProgress,
+    Count,
+    Job,
+    News,
+    is_text_alone,
+    outputs,
+    take_places,
+    usage,
+)
 from eagleray.deploy.openai.large import SMALL, log_probabilities, written
 from eagleray.deploy.openai.logprobs import Entry, Offsets, fewer, prompt_logprobs, text_logprobs
 from eagleray.deploy.openai.prompts import completion_prompts, prompts_of
@@ -36,15 +47,22 @@ async def completion(served: ServedModel, request: CompletionRequest) -> Complet
     return whole()
 
 
-async def completion_chunks(served: ServedModel, request: CompletionRequest) -> AsyncGenerator[list[Completion], None]:
-    """What is new of a prompt, choice by choice. Raises as `completion`. Leaving the iteration aborts what runs."""
+async def completion_chunks(
+    served: ServedModel, request: CompletionRequest
+) -> AsyncGenerator[list[Completion | bytes], None]:
+    """What is new of a prompt, choice by choice, as chunks or as events. Leaving the iteration aborts what runs.
+
+    Raises as `completion`.
+    """
     options = request.stream_options or StreamOptions()
     reply = Reply(served, request, await _job(served, request))
     async with aclosing(outputs(served.engine, reply.job, RequestOutputKind.DELTA)) as news:
         async for number, output in news:
             reply.count.add(number, output)
             in_each = options.continuous_usage_stats
-            if choices := reply.news(number, output):
+            if not in_each and (events := reply.events(number, output)):
+                yield events
+            elif choices := reply.news(number, output):
                 yield [reply.part([choice], reply.usage_of(choice, output) if in_each else None) for choice in choices]
     if options.include_usage:
         yield [reply.part([], reply.usage())]
@@ -74,6 +92,10 @@ class Reply:
         self._prompt_only = prompt_only(request)
         self._created = int(time.time())
         self._growth: defaultdict[int, ChoiceProgress] = defaultdict(ChoiceProgress)
+        self._text_alone = job.params.logprobs is None and not (
+            self._echo or self._prompt_only or request.return_token_ids
+        )
+        self._templates: dict[int, EventTemplate] = {}  # of choices
         self._prompts: dict[int, Echo] = {}
         self._echoes: dict[int, Echo] = {}  # of choices
         self._contexts: dict[int, Offsets] = {}  # of prompts
@@ -98,6 +120,17 @@ class Reply:
             choices=choices,
             **others,
         )
+
+    def events(self, number: int, output: RequestOutput) -> list[Completion | bytes]:
+        """Of one prompt's choices, if there is nothing but text to tell of any; else none."""
+        if not self._text_alone or not all(map(is_text_alone, output.outputs)):
+            return []
+        return [self._template(number * self.job.n + each.index).event(each.text) for each in output.outputs]
+
+    def _template(self, index: int) -> EventTemplate:
+        if index not in self._templates:
+            self._templates[index] = EventTemplate(self.part([Choice(index=index, text=TEXT, **NOTHING_ELSE)]))
+        return self._templates[index]
 
     def news(self, number: int, output: RequestOutput) -> list[Choice]:
         """Of one prompt's choices, those with news."""

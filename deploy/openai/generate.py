@@ -153,6 +153,14 @@ class ChoiceProgress:
         return news
 
 
+NOTHING_ELSE: dict[str, None] = {"logprobs": None, "finish_reason": None, "stop_reason": None}  # beside the text
+
+
+def is_text_alone(delta: CompletionOutput) -> bool:
+    """Whether tokens came and the sequence goes on, so that nothing but the text need be told."""
+    return delta.finish_reason is None and bool(delta.token_ids)
+
+
 def _finish_reason(sequence: CompletionOutput) -> FinishReason | None:
     match sequence.finish_reason:
         case "stop":

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from eagleray.deploy.openai.disconnect import CLIENT_GONE, ClientGoneError, while_connected
 from eagleray.deploy.openai.errors import as_api_error
+from eagleray.deploy.openai.event_template import event
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +22,15 @@ FULL = 64 * 1024  # bytes of events that are sent at once, or more if one is lar
 class EventStream(Response):
     """Sends the events of chunks as soon as they are there, and closes the chunks when the client goes away.
 
-    Chunks that come together go out together: a write each would cost the server more than their making.
+    Chunks that come together go out together: a write each would cost the server more than their making. One that is
+    bytes is an event already.
 
     Whatever fails before the first chunk is an answer with its own status code; later it is an event `error`, the last.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[Sequence[BaseModel], None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[Sequence[BaseModel | bytes], None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
@@ -58,21 +60,17 @@ class EventStream(Response):
                     logger.error("A stream failed", exc_info=error)
                 else:
                     logger.error("a stream ends early: %s", told)
-                event = f"event: error\ndata: {json.dumps(told.reply().model_dump())}\n\n"
-                await _send(send, event.encode(), more=False)
+                last = f"event: error\ndata: {json.dumps(told.reply().model_dump())}\n\n"
+                await _send(send, last.encode(), more=False)
                 return
             await _send(send, DONE, more=False)
 
 
-def _event(chunk: BaseModel) -> bytes:
-    return b"data: %b\n\n" % chunk.model_dump_json(exclude_unset=True).encode()
-
-
-def _bodies(chunks: Sequence[BaseModel]) -> Iterator[bytes]:
+def _bodies(chunks: Sequence[BaseModel | bytes]) -> Iterator[bytes]:
     """The events of chunks, many in one."""
     body = bytearray()
     for chunk in chunks:
-        body += _event(chunk)
+        body += chunk if isinstance(chunk, bytes) else event(chunk)
         if len(body) >= FULL:
             yield bytes(body)
             body.clear()

@@ -39,6 +39,7 @@ from eagleray.deploy.serve.config import ServeArgs, in_one_line
 from eagleray.deploy.serve.metrics import Metrics
 from eagleray.deploy.serve.progress import Teller
 from eagleray.deploy.serve.startup import BEFORE_ENGINE
+from eagleray.workers.protocol.garbage import freeze_startup
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Replica:
         self._llm.check_health(args.stall_timeout_s)  # from now on a death is noticed
         self._looks = asyncio.create_task(self._look_often(), name="eagleray metrics")
         self._created = int(time.time())
+        freeze_startup()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray Serve mounts."""

@@ -34,6 +34,7 @@ from eagleray.deploy.openai.middleware.request_ids import RequestIds
 from eagleray.deploy.openai.middleware.timing import HttpTime
 from eagleray.deploy.openai.served_model import ServedModel
 from eagleray.models.loading.demo_model import demo_model
+from eagleray.workers.protocol.garbage import freeze_startup
 
 MAX_MODEL_LEN, VOCAB_SIZE = 8192, 49152
 TEXT = " the sea is full of rays that glide over sand, and it is deep."
@@ -151,6 +152,7 @@ async def measure(arguments: argparse.Namespace, streams: int, tokenizer: Tokeni
         return int(told)
 
     await streams_read(1)  # what is made on first use
+    freeze_startup()  # as a replica does
     profiler = cProfile.Profile() if profile else None
     begin, cpu = time.perf_counter(), time.process_time()
     if profiler:
