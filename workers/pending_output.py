@@ -4,6 +4,7 @@ from math import isfinite
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eagleray.workers.protocol.messages import StepOutput, TokenLogprobs
 from eagleray.workers.rows import IntArray
@@ -26,15 +27,12 @@ class PendingOutput:
         self._rows = rows
         self._sampled = sampled
         self._copied: torch.cuda.Event | None = None
-        if sampled is not None:
-            self._pairs = sampled.pairs
-            if sampled.pairs.is_cuda:
-                # The pairs of a graph lie where its next replay will write. This copy is queued before that, on the
-                # same stream, into memory that is this step's own; so they are safe before `launch` returns.
-                self._pairs = torch.empty(sampled.pairs.shape, dtype=torch.int64, pin_memory=True)
-                self._pairs.copy_(sampled.pairs, non_blocking=True)
-                self._copied = torch.cuda.Event(blocking=True)
-                self._copied.record()
+        if sampled is not None and sampled.pairs.is_cuda:
+            # What a graph gives lies where its next replay will write. This copy is queued before that, on the same
+            # stream, into memory that is this step's own; so it is safe before `launch` returns.
+            self._sampled = sampled.map(_on_its_way)
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record()
 
     def wait(self) -> StepOutput:
         """Sleep until the tokens are on the host. May be called from another thread."""
@@ -42,7 +40,7 @@ class PendingOutput:
             self._copied.synchronize()
         if self._sampled is not None:
             order = np.argsort(self._rows)
-            token_ids, is_not_finite, is_masked = unpack_host(self._pairs.numpy()[order])
+            token_ids, is_not_finite, is_masked = unpack_host(self._sampled.pairs.numpy()[order])
             self._output.token_ids = token_ids.astype(np.int32).tobytes()
             self._output.logprobs = self._sampled.logprobs
             self._output.not_finite = self._rows[order][is_not_finite].tolist()
@@ -51,6 +49,11 @@ class PendingOutput:
             if row not in self._output.not_finite and not _are_finite(entries):
                 self._output.not_finite.append(row)
         return self._output
+
+
+def _on_its_way(x: Tensor) -> Tensor:
+    """A copy in page-locked memory, which is there once the device has come to it."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _are_finite(entries: list[TokenLogprobs]) -> bool:

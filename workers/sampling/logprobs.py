@@ -1,5 +1,6 @@
 """Log-probabilities of tokens under the raw logits, which no rank holds whole."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ class LogprobTensors:
     token_ids: Tensor  # [n, 1 + width] int64
     logprobs: Tensor  # [n, 1 + width] float32
     ranks: Tensor  # [n] int64, of the first
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LogprobTensors":
+        """The same with other tensors."""
+        return LogprobTensors(change(self.token_ids), change(self.logprobs), change(self.ranks))
 
     def to_wire(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens."""

@@ -25,6 +25,7 @@ Ranks exchange one (value, id) pair per row, the candidates of top-k and top-p (
 maxima. The last exchange is a maximum over integers, so all ranks end with the same tokens whatever their rounding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -60,9 +61,14 @@ class SampleOutput:
         """[n] int64."""
         return unpack_ids(self.pairs)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "SampleOutput":
+        """The same with other tensors."""
+        logprobs = None if self.logprob_tensors is None else self.logprob_tensors.map(change)
+        return SampleOutput(change(self.pairs), logprobs, self.num_logprobs)
+
     @cached_property
     def logprobs(self) -> dict[int, TokenLogprobs]:
-        """Of the rows that ask. Copies from the device, so only the rank that reports should read it."""
+        """Of the rows that ask. Waits for the device if they are there, so read it of a copy on the host."""
         if self.logprob_tensors is None:
             return {}
         wire = self.logprob_tensors.to_wire(list(self.num_logprobs.values()))
