@@ -15,17 +15,21 @@ from torch import Tensor
 from eagleray.parallel.platform import OVERLAP
 from eagleray.workers.protocol.messages import Sampling
 from eagleray.workers.rows import IntArray
+from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.masses import MAX_VOCAB
 from eagleray.workers.sampling.redraw.arithmetic import EXACT
 from eagleray.workers.sampling.redraw.draw_kernels import collect_kernel, finish_kernel, survey_kernel
 from eagleray.workers.sampling.redraw.edit_kernels import dense_kernel, sparse_kernel
+from eagleray.workers.sampling.redraw.logprob_kernel import logprob_kernel
 from eagleray.workers.sampling.redraw.penalty_kernels import count_kernel, penalise_kernel
-from eagleray.workers.sampling.redraw.row_lists import RowLists, asks_for_redraw
+from eagleray.workers.sampling.redraw.row_lists import MAX_LOGPROBS, RowLists, asks_for_redraw
+from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
 from eagleray.workers.sampling.table import Feature, SamplingTable
 
 LINES_AT_ONCE = 128  # more come one slab after another, in the same memory
 LANES = 2048  # of the survey of a line
 CAPACITY = 2048  # candidates of a line
+FEW = 512  # of these, for log-probabilities
 SURVEY_WIDTH, SURVEY_DEPTH = 128, 8
 TILE, WALK_TILE, PIVOTS = 1024, 1024, 8
 TOKENS_AT_ONCE, PARTS = 256, 8  # of a row's tokens, for penalties
@@ -64,6 +68,9 @@ class KernelSampler:
         self._survey = torch.empty(lines, LANES, dtype=torch.int32, device=device)
         self._candidates = torch.empty(lines, CAPACITY, dtype=torch.int64, device=device)
         self._num_candidates = torch.empty(lines, dtype=torch.int32, device=device)
+        self._logprob_ids = torch.empty(max_rows, 1 + MAX_LOGPROBS, dtype=torch.int64, device=device)
+        self._logprobs = torch.empty(max_rows, 1 + MAX_LOGPROBS, device=device)
+        self._ranks = torch.empty(max_rows, dtype=torch.int64, device=device)
         self._masses, self._best, self.cuts = torch.empty(3, lines, dtype=torch.int64, device=device)
 
     def set(self, samplings: Mapping[int, Sampling], prompt_lengths: Mapping[int, int]) -> None:
@@ -93,6 +100,24 @@ class KernelSampler:
             self._edit(raw[slab], rows[slab], num_tokens[slab], pairs[slab], features)
             self._draw(rows[slab], num_tokens[slab], pairs[slab], features)
 
+    def logprobs(self, raw: Tensor, rows: Tensor, pairs: Tensor) -> LogprobTensors:
+        """Of the tokens of `pairs` [n], and of as many of the likeliest as each row asks for, of which it asks at all.
+
+        What stands in lines of other rows, and beyond what a row asks for, means nothing. The next call overwrites it.
+        `raw` [n, vocab] and `rows` [n] are as in `redraw`, and graphs may capture this, too.
+        """
+        assert raw.stride(1) == 1
+        n, cap = len(rows), self._soft_cap
+        for begin in range(0, n, len(self._work)):
+            slab = slice(begin, min(begin + len(self._work), n))
+            logprob_kernel[slab.stop - begin,](
+                raw[slab], raw.stride(0), rows[slab], self.lists.fields, pairs[slab], self._candidates, CAPACITY,
+                self._logprob_ids[slab], self._logprobs[slab], self._ranks[slab], self._vocab_size,
+                1.0 if cap is None else cap, cap is not None, LANES, min(FEW, CAPACITY), 1 + MAX_LOGPROBS, OVERLAP,
+                num_warps=8, **EXACT,
+            )  # fmt: skip
+        return LogprobTensors(self._logprob_ids[:n], self._logprobs[:n], self._ranks[:n])
+
     def _edit(self, raw: Tensor, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature) -> None:
         assert raw.stride(1) == 1
         lists, tokens, table, vocab, n = self.lists, self._tokens, self._table, self._vocab_size, len(rows)
@@ -118,6 +143,10 @@ class KernelSampler:
                 table.presence, self._token_counts, self._work, vocab, TOKENS_AT_ONCE, OVERLAP,
                 num_warps=4, **EXACT,
             )  # fmt: skip
+        if features & Feature.TOP_N_SIGMA:
+            top_n_sigma_kernel[n,](
+                rows, lists.fields, table.top_n_sigma, self._work, vocab, WALK_TILE, OVERLAP, num_warps=8, **EXACT
+            )
 
     def _draw(self, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature) -> None:
         fields, tokens, table, vocab, n = self.lists.fields, self._tokens, self._table, self._vocab_size, len(rows)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import TokenLogprobs
@@ -17,6 +18,19 @@ class LogprobTensors:
     token_ids: Tensor  # [n, 1 + width] int64
     logprobs: Tensor  # [n, 1 + width] float32
     ranks: Tensor  # [n] int64, of the first
+
+    def of(self, lines: Tensor) -> "LogprobTensors":
+        """Those of `lines` [m] int64, in memory of their own."""
+        return LogprobTensors(self.token_ids[lines], self.logprobs[lines], self.ranks[lines])
+
+    def and_then(self, others: "LogprobTensors") -> "LogprobTensors":
+        """These positions and `others`; what fills up the narrower ones means nothing."""
+        width = max(self.token_ids.shape[1], others.token_ids.shape[1])
+        wide = [
+            torch.cat([pad(one, (0, width - one.shape[1])) for one in both])
+            for both in ((self.token_ids, others.token_ids), (self.logprobs, others.logprobs))
+        ]
+        return LogprobTensors(*wide, torch.cat([self.ranks, others.ranks]))
 
     def to_wire(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens."""

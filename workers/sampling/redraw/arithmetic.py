@@ -10,6 +10,7 @@ import triton.language as tl
 
 from eagleray.parallel.platform import LAUNCH
 from eagleray.workers.sampling import masses, packed_pairs
+from eagleray.workers.sampling.kernels import tanh
 
 EXACT = {**LAUNCH, "enable_fp_fusion": False}  # for launches
 
@@ -25,6 +26,15 @@ P2 = tl.constexpr(masses.POWERS[2])
 P3 = tl.constexpr(masses.POWERS[3])
 P4 = tl.constexpr(masses.POWERS[4])
 P5 = tl.constexpr(masses.POWERS[5])
+
+
+@triton.jit
+def logits_of(raw, cap, HAS_CAP: tl.constexpr):
+    """float32 logits of `raw` ones of the model's type, bent by a soft cap."""
+    logits = raw.to(tl.float32)
+    if HAS_CAP:
+        logits = tanh(tl.div_rn(logits, cap)) * cap
+    return logits
 
 
 @triton.jit

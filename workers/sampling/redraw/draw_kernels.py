@@ -254,7 +254,7 @@ def _cut_of_line(
 ):  # fmt: skip
     """The cut of all restrictions, by walking."""
     cut = floor.to(tl.int64) << 32  # below the pair of any token with that key
-    if top_k < _NO_TOP_K:
+    if top_k < _NO_TOP_K:  # noqa: SIM102  `and` would compute both
         if weight_from(work, vocab, temperature, highest, cut, False, TILE) > top_k:
             cut = cut_by_walking(work, vocab, temperature, highest, floor, top_k, False, PIVOTS, TILE)
     if top_p < _INFINITY:

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.workers.sampling.kernels import tanh
-from eagleray.workers.sampling.redraw.arithmetic import LOW, NOT_FINITE, PAD
+from eagleray.workers.sampling.redraw.arithmetic import LOW, NOT_FINITE, PAD, logits_of
 from eagleray.workers.sampling.redraw.fields import (
     LONGEST_BEGINNING,
     MIN_TOKENS,
@@ -53,10 +52,9 @@ def dense_kernel(
         for tile in range(tiles):
             columns = first + tile * TILE + tl.arange(0, TILE)
             inside = columns < vocab
-            values = tl.load(raw + columns, mask=inside, other=0.0).to(tl.float32)
-            is_broken |= (~(tl.abs(values) < float("inf"))).to(tl.int32)
-            if HAS_CAP:
-                values = tanh(tl.div_rn(values, cap)) * cap
+            loaded = tl.load(raw + columns, mask=inside, other=0.0)
+            is_broken |= (~(tl.abs(loaded.to(tl.float32)) < float("inf"))).to(tl.int32)
+            values = logits_of(loaded, cap, HAS_CAP)
             if (word & _ALLOWED) != 0:
                 bits = tl.load(masks + (columns >> 5), mask=inside, other=0)
                 values = tl.where(((bits >> (columns & 31)) & 1) != 0, values, float("-inf"))
@@ -67,7 +65,8 @@ def dense_kernel(
 
 @triton.jit
 def sparse_kernel(
-    rows, fields, lists, list_stride, tokens, token_stride, num_tokens, work, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    rows, fields, lists, list_stride, tokens, token_stride, num_tokens, work, vocab,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a line: adds bias; then masks stop tokens until there are `min_tokens`, and what would complete a
     bad word. The order does not matter, but for two threads that write the same logit: a masked one stays masked.

@@ -10,6 +10,7 @@ from eagleray.workers.sampling.table import Feature
 WORD = tl.constexpr(row_lists.WORD)
 PROMPT_LENGTH = tl.constexpr(row_lists.PROMPT_LENGTH)
 MIN_TOKENS = tl.constexpr(row_lists.MIN_TOKENS)
+NUM_LOGPROBS = tl.constexpr(row_lists.NUM_LOGPROBS)
 NUM_BIAS = tl.constexpr(row_lists.NUM_BIAS)
 NUM_STOP = tl.constexpr(row_lists.NUM_STOP)
 NUM_BAD_WORDS = tl.constexpr(row_lists.NUM_BAD_WORDS)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from eagleray.workers.pinned_copy import PinnedCopy
 from eagleray.workers.protocol.messages import Sampling
@@ -14,7 +13,7 @@ from eagleray.workers.sampling.table import Feature, features_of
 CAPACITY = 1024  # numbers in a row's lists
 MAX_LOGPROBS = 20
 # the columns of `RowLists.fields`
-WORD, PROMPT_LENGTH, MIN_TOKENS, NUM_BIAS, NUM_STOP, NUM_BAD_WORDS, LONGEST_BEGINNING = range(7)
+WORD, PROMPT_LENGTH, MIN_TOKENS, NUM_LOGPROBS, NUM_BIAS, NUM_STOP, NUM_BAD_WORDS, LONGEST_BEGINNING = range(8)
 NUM_FIELDS = 8
 
 Ints = NDArray[np.int64]
@@ -52,9 +51,8 @@ class RowLists:
             self.beyond[row] = len(numbers) > CAPACITY or (sampling.logprobs or 0) > MAX_LOGPROBS
             if self.beyond[row]:
                 continue
-            fields[line, : 3 + len(counts)] = (
-                features_of(sampling), prompt_lengths[row], sampling.min_tokens, *counts
-            )  # fmt: skip
+            features, num_logprobs = features_of(sampling), sampling.logprobs or 0
+            fields[line] = features, prompt_lengths[row], sampling.min_tokens, num_logprobs, *counts
             if len(numbers):
                 lists[row] = numbers
             if sampling.allowed_token_ids:
@@ -81,7 +79,10 @@ class RowLists:
             self.masks[mask_rows.long()] = of_masks.view(len(masks), -1)
 
     def _lists_of(self, sampling: Sampling) -> tuple[Ints, tuple[int, ...]]:
-        """A row's numbers, and the fields that say how many of each kind. Tokens that nobody could draw are left out."""
+        """A row's numbers, and the last fields, which say how many there are of each kind.
+
+        Tokens beyond the vocabulary are left out.
+        """
         bias = {token: value for token, value in sampling.logit_bias.items() if self._is_known(token)}
         values = np.fromiter(bias.values(), np.float32, len(bias)).view(np.int32)
         stop = [token for token in sampling.stop_token_ids if self._is_known(token)] if sampling.min_tokens else []
