@@ -113,7 +113,7 @@ class Kernels:
 
     def draw(self, features: Feature = ANY) -> Drawn:
         """Every line, of which none may be plain. Checks what is written beside the pairs."""
-        raw, rows, lengths = self._inputs()
+        raw, rows, lengths = self.inputs()
         pairs = torch.full((len(self.lines),), PAD, device=DEVICE)
         before = self.tokens.clone()
         self.sampler.redraw(raw, rows, lengths, pairs, features)
@@ -130,7 +130,7 @@ class Kernels:
         by_line = dict(zip(asking, wire, strict=True))
         return Drawn(ids.tolist(), not_finite.tolist(), all_masked.tolist(), edited, by_line)
 
-    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits whose lines stand further apart than they are long, rows and lengths."""
         whole = torch.stack([line.logits for line in self.lines])
         apart = torch.full((len(whole), whole.shape[1] + 13), torch.nan, dtype=whole.dtype)

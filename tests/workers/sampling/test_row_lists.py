@@ -12,7 +12,7 @@ VOCAB = 70
 
 def lists_of(*samplings: Sampling) -> RowLists:
     lists = RowLists(len(samplings), VOCAB, torch.device("cpu"))
-    lists.set(dict(enumerate(samplings)), {row: 3 for row in range(len(samplings))})
+    lists.set(dict(enumerate(samplings)), dict.fromkeys(range(len(samplings)), 3))
     return lists
 
 
