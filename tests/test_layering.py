@@ -33,7 +33,8 @@ WITHIN = {  # what else of its room a folder may import, besides files that stan
     "workers/attention": (),
     "workers/graphs": ("workers/attention", "workers/protocol", "workers/sampling"),
     "workers/protocol": (),
-    "workers/sampling": ("workers/protocol",),
+    "workers/sampling": ("workers/protocol", "workers/sampling/redraw"),
+    "workers/sampling/redraw": ("workers/protocol", "workers/sampling"),
 }
 FRONTS = (  # files that stand in a room and put its folders together: no folder of it imports them
     "eagleray.cluster.async_llm",

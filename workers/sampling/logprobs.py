@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.messages import TokenLogprobs
@@ -18,6 +19,19 @@ class LogprobTensors:
     token_ids: Tensor  # [n, 1 + width] int64
     logprobs: Tensor  # [n, 1 + width] float32
     ranks: Tensor  # [n] int64, of the first
+
+    def of(self, lines: Tensor) -> "LogprobTensors":
+        """Those of `lines` [m] int64, in memory of their own."""
+        return LogprobTensors(self.token_ids[lines], self.logprobs[lines], self.ranks[lines])
+
+    def and_then(self, others: "LogprobTensors") -> "LogprobTensors":
+        """These positions and `others`; what fills up the narrower ones means nothing."""
+        width = max(self.token_ids.shape[1], others.token_ids.shape[1])
+        token_ids, logprobs = (
+            torch.cat([pad(one, (0, width - one.shape[1])) for one in both])
+            for both in ((self.token_ids, others.token_ids), (self.logprobs, others.logprobs))
+        )
+        return LogprobTensors(token_ids, logprobs, torch.cat([self.ranks, others.ranks]))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LogprobTensors":
         """The same with other tensors."""

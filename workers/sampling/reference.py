@@ -11,12 +11,17 @@ does not have, top-n-sigma, stands where llama.cpp has it:
  6. a row with a temperature below 1e-5 takes the arg-max, equal logits going to the lower id, and is done;
  7. top-n-sigma (arXiv:2411.07641) drops tokens whose logit is below the row's highest less `top_n_sigma` standard
     deviations of all its logits but the masked ones, as in llama.cpp: of the population, not of a sample. The cut is a
-    distance in units of the deviation, so that a temperature would not move it;
+    distance in units of the deviation, so that a temperature would not move it (`top_n_sigma.py`);
  8. the logits of these rows are divided by the temperature;
  9. min-p drops tokens less likely than `min_p` times the likeliest;
 10. top-k keeps the k likeliest, top-p the shortest prefix of those that holds `top_p` of their renormalised
-    probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id;
+    probability. Unlike vLLM, which keeps all tokens that equal the k-th, ties at either edge go to the lower id.
+    Probability is counted in integers (`masses.py`);
 11. the arg-max of logits plus Gumbel noise is a draw from the softmax (`gumbel.py`). Equal sums go to the lower id.
+
+Where kernels run they draw instead (`kernels.py`, `kernel_sampler.py`), and keep exactly the same sets of tokens: each
+operation on float32 numbers up to the last comparison of step 10 rounds once, as torch does. Only the noise may differ
+in the last bits, and the logits of a model with a soft cap.
 
 Where nothing is left to draw from, because everything is masked, the pair is a masked token's, and says so.
 Where a raw logit is NaN or infinite nothing is drawn: the row's pair says so, and its token means nothing.
@@ -40,10 +45,11 @@ from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling.gumbel import add_gumbel_, row_keys
 from eagleray.workers.sampling.logit_edits import add_bias_, allow_only_, mask_
 from eagleray.workers.sampling.logprobs import LogprobTensors, token_logprobs
-from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, line_blocks, unpack_ids
+from eagleray.workers.sampling.packed_pairs import best_pairs, find_marks, unpack_ids
 from eagleray.workers.sampling.penalties import penalise
 from eagleray.workers.sampling.table import NO_TOP_K, Feature, SamplingTable
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, draw_top_k_top_p
+from eagleray.workers.sampling.top_n_sigma import drop_below_n_sigma
 
 IntArray = npt.NDArray[np.int64]
 
@@ -65,6 +71,12 @@ class SampleOutput:
         """The same with other tensors."""
         logprobs = None if self.logprob_tensors is None else self.logprob_tensors.map(change)
         return SampleOutput(change(self.pairs), logprobs, self.num_logprobs)
+
+    def and_then(self, others: "SampleOutput") -> "SampleOutput":
+        """With log-probabilities of `others`, too, whose pairs are the same."""
+        tensors = [each.logprob_tensors for each in (self, others) if each.logprob_tensors is not None]
+        joined = tensors[0].and_then(tensors[1]) if len(tensors) == 2 else next(iter(tensors), None)
+        return SampleOutput(self.pairs, joined, self.num_logprobs | others.num_logprobs)
 
     @cached_property
     def logprobs(self) -> dict[int, TokenLogprobs]:
@@ -184,12 +196,7 @@ class ReferenceSampler:
         """Top-n-sigma over all ranks' shards, in place."""
         rows = self._tensor([batch.rows[line] for line in lines])
         index = _index(self._tensor(lines), len(batch.rows))
-        values = logits[index]
-        highest = self._tp.all_reduce(values.amax(dim=-1), "max")
-        count, total, squares = self._tp.all_reduce(_moments(values, highest))
-        variance = squares / count.clamp(min=1) - (total / count.clamp(min=1)).square()
-        lowest = highest - self._table.top_n_sigma[rows] * variance.clamp(min=0).sqrt()
-        logits[index] = values.masked_fill(values < lowest.to(values.dtype).unsqueeze(1), -torch.inf)
+        logits[index] = drop_below_n_sigma(logits[index], self._table.top_n_sigma[rows], self._tp)
 
     def _best(self, logits: Tensor, batch: _Batch) -> Tensor:
         """This rank's best pair [n] of each line, after noise where it is random."""
@@ -231,22 +238,6 @@ class ReferenceSampler:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(torch.tensor(values, dtype=torch.int64), self._table.device)
-
-
-def _moments(values: Tensor, highest: Tensor) -> Tensor:
-    """How many of `values` [n, shard] are not masked, the sum of their distances to `highest` [n] and of its squares.
-
-    [3, n] float64, so that the ranks' sums hardly depend on how many ranks there are. Distances, since squares of large
-    values that lie close together would cancel each other out.
-    """
-    moments = []
-    for block in line_blocks(values):
-        is_masked = values[block] == -torch.inf
-        distances = (values[block] - highest[block].unsqueeze(1)).masked_fill_(is_masked, 0.0)
-        count = (~is_masked).sum(dim=-1, dtype=torch.float64)
-        norm = torch.linalg.vector_norm(distances, dim=-1, dtype=torch.float64)
-        moments.append(torch.stack([count, distances.sum(dim=-1, dtype=torch.float64), norm.square()]))
-    return torch.cat(moments, dim=1)
 
 
 def _index(lines: Tensor, num_lines: int) -> Tensor | slice:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from eagleray.models.decoder import CausalLM
@@ -12,9 +13,10 @@ from eagleray.workers.protocol.messages import RowStart, TokenLogprobs
 from eagleray.workers.rows import Chunks, IntArray, Rows
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput
-from eagleray.workers.sampling.table import SamplingTable
+from eagleray.workers.sampling.table import Feature, SamplingTable
 
 if HAS_TRITON:
+    from eagleray.workers.sampling.kernel_sampler import KernelSampler
     from eagleray.workers.sampling.kernels import best_plain_pairs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
@@ -23,7 +25,8 @@ LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log
 class Sampler:
     """The sampling parameters of the rows, and how each row is drawn by them.
 
-    Where kernels run, they draw rows that ask for nothing but a temperature, and the reference draws the others anew.
+    Where kernels run, one draws all rows as if they asked for nothing but a temperature. Others draw the rest anew, but
+    for rows with very long lists and for several ranks, where the reference does.
     Every rank makes the same calls in the same order. Construction is a collective call, too.
     """
 
@@ -34,10 +37,19 @@ class Sampler:
         self._table = SamplingTable(rows.spare, model.vocab_shard, rows.tokens.device)
         self._reference = ReferenceSampler(self._table, model.vocab_shard, model.config.vocab_size, tp)
         self._draws_in_kernels = runs_triton(rows.tokens.device)
+        self._kernels: KernelSampler | None = None
+        if self._draws_in_kernels and tp.size == 1:
+            config = model.config
+            self._kernels = KernelSampler(
+                self._table, config.vocab_size, rows.spare, rows.tokens, config.final_soft_cap
+            )
 
     def start(self, starts: Sequence[RowStart]) -> None:
         """These rows are to be drawn by these parameters."""
-        self._table.set({start.row: start.sampling for start in starts})
+        samplings = {start.row: start.sampling for start in starts}
+        self._table.set(samplings)
+        if self._kernels is not None and samplings:
+            self._kernels.set(samplings, {start.row: start.num_prompt_tokens for start in starts})
 
     def stop(self, rows: Sequence[int]) -> None:
         """These rows ask for nothing any more."""
@@ -78,6 +90,32 @@ class Sampler:
         lines = self._table.lines_not_plain(rows)
         if not len(lines):
             return SampleOutput(pairs)
+        if self._kernels is None:
+            return self._draw_lines_by_reference(lines, rows, num_tokens, raw_logits, pairs)
+        sampled = self._draw_in_kernels(self._kernels, rows, num_tokens, raw_logits[: len(rows)], pairs)
+        if not len(beyond := self._kernels.beyond(rows)):
+            return sampled
+        return sampled.and_then(self._draw_lines_by_reference(beyond, rows, num_tokens, raw_logits, pairs))
+
+    def _draw_in_kernels(
+        self, kernels: "KernelSampler", rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor
+    ) -> SampleOutput:
+        asking = self._table.lines(rows, Feature.LOGPROBS)
+        asking = asking[~np.isin(asking, kernels.beyond(rows))]
+        device_rows, device_num_tokens, lines = self._rows.to_device(rows, num_tokens, asking)
+        if features := kernels.features(rows):
+            kernels.redraw(raw_logits, device_rows, device_num_tokens, pairs, features)
+        if not len(asking):
+            return SampleOutput(pairs)
+        logprobs = kernels.logprobs(raw_logits, device_rows, pairs).of(lines.long())
+        most = self._model.config.vocab_size
+        num_logprobs = {row: min(self._table.host[row].logprobs or 0, most) for row in rows[asking].tolist()}
+        return SampleOutput(pairs, logprobs, num_logprobs)
+
+    def _draw_lines_by_reference(
+        self, lines: IntArray, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor
+    ) -> SampleOutput:
+        """The same `pairs` [n] after those of `lines` were drawn anew, there and in their rows."""
         device_lines = self._rows.to_device(lines)[0].long()
         logits, marks = self._model.finish(raw_logits[device_lines]), marks_of(pairs[device_lines])
         sampled = self._draw_by_reference(rows[lines], num_tokens[lines], logits, marks)

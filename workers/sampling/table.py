@@ -101,7 +101,11 @@ class SamplingTable:
 
     def lines_not_plain(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The places of those `rows` [n] that ask for more than a kernel that draws `PLAIN` ones gives."""
-        return np.flatnonzero(self.features[rows] & ~PLAIN)
+        return self.lines(rows, ~PLAIN)
+
+    def lines(self, rows: NDArray[np.int64], features: int) -> NDArray[np.int64]:
+        """The places of those `rows` [n] that ask for any of `features`."""
+        return np.flatnonzero(self.features[rows] & int(features))
 
     def clear(self, row: int) -> None:
         """The request leaves `row`. What the device tensors hold there is not read until the row is set again."""

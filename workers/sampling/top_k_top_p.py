@@ -5,16 +5,18 @@ its shard. Merged and sorted they start with the highest pairs of the whole voca
 the ranks' last offers: below that some rank may hide a higher pair. If the cut lies in this certain part it is found.
 Otherwise, when a top-k is huge or the distribution so flat that its nucleus is wider than the offers, the lines in
 question offer eight times as many, and in the last resort their whole shards.
+
+The mass of a token is an integer (`masses.py`), so the cut is the same on any number of ranks.
 """
 
 from dataclasses import dataclass, replace
-from math import inf
 
 import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.sampling.gumbel import log_exponential
+from eagleray.workers.sampling.masses import mass_limits, token_masses
 from eagleray.workers.sampling.packed_pairs import PAD, line_blocks, merge, pack, top_pairs, unpack
 from eagleray.workers.sampling.table import NO_TOP_K
 
@@ -75,14 +77,13 @@ def find_thresholds(values: Tensor, offers: Tensor, restriction: TopKTopP, tp: T
     highest = logits[:, :1]
     places = torch.arange(merged.shape[1], device=merged.device)
     is_candidate = (logits >= highest + restriction.log_min_p.unsqueeze(1)) & (places < restriction.top_k.unsqueeze(1))
-    # in float64, so that sums hardly depend on their order, hence on the number of ranks
-    masses = torch.where(is_candidate, _masses(logits, highest), 0.0).to(torch.float64)
+    masses = torch.where(is_candidate, token_masses(logits, highest), 0)
     total = masses.sum(dim=-1)
     has_top_k = restriction.top_k < NO_TOP_K
     if restriction.max_top_k == NO_TOP_K:
         total = torch.where(has_top_k, total, tp.all_reduce(_shard_mass(values, highest, restriction)))
     mass_before = torch.nn.functional.pad(masses.cumsum(dim=-1)[:, :-1], (1, 0))
-    stays = is_candidate & (mass_before < (restriction.top_p * total).unsqueeze(1))
+    stays = is_candidate & (mass_before < mass_limits(restriction.top_p, total).unsqueeze(1))
 
     num_staying = stays.sum(dim=-1).clamp_(min=1)
     cuts = merged.gather(1, (num_staying - 1).unsqueeze(1)).squeeze(1)
@@ -91,20 +92,15 @@ def find_thresholds(values: Tensor, offers: Tensor, restriction: TopKTopP, tp: T
 
 
 def _shard_mass(values: Tensor, highest: Tensor, restriction: TopKTopP) -> Tensor:
-    """The mass [n] float64 of this rank's shard, relative to that of the highest token, without what min-p drops."""
+    """The mass [n] int64 of this rank's shard, without what min-p drops."""
     lowest = highest + restriction.log_min_p.unsqueeze(1)
     sums = []
     for block in line_blocks(values):
-        masses = _masses(values[block], highest[block])
+        masses = token_masses(values[block], highest[block])
         if restriction.has_min_p:
-            masses.masked_fill_(values[block] < lowest[block], 0.0)
+            masses.masked_fill_(values[block] < lowest[block], 0)
         sums.append(masses.sum(dim=-1))
-    return torch.cat(sums).to(torch.float64)
-
-
-def _masses(logits: Tensor, highest: Tensor) -> Tensor:
-    """exp(logits - highest) [n, width] float32. A line whose every token is masked has no mass, rather than NaN."""
-    return (logits - torch.where(highest == -inf, 0.0, highest)).exp_()
+    return torch.cat(sums)
 
 
 def _best_at_or_above(cuts: Tensor, offers: Tensor, keys: Tensor) -> Tensor:
