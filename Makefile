@@ -2,7 +2,7 @@
 # make quick   the tests that start no engine and take no time
 # make test    every test but those of `make soak`    TESTS="tests/cluster -k scheduler" runs some
 # make soak    long tests, for confidence
-# make test-gpu    those that need CUDA, which `make test` skips where there is none
+# make test-gpu    the tests that need CUDA, which `make test` skips where there is none; TESTS="tests/gpu/FILE.py" too
 # make check   ruff, its formatter and mypy
 # make bench   the benchmarks in tests/bench
 # make tree    every source file, and what it does
@@ -38,7 +38,7 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/gpu -v $(TESTS)
+	$(BIN)/python -m pytest -v $(if $(TESTS),$(TESTS),tests/gpu)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -65,15 +65,15 @@ class RequestParts:
     """Where the time from a request's arrival to its end went, in seconds; of several sequences the last one's.
 
     Of what happens at once only one counts, so that the parts add up. What the ranks compute comes first: the work of
-    driver and front end counts where it is not hidden behind them.
+    engine core and front end counts where it is not hidden behind them.
     """
 
     queue: float  # waiting in the engine, until the ranks are free for its first step; again after a preemption
-    schedule: float  # the driver's work on steps
-    broadcast: float  # steps and their outputs on the way between driver and ranks, until they are taken
+    schedule: float  # the engine core's work on steps
+    broadcast: float  # steps and their outputs on the way between core and ranks, until they are read
     gpu: float  # from the launch of steps to their outputs
     detokenize: float  # the last tokens into text
-    channel: float  # all the rest: between front end and engine, both ways, until either has time to look
+    channel: float  # all the rest: messages between front end and engine core, both ways, until they are read
 
 
 @dataclass(slots=True)

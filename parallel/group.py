@@ -60,7 +60,7 @@ class TPGroup:
 
         One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. The norm is bitwise
         equal on all ranks. The sum is good for one thing: to be the `residual` of the next call with as many rows,
-        since a rank may keep only some rows of it (`exchange.all_reduce_rms_norm`).
+        since a rank may keep only some rows of it (`low_latency_reduce.py`).
         """
         return torch.ops.eagleray.all_reduce_rms_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
 

@@ -59,7 +59,7 @@ class Place:
 class Rank:
     """Starts in three calls, each made on every rank before the next: `prepare`, `load`, `serve`.
 
-    torch is imported by `prepare` and not with this module: the driver imports the module too, and the environment that
+    torch is imported by `prepare` and not with this module: the core imports the module too, and the environment that
     torch's libraries read must be set before.
     """
 

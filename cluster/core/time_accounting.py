@@ -1,7 +1,7 @@
 """Accounts for the engine's time while it has work: cumulative seconds, so that a request's time is a difference.
 
 Nothing is kept per token. Of what happens at once only one gets the time, and the parts add up to the time that passed:
-first comes what the ranks computed, as rank 0 reports it, then the driver's own work as far as the ranks did not
+first comes what the ranks computed, as rank 0 reports it, then the engine core's own work as far as the ranks did not
 compute meanwhile. The rest is what a step's way to the ranks and back took.
 """
 
@@ -13,7 +13,7 @@ import msgspec
 class Spent(msgspec.Struct, frozen=True, array_like=True):
     """Seconds since the engine's start in which it had work."""
 
-    schedule: float = 0.0  # the driver worked, and no rank
+    schedule: float = 0.0  # the engine core worked, and no rank
     broadcast: float = 0.0  # neither did: a step or its output was being sent, or not taken yet
     gpu: float = 0.0  # the ranks ran a step, from its launch to its output
 
@@ -37,7 +37,7 @@ class TimeAccounting:
     def __init__(self) -> None:
         self.spent = NOTHING
         self.time = 0.0  # of `time.monotonic()`: when the present window began
-        self._elsewhere_s = 0.0  # of the present window, what the driver spent on sending or asleep
+        self._elsewhere_s = 0.0  # of the present window, what the engine core spent on sending or asleep
         self._stopped = True
 
     def start(self, now: float) -> None:
@@ -51,7 +51,7 @@ class TimeAccounting:
         self._stopped = True
 
     def send_or_sleep(self, seconds: float) -> None:
-        """So much of the window the driver sent steps, or waited for something to do."""
+        """So much of the window the engine core sent steps, or waited for something to do."""
         self._elsewhere_s += seconds
 
     def end_step(self, gpu_s: float) -> None:

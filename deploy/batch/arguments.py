@@ -22,7 +22,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="where results are kept until the end, so that the job can go on after it was killed (default: beside "
+        help="where results are kept until the end, so that a job that was killed can resume (default: beside "
         "OUTPUT; needed where OUTPUT is a URL)",
     )
     engines = parser.add_argument_group("engines")

@@ -52,7 +52,7 @@ COMMANDS = {
         drains=True,
     ),
     "batch": Command(
-        "answer a file of OpenAI requests; a job that was killed goes on where it stopped",
+        "answer a file of OpenAI requests; a job that was killed resumes where it stopped",
         "eagleray.deploy.batch.arguments:add_batch",
         "eagleray.deploy.batch.command:run",
     ),

@@ -1,4 +1,4 @@
-"""Which batches `eagleray profile` can run: all requests decode side by side, and none outgrows the model before."""
+"""Which batches `eagleray profile` can run: all requests decode side by side, and each fits the model to the end."""
 
 import logging
 from collections.abc import Sequence

@@ -42,8 +42,8 @@ class ServeArgs(BaseModel):
     )
     allowed_origins: tuple[str, ...] = Field(
         (ANY,),
-        description="origins whose pages may ask from a browser, commas between them; * is any, which suits keys, "
-        "since no cookies count; without keys name yours, or give '' for none",
+        description="origins whose pages may send requests from a browser (CORS), separated by commas; * is any, which "
+        "is safe with keys, since no cookies count; without keys name yours, or give '' for none",
     )
     max_queued_requests: int = Field(
         256,
@@ -52,7 +52,7 @@ class ServeArgs(BaseModel):
         "of a request beyond its first have as many places of their own",
     )
     allow_priority: bool = Field(
-        False, description="let clients say their priority: lower goes first, and others wait as long as such come"
+        False, description="let clients set a priority: lower goes first, and others may wait as long as such come"
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
     drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")

@@ -18,11 +18,11 @@ TOKEN_BUCKETS_S = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2
 PART_BUCKETS_S = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 PARTS = {  # of `RequestParts`
     "queue": "Of a request: until the ranks were free for its first step, and again after a preemption.",
-    "schedule": "Of a request: the driver's work on steps while no rank computed.",
-    "broadcast": "Of a request: steps and their outputs on the way between driver and ranks.",
+    "schedule": "Of a request: the engine core's work on steps while no rank computed.",
+    "broadcast": "Of a request: steps and their outputs on the way between engine core and ranks.",
     "gpu": "Of a request: its steps on the ranks, from launch to output.",
     "detokenize": "Of a request: its last tokens into text.",
-    "channel": "Of a request: on the way between serving process and engine, and until either looked.",
+    "channel": "Of a request: its messages between serving process and engine core, until they were read.",
 }
 HTTP = "Of a request: in the serving process, before it went to the engine and after its last token came."
 UNLABELLED: Mapping[str, str] = MappingProxyType({})

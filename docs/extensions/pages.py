@@ -2,10 +2,11 @@
 
 A comment in a page stands for a table: `<!-- options: generate/sampling -->` for a group of a command's options (or
 `<!-- options: serve -->` for all of them), `<!-- server options -->` for `ServeArgs`, `<!-- results -->` for the
-measurements in `tests/bench/results`, which become pages, too.
+measurements in `tests/bench/results`, which become pages, too. Links to their files are made links to these pages.
 """
 
 import argparse
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Put tables where comments ask for them."""
+    """Put tables where comments ask for them, and links where they lead on the site."""
     markdown = re.sub(r"<!-- options: ([\w -]+)(?:/(\w+))? -->", lambda found: options(found[1], found[2]), markdown)
     markdown = markdown.replace("<!-- server options -->", server_options())
-    return markdown.replace("<!-- results -->", results())
+    return link_results(markdown.replace("<!-- results -->", results()), page.file.src_uri)
 
 
 def options(command: str, wanted: str | None) -> str:
@@ -70,6 +71,15 @@ def results() -> str:
         title = re.sub(r", \d{4}-\d\d-\d\d$", "", title)
         rows.append((path.name[:10], f"[{title}]({path.name})"))
     return _table("date", rows, "what was measured")
+
+
+def link_results(markdown: str, where: str) -> str:
+    """Links of the page at `where` to files of measurements, which readers of the repository need, lead to pages."""
+
+    def on_the_site(found: re.Match[str]) -> str:
+        return f"]({posixpath.relpath(f'benchmarks/{found[1]}', posixpath.dirname(where))}"
+
+    return re.sub(r"\]\((?:\.\./)+tests/bench/results/([^)#]+)", on_the_site, markdown)
 
 
 def _flags(action: argparse.Action) -> str:

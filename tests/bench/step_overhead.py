@@ -1,9 +1,9 @@
-"""What a step costs the driver, and how long its message takes to reach every rank, without a model.
+"""What a step costs the engine core, and how long its message takes to reach every rank, without a model.
 
 The ranks are processes that note when a message arrives, decode it, and answer with a token for each request, as a rank
 whose GPU took no time would. Prints one JSON object per batch size:
 
-    cpu_us      the driver's processor time for schedule(), encoding and sending to all ranks
+    cpu_us      the core's processor time for schedule(), encoding and sending to all ranks
     driver_us   the same by the clock: on a machine with fewer cores than ranks, those take the core away meanwhile
     arrival_us  from the beginning of schedule() until the last rank has the message
     update_us   committing the sampled tokens when the output is back

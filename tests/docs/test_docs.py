@@ -24,7 +24,7 @@ from eagleray.deploy.openai import field_types, limits
 from eagleray.deploy.serve.config import own_names
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from eagleray.deploy.serve.metrics import PARTS
-from support.doc_pages import PAGES, ROOT, CommandLine, blocks, commands, name_of, names, programs
+from support.doc_pages import PAGES, ROOT, CommandLine, blocks, commands, links, name_of, names, programs
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 
@@ -221,6 +221,13 @@ NAMED = sorted({(page, code) for page, code in names()})
 def test_what_a_page_names_is_there(page: str) -> None:
     missing = [code for where, code in NAMED if where == page and not is_there(code)]
     assert not missing, f"{page} names {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=map(name_of, PAGES))
+def test_links_of_a_page_lead_to_files_of_the_repository(page: Path) -> None:
+    """So that they work for those who read it there; the site is checked as it is built."""
+    missing = [str(link) for link in links(page) if not link.exists()]
+    assert not missing, f"{name_of(page)} leads to {missing}"
 
 
 @pytest.mark.parametrize(

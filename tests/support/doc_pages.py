@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what can be checked in them: blocks, commands and names."""
+"""The pages of the documentation, and what can be checked in them: blocks, commands, names and links."""
 
 import re
 import shlex
@@ -14,6 +14,7 @@ PAGES = [
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # which may go on in the next line
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,8 @@ def names() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for code in _CODE.findall(_BLOCK.sub("", page.read_text())):
             yield name_of(page), " ".join(code.split())
+
+
+def links(page: Path) -> list[Path]:
+    """The files that a page leads to."""
+    return [page.parent / link for link in _LINK.findall(_BLOCK.sub("", page.read_text()))]

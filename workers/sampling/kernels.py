@@ -28,7 +28,7 @@ _NOT_FINITE = tl.constexpr(packed_pairs.NOT_FINITE)
 
 @triton.jit
 def row_key(seed, position):
-    """`noise.row_keys`: 64 bits, unsigned, of a mixed seed and a position, both int64."""
+    """`gumbel.row_keys`: 64 bits, unsigned, of a mixed seed and a position, both int64."""
     z = seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
@@ -37,7 +37,7 @@ def row_key(seed, position):
 
 @triton.jit
 def random_bits(key, token_ids):
-    """`noise.random_bits`: 32 bits, unsigned, for each of `token_ids` int32."""
+    """`gumbel.random_bits`: 32 bits, unsigned, for each of `token_ids` int32."""
     x = token_ids.to(tl.uint32, bitcast=True) * (key | 1).to(tl.uint32) + (key >> 32).to(tl.uint32)
     x = (x ^ (x >> 17)) * 0xED5AD4BB
     x = (x ^ (x >> 11)) * 0xAC4C1B51
@@ -47,7 +47,7 @@ def random_bits(key, token_ids):
 
 @triton.jit
 def log_exponential(bits):
-    """`noise.log_exponential` of its random bits.
+    """`gumbel.log_exponential` of its random bits.
 
     log1p(-u) is log(w) * u / (1 - w) with w = 1 - u as it is rounded: where w has lost digits of u, so has the divisor
     (Kahan; Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4).

@@ -141,7 +141,7 @@ def test_what_is_slow_takes_the_time(slow: dict[str, Any], part: str) -> None:
 
 
 def test_no_part_is_longer_than_the_time_that_passed() -> None:
-    """A rank's clock and the driver's windows need not agree."""
+    """A rank's clock and the engine core's windows need not agree."""
     clock = TimeAccounting()
     clock.start(time.monotonic())
     begin = clock.time
