@@ -16,43 +16,42 @@ from support.rank_pool import RunRanks, rank_pool
 
 settings.register_profile("without clocks", settings(), deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("without clocks")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes compiles the package anew
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other, long where others have the cores
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or hundreds of processes would compile the package, each for itself
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
-# Tests of engines that share what is started for them: each list runs on one worker, from its first place to its last.
+# Tests of engines that share what is started for them, by the beginnings of their files' names: one worker runs a list.
 SHARING = {
     "cluster": ["cluster/runtime", "deploy/openai", "deploy/bench", "deploy/profile", "test_demo_model_against"],
     "batch": ["deploy/batch"],
-    "serve": [
-        f"deploy/serve/test_{it}.py" for it in ("many_streams", "serve", "serve_demo", "serve_replicas", "serve_run")
-    ],
-    "commands": ["deploy/cli"],
+    "serve": [f"deploy/serve/test_{name}" for name in ("many_", "serve.", "serve_demo", "serve_replicas", "serve_run")],
+    "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
 }
+RANKS = "ranks"  # what runs on the processes of `run_ranks`
 HERE = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Groups of tests are handed out in the order of `pytest_collection_modifyitems`, and not by their numbers."""
+    """pytest-xdist is to hand groups out in the order of `pytest_collection_modifyitems`, and not the fullest first."""
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start engines come first, by what they share or else by file; then the rest, a file at a time.
-
-    They take long: at the end, one worker would wait for the other.
-    """
+    """Groups that take long come first, or one worker would wait for the other at the end: engines, then ranks."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    items.sort(key=lambda item: (item.get_closest_marker("engine") is None, group_of(item) != RANKS))
 
 
 def group_of(item: pytest.Item) -> str:
+    """By what it shares with others, or else by its file."""
     file = item.path.relative_to(HERE).as_posix()
-    sharing = [name for name, places in SHARING.items() if any(file.startswith(place) for place in places)]
-    return sharing[0] if sharing and item.get_closest_marker("engine") else file
+    if item.get_closest_marker("engine"):
+        return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
+    return RANKS if "run_ranks" in getattr(item, "fixturenames", ()) else file
 
 
 @pytest.fixture(scope="session")
