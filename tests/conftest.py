@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,37 +22,47 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or hundreds of processes woul
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
-# Tests of engines that share what is started for them, by the beginnings of their files' names: one worker runs a list.
+# Tests that share what is started for them, by the beginnings of their files' names: one worker runs all of a list, and
+# the lists that take longest come first. All others go a file at a time.
 SHARING = {
     "cluster": ["cluster/runtime", "deploy/openai", "deploy/bench", "deploy/profile", "test_demo_model_against"],
+    "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
     "batch": ["deploy/batch"],
     "serve": [f"deploy/serve/test_{name}" for name in ("many_", "serve.", "serve_demo", "serve_replicas", "serve_run")],
-    "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
+    "ranks": ["models/test_against", "models/test_compile", "models/test_sinks", "parallel/test_collectives"],
 }
-RANKS = "ranks"  # what runs on the processes of `run_ranks`
-HERE = Path(__file__).parent
+GROUPS = list(SHARING)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """pytest-xdist is to hand groups out in the order of `pytest_collection_modifyitems`, and not the fullest first."""
-    config.option.loadscopereorder = False
+def group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """In place of `--dist loadgroup`, which with pytest 9.2 ignores groups: pytest-xdist's issue 1386."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # in the order of the tests, and not the fullest group first
+    return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups that take long come first, or one worker would wait for the other at the end: engines, then ranks."""
+    """Groups come first, then files that start engines: at the end, one worker would wait for the other."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=lambda item: (item.get_closest_marker("engine") is None, group_of(item) != RANKS))
 
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        group = group_of(item.nodeid)
+        return GROUPS.index(group) if group in GROUPS else len(GROUPS), item.get_closest_marker("engine") is None
 
-def group_of(item: pytest.Item) -> str:
-    """By what it shares with others, or else by its file."""
-    file = item.path.relative_to(HERE).as_posix()
-    if item.get_closest_marker("engine"):
-        return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
-    return RANKS if "run_ranks" in getattr(item, "fixturenames", ()) else file
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
