@@ -14,6 +14,7 @@ from eagleray.deploy.serve.environment import set_environment
 from eagleray.deploy.serve.private_ray import set_token
 from eagleray.models.loading.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
+from support.sharing import place, scheduler
 
 settings.register_profile("without clocks", settings(), deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("without clocks")
@@ -22,46 +23,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or hundreds of processes woul
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
-# Tests that share what is started for them, by the beginnings of their files' names: one worker runs all of a list, and
-# the lists that take longest come first. All others go a file at a time.
-SHARING = {
-    "cluster": ["cluster/runtime", "deploy/openai", "deploy/bench", "deploy/profile", "test_demo_model_against"],
-    "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
-    "batch": ["deploy/batch"],
-    "serve": [f"deploy/serve/test_{name}" for name in ("many_", "serve.", "serve_demo", "serve_replicas", "serve_run")],
-    "ranks": ["models/test_against", "models/test_compile", "models/test_sinks", "parallel/test_collectives"],
-}
-GROUPS = list(SHARING)
-
-
-def group_of(nodeid: str) -> str:
-    file = nodeid.partition("::")[0].removeprefix("tests/")
-    return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """In place of `--dist loadgroup`, which with pytest 9.2 ignores groups: pytest-xdist's issue 1386."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-        def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid)
-
-    config.option.loadscopereorder = False  # in the order of the tests, and not the fullest group first
-    return Scheduler(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups come first, then files that start engines: at the end, one worker would wait for the other."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
-
-    def place(item: pytest.Item) -> tuple[int, bool]:
-        group = group_of(item.nodeid)
-        return GROUPS.index(group) if group in GROUPS else len(GROUPS), item.get_closest_marker("engine") is None
-
     items.sort(key=place)
 
 
