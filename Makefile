@@ -29,10 +29,10 @@ demo: $(VENV)/.demo
 	$(BIN)/eagleray generate --model demo --tensor-parallel-size 2 --temperature 0 --max-tokens 96 $(DEMO_PROMPTS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS),-n 2 --dist loadgroup -m "not soak")
+	$(BIN)/python -m pytest $(if $(TESTS),$(TESTS),-n 2 -m "not soak")
 
 quick: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not engine and not slow and not soak"
+	$(BIN)/python -m pytest -n 2 -m "not engine and not slow and not soak"
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak

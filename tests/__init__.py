@@ -1,1 +1,1 @@
-"""A package, as `deploy/openai` below it is one."""
+"""A package, as folders below it are."""

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,20 +14,25 @@ from eagleray.deploy.serve.environment import set_environment
 from eagleray.deploy.serve.private_ray import set_token
 from eagleray.models.loading.demo_model import demo_model
 from support.rank_pool import RunRanks, rank_pool
+from support.sharing import place, scheduler
 
 settings.register_profile("without clocks", settings(), deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("without clocks")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other, long where others have the cores
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or hundreds of processes would compile the package, each for itself
 set_token()  # before anything imports Ray, which would write one into the home of whoever runs this
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start engines run one after the other, and first; on another core the rest, a file at a time."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
-        group = "engines" if item.get_closest_marker("engine") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +47,11 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  or whatever else runs here slows the ranks
-    set_environment()  # Ray Serve as `eagleray serve` has it
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="haproxy-") as folder:  # short, since sockets lie there
+        set_environment(folder=folder)  # Ray Serve as `eagleray serve` has it
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+        ray.shutdown()
 
 
 SUPPORT = Path(__file__).parent / "support"

@@ -53,12 +53,17 @@ def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
     for name in ("no_proxy", "NO_PROXY"):
         named = [each for each in os.environ.get(name, "").split(",") if each]
         os.environ[name] = ",".join([*named, *(each for each in NO_PROXY if each not in named)])
+    for name, value in variables(host, folder).items():
+        os.environ.setdefault(name, value)
+
+
+def variables(host: str = "127.0.0.1", folder: str | None = None) -> dict[str, str]:
+    """Ray Serve's, as `set_environment` sets them where nothing is set."""
     haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
     own = {}
     if folder is not None:
         own = ONE_SERVER | ({name: os.path.join(folder, file) for name, file in FILES.items()} if haproxy else {})
-    for name, value in (FASTER_STREAMS | haproxy | own).items():
-        os.environ.setdefault(name, value)
+    return FASTER_STREAMS | haproxy | own
 
 
 def _haproxy() -> dict[str, str]:

@@ -290,14 +290,10 @@ def tiny(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path / "tiny")
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_first_example_runs_on_an_engine(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On two ranks, as it stands but for the model."""
+def test_the_first_example_is_that_of_the_readme() -> None:
+    """Which `tests/deploy/cli/test_first_use.py` runs as it is."""
     first, *_ = examples("docs/getting-started.md")
-    assert first in (ROOT / "README.md").read_text(), "both show the same"
-    options = "threads_per_rank=1, kv_cache_bytes=1000000, tensor_parallel_size=2"
-    exec(first.replace('"demo"', repr(str(tiny))).replace("tensor_parallel_size=2", options), {})
-    assert len(re.findall(r" (?:length|stop)$", capsys.readouterr().out, re.MULTILINE)) == 2
+    assert first in (ROOT / "README.md").read_text()
 
 
 @pytest.fixture

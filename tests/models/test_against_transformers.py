@@ -7,6 +7,7 @@ feature, left out, changes logits by at least 1e-3.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TOLERANCE = 1e-4
 VISIBLE = 1e-3
 PREFIX = 8  # tokens that every prompt begins with
 WINDOW = 7
+NUM_NEW_TOKENS = 16
 
 COMMON = {
     "vocab_size": 131,
@@ -108,6 +110,11 @@ class Expected:
         logits: Tensor = self.model(torch.tensor([tokens])).logits[0]
         return logits
 
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """To each prompt, greedily."""
+        return [self.greedy(prompt, NUM_NEW_TOKENS) for prompt in self.prompts]
+
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
         """Every token from scratch, so that no state of transformers comes in."""
         tokens = list(prompt)
@@ -178,9 +185,8 @@ def test_logits_after_a_prefix_that_another_request_writes_in_the_same_batch(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(family: str, size: int, expected: Callable[[str], Expected], run_ranks: RunRanks) -> None:
     reference = expected(family)
-    tokens = [reference.greedy(prompt, 16) for prompt in reference.prompts]
-    for ours in run_ranks("greedy", size, path=reference.path, prompts=reference.prompts, max_tokens=16):
-        assert ours == tokens
+    for ours in run_ranks("greedy", size, path=reference.path, prompts=reference.prompts, max_tokens=NUM_NEW_TOKENS):
+        assert ours == reference.answers
 
 
 @pytest.mark.parametrize(("family", "error"), DELIBERATE_ERRORS)

@@ -17,6 +17,21 @@ def row(index: int, **body: Any) -> dict[str, Any]:
     return {"custom_id": f"row {index}", "method": "POST", "url": url, "body": request}
 
 
+NUM_ROWS = 80  # that are answered
+BAD: list[tuple[str, str | None, str | None]] = [  # rows that are not: the line, the custom_id, and the error's code
+    ('{"custom_id": ', None, "invalid_row"),
+    ('{"custom_id": "no body", "method": "POST", "url": "/v1/completions"}', "no body", "invalid_row"),
+    (json.dumps(row(0)), "row 0", "duplicate_custom_id"),
+    (json.dumps({**row(2), "custom_id": "m", "method": "GET"}), "m", "invalid_method"),
+    (json.dumps({**row(2), "custom_id": "u", "url": "/v1/embeddings"}), "u", "invalid_url"),
+    (json.dumps({**row(2, stream=True), "custom_id": "s"}), "s", "invalid_stream"),
+    (json.dumps({**row(2, tools=[{"type": "function"}]), "custom_id": "tools"}), "tools", None),
+    (json.dumps({**row(2, temperature=-1), "custom_id": "range"}), "range", None),
+    (json.dumps({**row(3, prompt="a " * 3000), "custom_id": "long"}), "long", "context_length_exceeded"),
+    (json.dumps({**row(3, model="gpt"), "custom_id": "model"}), "model", "model_not_found"),
+]
+
+
 def write_rows(file: Path, rows: Iterable[dict[str, Any] | str]) -> None:
     """Each as a line; texts as they are."""
     lines = (each if isinstance(each, str) else json.dumps(each) for each in rows)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support.random_checkpoint import make_model
 
@@ -35,6 +36,14 @@ def small_checkpoint(directory: Path, demo_model: Path) -> Path:
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copy(file, directory)
     return directory
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing interrupted, of good rows with bad ones between the first and the others."""
+
+    said: str  # on standard error
+    results: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,29 @@ RunRanks = Callable[..., list[Any]]
 
 @contextmanager
 def rank_pool(script: Path, num_ranks: int, folder: Path) -> Iterator[RunRanks]:
-    """`run(task, size, **arguments)` runs a task of `script` on `size` ranks, and returns each rank's result."""
+    """`run(task, size, **arguments)` runs a task of `script` on `size` ranks, and returns each rank's result.
+
+    There are at most `num_ranks`, each started when it is needed first.
+    """
     key = secrets.token_hex(16)
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]  # for `support`
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RANKS_KEY": key, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with Listener(str(folder / "socket"), authkey=key.encode()) as listener:
         command = [sys.executable, str(script), str(listener.address)]
-        processes = [subprocess.Popen([*command, str(rank)], env=env) for rank in range(num_ranks)]
+        processes: list[subprocess.Popen[bytes]] = []
         ranks: dict[int, Connection] = {}
-        while len(ranks) < num_ranks:
-            connection = listener.accept()
-            ranks[connection.recv()] = connection
         stores = (str(folder / f"store{number}") for number in count())
 
+        def start(size: int) -> None:
+            assert size <= num_ranks
+            missing = range(len(processes), size)
+            processes.extend(subprocess.Popen([*command, str(rank)], env=env) for rank in missing)
+            for _ in missing:
+                connection = listener.accept()
+                ranks[connection.recv()] = connection
+
         def run(task: str, size: int, **arguments: Any) -> list[Any]:
+            start(size)
             request = (task, size, next(stores), arguments)
             for rank in range(size):
                 ranks[rank].send(request)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from select import select
 from typing import Any
@@ -40,6 +41,7 @@ from eagleray.cluster.runtime.engine_client import EngineClient
 from eagleray.cluster.runtime.ray_executor import RayExecutor
 from eagleray.cluster.runtime.resolve import worker_config
 from eagleray.models.config import ModelConfig
+from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.channel import Hub
@@ -48,34 +50,11 @@ from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progres
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.processes import children_named, command_line
+from support.small_engine import CONFIG, OPTIONS, start
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-}
 PROMPT = [1, 2, 3]
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    return directory
-
-
-def start(model_dir: Path, tensor_parallel_size: int = 1, **options: Any) -> LLM:
-    return LLM(model_dir, tensor_parallel_size, skip_tokenizer_init=True, **{"load_format": "dummy"} | options)
 
 
 def assert_nothing_is_left() -> None:
@@ -156,42 +135,59 @@ def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(mode
     assert_nothing_is_left()
 
 
-def test_a_rank_that_fails_to_load_says_why_once(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(EngineStartError) as error:
-        start(tmp_path, tensor_parallel_size=2, load_format="safetensors")
-    assert str(error.value).count("model.embed_tokens.weight") == 1
-    assert "model.safetensors" in str(error.value)
-    assert "Traceback" not in str(error.value)
-    assert "\n" not in str(error.value)
-    assert_nothing_is_left()
+@dataclass(frozen=True)
+class Started:
+    """An engine of two ranks that was started, and closed at once."""
+
+    heard: list[Progress]  # while it started
+    model: CausalLM  # whose weights it has read
+    alive: list[psutil.Process]  # its processes that were there still, some seconds after it was closed
 
 
-def test_phases_of_a_start_are_heard_in_order_with_all_bytes(model_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    whole = load_model(
+@pytest.fixture(scope="module")
+def started(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    model = load_model(
         model_dir, tp=TPGroup(), dtype=torch.float32, device=torch.device("cpu"), load_format="dummy", seed=3
     )
-    save_file({name: piece.target.clone() for name, piece in checkpoint_shards(whole)}, tmp_path / "model.safetensors")
+    save_file({name: piece.target.clone() for name, piece in checkpoint_shards(model)}, folder / "model.safetensors")
     heard: list[Progress] = []
-    EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append).close()
+    before = set(rank_processes())
+    engine = EngineClient.start(EngineConfig(model=str(folder), tensor_parallel_size=2), heard.append)
+    processes = set(rank_processes()) - before
+    assert len(processes) == 3
+    engine.close()
+    return Started(heard, model, psutil.wait_procs(processes, timeout=5)[1])
+
+
+def test_phases_of_a_start_are_heard_in_order_with_all_bytes(started: Started) -> None:
+    heard = started.heard
     assert list(dict.fromkeys(progress.phase for progress in heard)) == [phase for phase in PHASES if phase != FETCHING]
     places = [(PHASES.index(progress.phase), progress.done) for progress in heard]
     assert places == sorted(places)
     (size,) = {progress.total for progress in heard if progress.total}
-    weights = sum(tensor.nbytes for name, tensor in whole.named_parameters())
-    norms = sum(tensor.nbytes for name, tensor in whole.named_parameters() if "norm" in name)
+    weights = sum(tensor.nbytes for name, tensor in started.model.named_parameters())
+    norms = sum(tensor.nbytes for name, tensor in started.model.named_parameters() if "norm" in name)
     assert size == weights + norms  # of which every rank has all
     assert Progress(WEIGHTS, size, size) in heard
 
 
-def test_a_start_that_fails_is_never_ready_and_says_why(tmp_path: Path) -> None:
+def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(started: Started) -> None:
+    assert not started.alive
+    assert_nothing_is_left()
+
+
+def test_a_rank_that_fails_to_load_says_why_once_and_is_never_ready(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors")
     heard: list[Progress] = []
-    with pytest.raises(EngineStartError, match=r"^rank [01]: .*model.embed_tokens.weight"):
+    with pytest.raises(EngineStartError, match=r"^rank [01]: .*model.embed_tokens.weight") as error:
         EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append)
+    assert str(error.value).count("model.embed_tokens.weight") == 1
+    assert "model.safetensors" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert "\n" not in str(error.value)
     assert heard[-1] == Progress(WEIGHTS)
     assert_nothing_is_left()
 
@@ -241,12 +237,6 @@ def test_a_kv_cache_larger_than_memory_is_refused_with_the_remedy(model_dir: Pat
     with pytest.raises(EngineStartError, match=message):
         start(model_dir, kv_cache_bytes=10**15)
     assert_nothing_is_left()
-
-
-@pytest.fixture(scope="module")
-def llm(model_dir: Path) -> Iterator[LLM]:
-    with start(model_dir, tensor_parallel_size=2) as llm:
-        yield llm
 
 
 @pytest.mark.parametrize(
@@ -337,33 +327,6 @@ def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path:
         assert num_attentions == 2 * trace[TRACE_NUM_STEPS] >= 2 * 5
 
 
-async def test_requests_go_on_over_a_profile_and_get_their_tokens(model_dir: Path, tmp_path: Path) -> None:
-    params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
-
-    async def token_ids() -> list[int]:
-        return [output.outputs[0].token_ids async for output in llm.generate(PROMPT, params)][-1]
-
-    try:
-        expected = await token_ids()
-        running = asyncio.create_task(token_ids())
-        await llm.start_profile(tmp_path)
-        await asyncio.sleep(0.01)
-        assert await llm.stop_profile() == [tmp_path / "rank0.json.gz"]
-        with pytest.raises(ValueError, match="no profile runs"):
-            await llm.stop_profile()
-        assert await running == expected
-        await llm.start_profile(tmp_path)
-        os.kill(llm._engine.info.rank_pids[0], signal.SIGSTOP)  # type: ignore[attr-defined]
-        stopping = asyncio.create_task(llm.stop_profile())
-        await asyncio.sleep(0.01)
-        os.kill(llm._engine.info.rank_pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
-        with pytest.raises(EngineDeadError, match="rank 0: its process is gone"):
-            await asyncio.wait_for(stopping, 20)
-    finally:
-        llm.close()
-
-
 def inline_engine(model_dir: Path) -> InlineEngine:
     config = EngineConfig(model=str(model_dir), load_format="dummy", seed=0)
     worker = worker_config(config, ModelConfig.from_dir(model_dir), "cpu")
@@ -374,19 +337,16 @@ def inline_engine(model_dir: Path) -> InlineEngine:
     return InlineEngine(scheduler, Worker(worker, model, TPGroup(), 256))
 
 
-def test_closing_leaves_nothing_behind_and_gpus_or_cores_free(model_dir: Path) -> None:
-    before = {p.pid for p in rank_processes()}
-    llm = start(model_dir, tensor_parallel_size=2)
-    started = {p.pid for p in rank_processes()} - before
-    assert len(started) == 3
+@pytest.fixture(scope="module")
+def async_llm(model_dir: Path) -> Iterator[AsyncLLM]:
+    llm = AsyncLLM(model_dir, **OPTIONS)
+    yield llm
     llm.close()
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=5)
-    assert not alive
 
 
-async def test_streams_go_on_while_others_are_submitted_and_aborted(model_dir: Path) -> None:
+async def test_streams_go_on_while_others_are_submitted_and_aborted(async_llm: AsyncLLM) -> None:
     """Sending and receiving share a socket: whoever sends must not take the receiver's wake-up away."""
-    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
+    llm = async_llm
 
     async def client(index: int) -> int:
         done = 0
@@ -400,30 +360,50 @@ async def test_streams_go_on_while_others_are_submitted_and_aborted(model_dir: P
             await stream.aclose()
         return done
 
-    try:
-        assert await asyncio.wait_for(asyncio.gather(*(client(index) for index in range(6))), 60) == [20] * 6
-        while llm.stats.num_running or llm.stats.num_used_blocks:
-            async for _ in llm.generate([1], SamplingParams(max_tokens=2)):
-                pass
-    finally:
-        llm.close()
+    assert await asyncio.wait_for(asyncio.gather(*(client(index) for index in range(6))), 60) == [20] * 6
+    while llm.stats.num_running or llm.stats.num_used_blocks:
+        async for _ in llm.generate([1], SamplingParams(max_tokens=2)):
+            pass
 
 
-def test_an_engine_can_be_used_from_one_event_loop_after_the_other(model_dir: Path) -> None:
-    llm = AsyncLLM(model_dir, skip_tokenizer_init=True, load_format="dummy")
-
+def test_an_engine_can_be_used_from_one_event_loop_after_the_other(async_llm: AsyncLLM) -> None:
     async def one_request() -> int:
         last: RequestOutput | None = None
-        async for output in llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)):
+        async for output in async_llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)):
             last = output
         assert last is not None
         return len(last.outputs[0].token_ids)
 
-    try:
-        for _ in range(2):
-            assert asyncio.run(asyncio.wait_for(one_request(), 20)) == 3
-    finally:
-        llm.close()
+    for _ in range(2):
+        assert asyncio.run(asyncio.wait_for(one_request(), 20)) == 3
+
+
+async def test_requests_go_on_over_a_profile_and_get_their_tokens(async_llm: AsyncLLM, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+
+    async def token_ids() -> list[int]:
+        return [output.outputs[0].token_ids async for output in async_llm.generate(PROMPT, params)][-1]
+
+    expected = await token_ids()
+    running = asyncio.create_task(token_ids())
+    await async_llm.start_profile(tmp_path)
+    await asyncio.sleep(0.01)
+    assert await async_llm.stop_profile() == [tmp_path / "rank0.json.gz"]
+    with pytest.raises(ValueError, match="no profile runs"):
+        await async_llm.stop_profile()
+    assert await running == expected
+
+
+async def test_who_waits_for_a_profile_hears_of_a_dead_rank(async_llm: AsyncLLM, tmp_path: Path) -> None:
+    """The last test here of this engine, which it ends."""
+    await async_llm.start_profile(tmp_path)
+    (pid,) = async_llm._engine.info.rank_pids  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGSTOP)
+    stopping = asyncio.create_task(async_llm.stop_profile())
+    await asyncio.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="rank 0: its process is gone"):
+        await asyncio.wait_for(stopping, 20)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])

@@ -7,7 +7,6 @@ import selectors
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,11 @@ import pytest
 import zmq
 
 from eagleray import LLM, AsyncLLM, EngineDeadError, SamplingParams
-from support.tiny_model import write_tiny_model
+from support.small_engine import OPTIONS
 
 PROMPT = [1, 2, 3]
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def llm(model_dir: Path) -> Iterator[LLM]:
-    with LLM(model_dir, 2, threads_per_rank=1) as llm:
-        yield llm
 
 
 def params(max_tokens: int) -> SamplingParams:
@@ -115,7 +103,7 @@ def test_ranks_of_one_machine_listen_on_loopback_alone(llm: LLM) -> None:
 
 @pytest.mark.parametrize("load", [0, 1], ids=["idle", "running"])
 async def test_a_stopped_rank_is_named_long_before_its_step_is_late(model_dir: Path, load: int) -> None:
-    llm = AsyncLLM(model_dir, 2, threads_per_rank=1)
+    llm = AsyncLLM(model_dir, 2, **OPTIONS)
     pid = info(llm).rank_pids[1]
     try:
         stream = llm.generate(PROMPT, params(4000))
@@ -156,7 +144,7 @@ class CountingSelector(selectors.DefaultSelector):
 
 def test_the_event_loop_rests_once_the_engine_is_dead(model_dir: Path) -> None:
     selector = CountingSelector()
-    llm = AsyncLLM(model_dir, threads_per_rank=1)
+    llm = AsyncLLM(model_dir, **OPTIONS)
 
     async def turns_in_half_a_second() -> int:
         stream = llm.generate(PROMPT, params(4000))

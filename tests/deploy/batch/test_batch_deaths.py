@@ -1,9 +1,6 @@
 """`eagleray batch` with engines that die: of a killed rank, and of a row that no engine survives."""
 
-import json
-import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +8,20 @@ import psutil
 import pytest
 
 from support.batch_files import read_results, row, texts, write_rows
-from support.batch_jobs import Batch, small_checkpoint
-from support.cluster_process import Cluster, running_cluster
+from support.batch_jobs import Batch
+from support.cluster_process import Cluster
 from support.processes import command_line
 
 pytestmark = pytest.mark.engine
 
-DEADLY_FOLDER = Path(__file__).parents[2] / "support" / "deadly"
 DEADLY_TOKEN = 4242  # as there; a prompt that is text has it only by chance
+
 NUM_ROWS = 40
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    path = os.pathsep.join(filter(None, [str(DEADLY_FOLDER), os.environ.get("PYTHONPATH")]))
-    with running_cluster(PYTHONPATH=path) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, demo_model_dir: Path) -> Path:
-    directory = small_checkpoint(tmp_path_factory.mktemp("model"), demo_model_dir)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"architectures": ["DeadlyLlamaForCausalLM"]}))
-    (directory / "generation_config.json").write_text('{"temperature": 0.0, "eos_token_id": 2}')
-    return directory
+def first_of(expected: dict[str, str]) -> dict[str, str]:
+    """Those of the rows here."""
+    return {f"row {index}": expected[f"row {index}"] for index in range(NUM_ROWS)}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -43,36 +29,29 @@ def rows() -> list[dict[str, Any]]:
     return [row(index, temperature=None) for index in range(NUM_ROWS)]
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, model: Path) -> dict[str, str]:
-    """Every row's text while nothing dies."""
-    folder = tmp_path_factory.mktemp("expected")
-    write_rows(folder / "in.jsonl", rows())
-    code, err = Batch(str(folder / "in.jsonl"), str(folder / "out.jsonl"), model, cluster.environment).run()
-    assert code == 0, err
-    return texts(read_results(folder / "out.jsonl"))
-
-
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("num_replicas", "size"),
+    [pytest.param(1, 2, marks=pytest.mark.soak), (2, 1), pytest.param(2, 2, marks=pytest.mark.soak)],
+)
 def test_a_killed_rank_costs_no_row(
-    tmp_path: Path, cluster: Cluster, model: Path, expected: dict[str, str], num_replicas: int
+    tmp_path: Path, cluster: Cluster, model: Path, expected: dict[str, str], num_replicas: int, size: int
 ) -> None:
     write_rows(tmp_path / "in.jsonl", rows())
-    options = ("--replicas", str(num_replicas), "--tensor-parallel-size", "2")
+    options = ("--replicas", str(num_replicas), "--tensor-parallel-size", str(size))
     batch = Batch(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), model, cluster.environment, options)
     killed: list[int] = []
 
     def kill_a_rank() -> bool:
         if batch.num_written and not killed:
             ranks = [each for each in psutil.Process(cluster.pid).children(recursive=True) if is_rank(each)]
-            assert len(ranks) == 2 * num_replicas
+            assert len(ranks) == num_replicas * size
             killed.append(ranks[0].pid)
             ranks[0].send_signal(signal.SIGKILL)
         return False
 
     assert not batch.kill_once(kill_a_rank)
     assert killed
-    assert texts(read_results(tmp_path / "out.jsonl")) == expected
+    assert texts(read_results(tmp_path / "out.jsonl")) == first_of(expected)
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -96,4 +75,4 @@ def test_a_row_that_kills_every_engine_fails_alone_with_the_cause(
     error = failed["response"]["body"]["error"]
     assert error["code"] == "engine_died"
     assert "rank 0" in error["message"]
-    assert texts([result for result in results if result is not failed]) == expected
+    assert texts([result for result in results if result is not failed]) == first_of(expected)

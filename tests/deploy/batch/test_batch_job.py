@@ -1,6 +1,5 @@
 """`eagleray batch` with real engines on a Ray cluster: killed again and again, with bad rows, and as a Ray job."""
 
-import json
 import random
 import signal
 import subprocess
@@ -10,47 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from support.batch_files import read_results, row, texts, write_rows
-from support.batch_jobs import Batch, small_checkpoint
-from support.cluster_process import Cluster, running_cluster
+from support.batch_files import BAD, NUM_ROWS, read_results, texts
+from support.batch_jobs import Batch, Whole
+from support.cluster_process import Cluster
 from support.free_port import free_port
 from support.processes import command_line
 
 pytestmark = pytest.mark.engine
 
 SUBMIT = Path(__file__).parents[3] / "deploy" / "manifests" / "submit.sh"
-NUM_ROWS = 80
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with running_cluster() as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, demo_model_dir: Path) -> Path:
-    return small_checkpoint(tmp_path_factory.mktemp("model"), demo_model_dir)
-
-
-@pytest.fixture(scope="module")
-def input(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("input") / "in.jsonl"
-    write_rows(file, (row(index) for index in range(NUM_ROWS)))
-    return file
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, model: Path, input: Path) -> dict[str, str]:
-    """Every row's text in a run that nothing interrupted."""
-    output = tmp_path_factory.mktemp("output") / "out.jsonl"
-    code, err = Batch(str(input), str(output), model, cluster.environment).run()
-    assert code == 0, err
-    assert f"{NUM_ROWS} rows · 0 failed" in err
-    answers = texts(read_results(output))
-    assert len(answers) == NUM_ROWS
-    assert len(set(answers.values())) > NUM_ROWS // 2, "the texts would not tell one row from another"
-    return answers
 
 
 @pytest.mark.parametrize("num_kills", [1, pytest.param(3, marks=pytest.mark.soak)])
@@ -72,26 +39,11 @@ def test_a_job_killed_again_and_again_answers_every_row_once(
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_rows_that_are_wrong_fail_alone_with_status_and_cause(tmp_path: Path, cluster: Cluster, model: Path) -> None:
-    bad = {
-        "no JSON": ('{"custom_id": ', None, "invalid_row"),
-        "no body": ('{"custom_id": "no body", "method": "POST", "url": "/v1/completions"}', "no body", "invalid_row"),
-        "again": (json.dumps(row(1)), "row 1", "duplicate_custom_id"),
-        "method": (json.dumps({**row(2), "custom_id": "m", "method": "GET"}), "m", "invalid_method"),
-        "url": (json.dumps({**row(2), "custom_id": "u", "url": "/v1/embeddings"}), "u", "invalid_url"),
-        "stream": (json.dumps({**row(2, stream=True), "custom_id": "s"}), "s", "invalid_stream"),
-        "tools": (json.dumps({**row(2, tools=[{"type": "function"}]), "custom_id": "tools"}), "tools", None),
-        "range": (json.dumps({**row(2, temperature=-1), "custom_id": "range"}), "range", None),
-        "long": (json.dumps({**row(3, prompt="a " * 3000), "custom_id": "long"}), "long", "context_length_exceeded"),
-        "model": (json.dumps({**row(3, model="gpt"), "custom_id": "model"}), "model", "model_not_found"),
-    }
-    file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_rows(file, [row(1), *(text for text, _, _ in bad.values()), row(0)])
-    code, err = Batch(str(file), str(output), model, cluster.environment).run()
-    assert (code, f"12 rows · {len(bad)} failed" in err) == (0, True), err
-    results = {result["id"]: result for result in read_results(output)}
-    assert len(results) == 12
-    for number, (_, custom_id, failure) in enumerate(bad.values(), 2):
+def test_rows_that_are_wrong_fail_alone_with_status_and_cause(whole: Whole) -> None:
+    assert f"{NUM_ROWS + len(BAD)} rows · {len(BAD)} failed" in whole.said, whole.said
+    results = {result["id"]: result for result in whole.results}
+    assert len(results) == NUM_ROWS + len(BAD)
+    for number, (_, custom_id, failure) in enumerate(BAD, 2):
         result = results[f"batch_req_{number}"]
         response = result["response"]
         error = response["body"]["error"]
@@ -100,7 +52,7 @@ def test_rows_that_are_wrong_fail_alone_with_status_and_cause(tmp_path: Path, cl
         assert set(error) == {"message", "type", "param", "code"}
         assert (error["code"], error["type"]) == (failure, "invalid_request_error")
         assert (result["error"] is None) == (failure in (None, "model_not_found", "context_length_exceeded"))
-    assert texts([results["batch_req_1"], results["batch_req_12"]]).keys() == {"row 0", "row 1"}
+    assert texts([results["batch_req_1"], results[f"batch_req_{len(BAD) + 2}"]]).keys() == {"row 0", "row 1"}
 
 
 def is_replica(process: psutil.Process) -> bool:
@@ -142,6 +94,7 @@ def test_a_submitted_job_runs_to_its_end_with_objects_for_files(
     tmp_path: Path, cluster: Cluster, model: Path, input: Path, expected: dict[str, str]
 ) -> None:
     """`file://` goes the way of every object store: fetched, kept in the work directory, uploaded."""
+    assert cluster.dashboard is not None
     (tmp_path / "work").mkdir()
     places = f"file://{input}", f"file://{tmp_path}/out.jsonl"
     batch = Batch(

@@ -12,6 +12,7 @@ from eagleray.deploy.bench.arguments import add_throughput
 from eagleray.deploy.bench.throughput import plan
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import Parser, engine_config
+from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -25,21 +26,24 @@ def bench(kind: str, model: Path, words: str, output: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
-def config_only(demo_model_dir: Path, tmp_path: Path) -> Path:
-    """A directory with nothing but the demo model's config.json."""
+def config_only(model: Path, tmp_path: Path) -> Path:
+    """A directory with nothing but the model's config.json."""
     folder = tmp_path / "config only"
     folder.mkdir()
-    shutil.copy(demo_model_dir / "config.json", folder)
+    shutil.copy(model / "config.json", folder)
     return folder
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_latency_of_each_batch_size_adds_up(
-    demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_latency_of_each_batch_size_adds_up(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--input-len 3 --output-len 5 --batch-size 2 1 --num-iters 2 --num-iters-warmup 1 --temperature 0"
-    content = bench("latency", demo_model_dir, words, tmp_path / "latency.json")
+    content = bench("latency", model, words, tmp_path / "latency.json")
     assert [case["batch_size"] for case in content["cases"]] == [2, 1]
     for case in content["cases"]:
         mean, first = case["latency_s"]["mean"], case["first_token_latency_s"]["mean"]
@@ -57,13 +61,13 @@ def test_latency_of_each_batch_size_adds_up(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_throughput_of_a_dataset_counts_its_tokens(
-    demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text('Hello\n{"prompt": [1, 2, 3]}\n{"messages": [{"role": "user", "content": "Hello"}]}\n')
     words = f"--dataset {dataset} --output-len 4 --goodput ttft:100000 --goodput tpot:90000 --num-warmups 0"
-    (case,) = bench("throughput", demo_model_dir, words, tmp_path / "throughput.json")["cases"]
-    tokenizer = Tokenizer.from_dir(demo_model_dir)
+    (case,) = bench("throughput", model, words, tmp_path / "throughput.json")["cases"]
+    tokenizer = Tokenizer.from_dir(model)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert case["num_input_tokens"] == 2 * len(tokenizer.encode(chat, add_special_tokens=False)) + 3
     assert (case["num_requests"], case["num_failed"], case["num_output_tokens"]) == (3, 0, 12)

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from support.processes import command_line
 from support.screen import screen
+from support.tiny_model import write_tiny_model
 
 EAGLERAY = [sys.executable, "-m", "eagleray"]
 # A Ray of its own, whatever else runs on the machine; one thread for each rank leaves room on two cores.
@@ -36,6 +38,12 @@ PATIENCE_S = 180.0
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("demo_model_dir")]
+
+
+@pytest.fixture
+def joined(ray_cluster: None) -> dict[str, str]:
+    """The environment of commands that join the tests' cluster, and need not start one."""
+    return ENVIRONMENT | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 class Terminal:
@@ -77,10 +85,10 @@ class Terminal:
 
 
 @contextmanager
-def on_a_terminal(*words: str) -> Iterator[Terminal]:
+def on_a_terminal(*words: str, environment: dict[str, str] = ENVIRONMENT) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [*EAGLERAY, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT, start_new_session=True,
+        [*EAGLERAY, *words], stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
         preexec_fn=become_foreground,
     )  # fmt: skip
     os.close(theirs)
@@ -101,7 +109,9 @@ def become_foreground() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_path: Path) -> None:
+def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(
+    tmp_path: Path, joined: dict[str, str]
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "What is the capital of France?\n"
@@ -110,7 +120,7 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(tmp_pat
     )
     run = subprocess.run(
         [*EAGLERAY, "generate", *OPTIONS, "--max-tokens", "20", "--json", "--file", str(prompts)],
-        capture_output=True, text=True, env=ENVIRONMENT, stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
+        capture_output=True, text=True, env=joined, stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
     )  # fmt: skip
     text, bad, messages = (json.loads(line) for line in run.stdout.splitlines())
     assert run.returncode == 1
@@ -150,10 +160,10 @@ def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures()
     assert kept.index("Paris") < kept.index("Tell me a long story.")
 
 
-def test_interrupting_generate_keeps_what_was_said_and_leaves_no_process() -> None:
-    with on_a_terminal(
-        "generate", *OPTIONS, "--max-tokens", "900", "--ignore-eos", "Tell me a long story."
-    ) as terminal:
+def test_interrupting_generate_keeps_what_was_said_and_leaves_no_process(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path)
+    words = ["--model", str(model), "--max-model-len", "4096", "--max-tokens", "4000", "--ignore-eos"]
+    with on_a_terminal("generate", *OPTIONS, *words, "Tell me a long story.") as terminal:
         terminal.wait_for(r"[1-9]\d* tokens · ")
         family = psutil.Process(terminal.process.pid).children(recursive=True)
         assert any("ray" in command_line(member) for member in family)
@@ -165,8 +175,8 @@ def test_interrupting_generate_keeps_what_was_said_and_leaves_no_process() -> No
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
-def test_chat_streams_remembers_stops_and_forgets() -> None:
-    with on_a_terminal("chat", *OPTIONS) as terminal:
+def test_chat_streams_remembers_stops_and_forgets(joined: dict[str, str]) -> None:
+    with on_a_terminal("chat", *OPTIONS, "--tp", "1", environment=joined) as terminal:
         at = terminal.wait_for("\n> ")
         terminal.press("What is the capital of France?\n")
         at = terminal.wait_for(r"The capital of France is Paris\.\s+> ", at)

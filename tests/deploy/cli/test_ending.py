@@ -21,8 +21,8 @@ from eagleray.deploy.cli.ending import ending_on_sigterm
 
 async def main():
     waits = asyncio.create_task(asyncio.sleep(600))
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         await waits
     finally:
         print("closed", flush=True)

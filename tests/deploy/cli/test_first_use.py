@@ -40,7 +40,7 @@ def test_each_node_fetches_the_commit_that_the_driver_has_seen(tmp_path: Path) -
         commit = repository.push(files_of(checkpoint))
         hub.then = lambda: repository.push(files_of(checkpoint) | {"model.safetensors": b"pushed meanwhile"})
         shared = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT / "src")}
-        with running_cluster(HF_HOME=str(tmp_path / "node"), **shared) as cluster:
+        with running_cluster(shared | {"HF_HOME": str(tmp_path / "node")}) as cluster:
             options = ["--tp", "2", "--raw", "--max-tokens", "3", "--ignore-eos", "--json", "--threads-per-rank", "1"]
             run = subprocess.run(
                 [*EAGLERAY, "generate", "--model", NAME, *options, "--kv-cache-bytes", "1000000", "hello"],

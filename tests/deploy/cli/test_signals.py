@@ -72,7 +72,7 @@ def test_a_signal_ends_everything_quietly(
             )
         while not any(phase in title(each) for each in processes_in(folder)):
             assert process.poll() is None, log.read_text()
-            time.sleep(0.02)
+            time.sleep(0.05)
         if blow == signal.SIGINT:
             os.killpg(process.pid, blow)  # as a terminal does
         else:

@@ -1,10 +1,12 @@
-"""One engine with a tiny model behind a server, for all tests of the HTTP API."""
+"""One engine with a tiny model behind a server, and one real tokenizer, for all tests of the HTTP API."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from support.http_server import Server, serving
 from support.tiny_model import write_tiny_model
 
@@ -26,3 +28,9 @@ def tiny(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     )
     with serving(engine, "tiny", MAX_MODEL_LEN) as server:
         yield server
+
+
+@pytest.fixture(scope="package")
+def demo_tokenizer(demo_model_dir: Path) -> Tokenizer:
+    """The demo model's, which takes longer to read than most tests here."""
+    return Tokenizer.from_dir(demo_model_dir)

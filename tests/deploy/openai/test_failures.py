@@ -5,7 +5,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -32,13 +31,13 @@ def engine() -> LocalEngine:
 
 
 @pytest.fixture
-def make_server(engine: LocalEngine, demo_model_dir: Path) -> Iterator[Callable[..., Server]]:
+def make_server(engine: LocalEngine, demo_tokenizer: Tokenizer) -> Iterator[Callable[..., Server]]:
     """Starts a server over `engine`; without a tokenizer if that is asked for."""
     limits = ModelLimits(max_model_len=256, vocab_size=49_152, eos_token_ids=frozenset({2}))
     started = []
 
     def make(*, tokenizer: bool = True) -> Server:
-        front_end = FrontEnd(Tokenizer.from_dir(demo_model_dir) if tokenizer else None, limits)
+        front_end = FrontEnd(demo_tokenizer if tokenizer else None, limits)
         context = serving(AsyncClient(engine, front_end), "local", 256)
         started.append(context)
         return context.__enter__()

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -56,11 +55,11 @@ async def test_half_of_forty_streams_dropped_at_random_leave_nothing(tiny: Serve
 
 
 @pytest.fixture
-def local(demo_model_dir: Path) -> Iterator[tuple[Server, LocalEngine]]:
+def local(demo_tokenizer: Tokenizer) -> Iterator[tuple[Server, LocalEngine]]:
     """A server over an engine in this process, whose steps can be counted."""
     engine = LocalEngine()
     limits = ModelLimits(max_model_len=1500, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    front_end = FrontEnd(Tokenizer.from_dir(demo_model_dir), limits)
+    front_end = FrontEnd(demo_tokenizer, limits)
     with serving(AsyncClient(engine, front_end), "local", 1500) as server:
         yield server, engine
 

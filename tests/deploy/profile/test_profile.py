@@ -10,11 +10,18 @@ from eagleray.deploy.cli import main as cli
 from eagleray.deploy.profile.sizes import fill_steps
 from eagleray.deploy.profile.trace import ORDER, read_trace, step_profile
 from support.inline_engine import InlineEngine
+from support.tiny_model import write_tiny_model
 from support.toy_rank import ToyRank
 
 pytestmark = pytest.mark.engine
 
-SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes", "20000000"]
+SMALL = ["--threads-per-rank", "1", "--max-model-len", "256", "--kv-cache-bytes"]
+OF_DEMO, OF_TINY = "20000000", "57000"  # bytes of 27 blocks
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -22,7 +29,7 @@ def test_decode_steps_of_each_batch_size_are_profiled(
     demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--context-len", "5", "--num-steps", "2", "--batch-size", "1", "3", "--output-dir", str(tmp_path)]
-    assert cli.main(["profile", str(demo_model_dir), *SMALL, *words]) == 0
+    assert cli.main(["profile", str(demo_model_dir), *SMALL, OF_DEMO, *words]) == 0
     shown = capsys.readouterr().out
     cases = json.loads((tmp_path / "profile.json").read_text())["cases"]
     assert [case["batch_size"] for case in cases] == [1, 3]
@@ -45,10 +52,10 @@ def test_decode_steps_of_each_batch_size_are_profiled(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_batch_that_the_cache_cannot_hold_is_refused(
-    demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--context-len", "150", "--num-steps", "2", "--batch-size", "9", "--output-dir", str(tmp_path)]
-    assert cli.main(["profile", str(demo_model_dir), *SMALL, *words]) == 2
+    assert cli.main(["profile", str(tiny), *SMALL, OF_TINY, *words]) == 2
     shown = capsys.readouterr().err
     assert "--batch-size 9 with --context-len 150 needs 109 KV blocks of 16 tokens, but there are 27" in shown
     assert "lower the first to 2 or" in shown
@@ -56,10 +63,10 @@ def test_a_batch_that_the_cache_cannot_hold_is_refused(
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_of_the_default_batch_sizes_those_run_that_fit(
-    demo_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ["--context-len", "150", "--num-steps", "2", "--output-dir", str(tmp_path)]
-    assert cli.main(["profile", str(demo_model_dir), *SMALL, *words]) == 0
+    assert cli.main(["profile", str(tiny), *SMALL, OF_TINY, *words]) == 0
     cases = json.loads((tmp_path / "profile.json").read_text())["cases"]
     assert [case["batch_size"] for case in cases] == [1]
     left_out = [message for message in caplog.messages if "is left out" in message]
@@ -120,12 +127,12 @@ def test_the_steps_in_which_a_batch_fills_are_foretold(
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_anything_starts(
-    demo_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "profile.json").mkdir()
     try:
-        code: object = cli.main(["profile", str(demo_model_dir), *SMALL, *words.format(folder=tmp_path).split()])
+        code: object = cli.main(["profile", str(tiny), *SMALL, OF_TINY, *words.format(folder=tmp_path).split()])
     except SystemExit as end:
         code = end.code
     out, err = capsys.readouterr()

@@ -4,14 +4,14 @@ import asyncio
 import json
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx
 import pytest
 
-from support.ray_serve import deploy, ray_serve
+from support.ray_serve import deploy
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -36,12 +36,9 @@ HALF = "\ufffd"
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(path)
-    with ray_serve() as url:
-        deploy(path, OPTIONS)
-        yield url
+def url(serve_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    deploy(write_tiny_model(tmp_path_factory.mktemp("tiny")), OPTIONS)
+    return serve_url
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from openai import AuthenticationError, OpenAI
 
 from support.processes import children_named
-from support.ray_serve import deploy, ray_serve
+from support.ray_serve import deploy
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -48,14 +48,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, model_dir: Path) -> Iterator[str]:
-    deadline = time.monotonic() + 10
-    while rank_pids():  # of an engine that an earlier test has closed
+def url(serve_url: str, model_dir: Path) -> str:
+    before = rank_pids()
+    deploy(model_dir, OPTIONS)
+    deadline = time.monotonic() + PATIENCE_S
+    while set(before) & set(rank_pids()):  # of an engine that an earlier test has closed, or of another application
         assert time.monotonic() < deadline, "an earlier test has left an engine on the cluster"
         time.sleep(0.1)
-    with ray_serve() as url:
-        deploy(model_dir, OPTIONS)
-        yield url
+    return serve_url
 
 
 def keyed(url: str) -> httpx.Client:

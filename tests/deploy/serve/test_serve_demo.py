@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from support.ray_serve import deploy, ray_serve
+from support.ray_serve import deploy
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -32,10 +32,9 @@ DRAWN = [TEXT | {"temperature": 1, "seed": seed} for seed in range(4)]
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, demo_model_dir: Path) -> Iterator[str]:
-    with ray_serve() as url:
-        deploy(demo_model_dir, OPTIONS)
-        yield f"{url}/v1"
+def url(serve_url: str, demo_model_dir: Path) -> str:
+    deploy(demo_model_dir, OPTIONS)
+    return f"{serve_url}/v1"
 
 
 @pytest.fixture(scope="module")

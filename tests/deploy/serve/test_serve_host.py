@@ -28,7 +28,13 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCommand]:
+def taken_before() -> set[int]:
+    """Ports that the server cannot have."""
+    return taken_by_others([])
+
+
+@pytest.fixture(scope="module")
+def server(taken_before: set[int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedCommand]:
     """It answers, though the environment names a proxy, which is for others."""
     model = write_tiny_model(tmp_path_factory.mktemp("tiny"))
     with ServedCommand(model, "--guard-all", environment=ENVIRONMENT) as command:
@@ -67,17 +73,18 @@ def test_no_key_is_seen_on_command_lines_in_logs_or_by_rays_processes(server: Se
             assert KEY.encode() not in file.read_bytes(), file
 
 
-def test_the_guides_table_says_who_listens_and_nobody_else_does(server: ServedCommand) -> None:
+def test_the_guides_table_says_who_listens_and_nobody_else_does(server: ServedCommand, taken_before: set[int]) -> None:
     row = re.compile(r"^\| `([^`]+)` \| (?:`--host`|loopback).*? \| (\d.*?) \| (.*) \|", re.MULTILINE)
     family = server.family()
     found: Counter[str] = Counter()
-    addresses = set()
+    addresses, own_ports = set(), set()
     for process in family:
         for connection in process.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 found[called(process, server)] += 1
                 addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
-    taken = taken_by_others(family)
+                own_ports.add(connection.laddr.port)
+    taken = (taken_before | taken_by_others(family)) - own_ports
     promised: Counter[str] = Counter()
     for name, ports, what in row.findall(GUIDE.read_text()):
         numbers = [int(number) for number in re.findall(r"\d+", ports.replace("rank 0", ""))]

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,6 @@ from ray.util.placement_group import placement_group_table
 from support.http_streams import Stream
 from support.processes import children_named
 from support.ray_serve import deploy as deploy_model
-from support.ray_serve import ray_serve
 from support.tiny_model import write_tiny_model
 
 PATIENCE_S = 90.0
@@ -47,9 +46,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None) -> Iterator[str]:
-    with ray_serve() as url:
-        yield url
+def url(empty_serve_url: str) -> str:
+    return empty_serve_url
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import ray
 import yaml
 
-from support.free_port import free_port
 from support.processes import children_named
 from support.tiny_model import write_tiny_model
 
@@ -39,7 +38,7 @@ def command(*words: str) -> list[str]:
 
 @contextmanager
 def serve_run(file: Path, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
-    """`serve run`, told to end as by Ctrl-C."""
+    """`serve run`, told to end as by Ctrl-C. It ends Ray Serve, too."""
     with log.open("w") as out:
         process = subprocess.Popen(command(str(file)), stdout=out, stderr=out)
     try:
@@ -68,17 +67,18 @@ def rank_pids() -> set[int]:
     return {process.pid for process in children_named("RankActor")}
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_serve_run_answers_as_the_service_is_configured_and_adds_a_replica_without_a_restart(tmp_path: Path) -> None:
+def test_serve_run_answers_as_the_service_is_configured_and_adds_a_replica_without_a_restart(
+    tmp_path: Path, empty_serve_url: str
+) -> None:
+    """On the Serve that runs, which it ends: the last test of it."""
+    url = empty_serve_url
     model = write_tiny_model(tmp_path / "model")
     (tmp_path / "keys").write_text("sk-one\n")
-    port = free_port()
-    config = service() | {"http_options": {"host": "127.0.0.1", "port": port}}
+    config = service() | {"http_options": {"host": "127.0.0.1", "port": int(url.rpartition(":")[2])}}
     application = config["applications"][0]
     application["args"] |= SMALL | {"model": str(model), "api_keys_file": str(tmp_path / "keys")}
     file, log = tmp_path / "service.yaml", tmp_path / "log"
     file.write_text(yaml.safe_dump(config))
-    url = f"http://127.0.0.1:{port}"
     with serve_run(file, log) as process:
         wait_for(lambda: healthy(url), process, log)
         asked = {"model": "llama-3.1-8b", "prompt": "a", "max_tokens": 3, "ignore_eos": True}

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -46,10 +45,10 @@ class Seen:
 
 
 @pytest.fixture
-def seen(demo_model_dir: Path) -> Iterator[Seen]:
+def seen(demo_tokenizer: Tokenizer) -> Iterator[Seen]:
     seen = Seen()
     limits = ModelLimits(max_model_len=1500, vocab_size=49_152, eos_token_ids=frozenset({2}))
-    llm = AsyncClient(LocalEngine(), FrontEnd(Tokenizer.from_dir(demo_model_dir), limits, on_end=seen.ended.append))
+    llm = AsyncClient(LocalEngine(), FrontEnd(demo_tokenizer, limits, on_end=seen.ended.append))
     app = make_app(ServedModel(llm, "local", 1500, created=0))
     with asgi_server(HttpTime(app, seen.http_s.append), llm.close) as seen.url:
         yield seen

@@ -1,0 +1,1 @@
+"""A package, as `runtime` below it is one."""

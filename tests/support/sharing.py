@@ -1,0 +1,39 @@
+"""Which tests run on one worker of pytest-xdist: those that share an engine, a server, a cluster or a pool of ranks."""
+
+from typing import Any
+
+import pytest
+
+# By the beginnings of their files' names; the groups that take longest come first. All others go a file at a time.
+SHARING = {
+    "cluster": ["cluster/runtime", "deploy/openai", "deploy/bench", "deploy/profile", "test_demo_model_against"],
+    "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
+    "batch": ["deploy/batch"],
+    "serve": [f"deploy/serve/test_{name}" for name in ("many_", "serve.", "serve_demo", "serve_replicas", "serve_run")],
+    "ranks": ["models/test_against", "models/test_compile", "models/test_sinks", "parallel/test_collectives"],
+}
+GROUPS = list(SHARING)
+
+
+def group_of(nodeid: str) -> str:
+    """One of `GROUPS`, or the file."""
+    file = nodeid.partition("::")[0].removeprefix("tests/")
+    return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
+
+
+def place(item: pytest.Item) -> tuple[int, bool]:
+    """Groups come first, then files that start engines: at the end, one worker would wait for the other."""
+    group = group_of(item.nodeid)
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS), item.get_closest_marker("engine") is None
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """In place of `--dist loadgroup`, which with pytest 9.2 ignores groups: pytest-xdist's issue 1386."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # in the order of the tests, and not the fullest group first
+    return Scheduler(config, log)
