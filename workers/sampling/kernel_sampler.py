@@ -21,6 +21,7 @@ from eagleray.workers.sampling.redraw.arithmetic import EXACT
 from eagleray.workers.sampling.redraw.draw_kernels import collect_kernel, finish_kernel, survey_kernel
 from eagleray.workers.sampling.redraw.edit_kernels import dense_kernel, sparse_kernel
 from eagleray.workers.sampling.redraw.logprob_kernel import logprob_kernel
+from eagleray.workers.sampling.redraw.narrow_kernels import NUM_STATES, begin_kernel, gather_kernel, narrow_kernel
 from eagleray.workers.sampling.redraw.penalty_kernels import count_kernel, penalise_kernel
 from eagleray.workers.sampling.redraw.row_lists import MAX_LOGPROBS, RowLists, asks_for_redraw
 from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
@@ -32,6 +33,7 @@ CAPACITY = 2048  # candidates of a line
 FEW = 512  # of these, for log-probabilities
 SURVEY_WIDTH, SURVEY_DEPTH = 128, 8
 TILE, WALK_TILE, PIVOTS = 1024, 1024, 8
+ROUNDS, NARROW_PIVOTS = 4, 8  # of the search for the cut of a wide nucleus
 TOKENS_AT_ONCE, PARTS = 256, 8  # of a row's tokens, for penalties
 ENOUGH_PROGRAMS = 1024
 
@@ -72,6 +74,8 @@ class KernelSampler:
         self._logprobs = torch.empty(max_rows, 1 + MAX_LOGPROBS, device=device)
         self._ranks = torch.empty(max_rows, dtype=torch.int64, device=device)
         self._masses, self._best, self.cuts = torch.empty(3, lines, dtype=torch.int64, device=device)
+        self._states = torch.empty(lines, NUM_STATES, dtype=torch.int64, device=device)
+        self._sums = torch.empty(lines, ROUNDS * NARROW_PIVOTS, dtype=torch.int64, device=device)
 
     def set(self, samplings: Mapping[int, Sampling], prompt_lengths: Mapping[int, int]) -> None:
         """Requests enter rows."""
@@ -162,9 +166,33 @@ class KernelSampler:
             rows, fields, num_tokens, *restrictions, pairs, self._work, self._survey, *collected, vocab, tiles,
             LANES, CAPACITY, vocab <= CAPACITY, TILE, OVERLAP, num_warps=4, **EXACT,
         )  # fmt: skip
+        narrows = bool(features & Feature.RESTRICTED) and vocab > CAPACITY
+        if narrows:
+            self._narrow(rows, num_tokens, pairs)
         finish_kernel[n,](
             rows, fields, num_tokens, *restrictions, tokens, tokens.stride(0), pairs, self._work, self._survey,
-            *collected, self.cuts, vocab, LANES, CAPACITY, WALK_TILE, PIVOTS, OVERLAP, num_warps=8, **EXACT,
+            *collected, self._states, self._sums, self.cuts, vocab, LANES, CAPACITY, WALK_TILE, PIVOTS, narrows,
+            ROUNDS, ROUNDS * NARROW_PIVOTS, NARROW_PIVOTS, OVERLAP, num_warps=8, **EXACT,
+        )  # fmt: skip
+
+    def _narrow(self, rows: Tensor, num_tokens: Tensor, pairs: Tensor) -> None:
+        """Find few candidates for lines of which top-p keeps many tokens."""
+        table, vocab, n, num_sums = self._table, self._vocab_size, len(rows), ROUNDS * NARROW_PIVOTS
+        tiles, chunks = _cut(n, vocab)
+        begin_kernel[n,](
+            rows, self.lists.fields, table.log_min_p, table.top_k, table.top_p, pairs, self._survey,
+            self._num_candidates, self._masses, self._candidates, self._states, self._sums,
+            LANES, CAPACITY, num_sums, OVERLAP, num_warps=8, **EXACT,
+        )  # fmt: skip
+        for turn in range(ROUNDS):
+            narrow_kernel[n, chunks](
+                rows, table.temperatures, self._work, self._survey, self._states, self._sums, vocab, tiles,
+                LANES, turn, num_sums, NARROW_PIVOTS, TILE, OVERLAP, num_warps=8, **EXACT,
+            )  # fmt: skip
+        gather_kernel[n, chunks](
+            rows, num_tokens, table.temperatures, table.seeds, self._work, self._states, self._sums,
+            self._num_candidates, self._best, self._candidates, vocab, tiles,
+            ROUNDS, num_sums, NARROW_PIVOTS, CAPACITY, TILE, OVERLAP, num_warps=4, **EXACT,
         )  # fmt: skip
 
 

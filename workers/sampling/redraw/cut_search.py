@@ -99,7 +99,7 @@ def weight_from(work, vocab, temperature, highest, lowest_pair, BY_MASS: tl.cons
 
 
 @triton.jit
-def _pivots(low, last, by_value, PIVOTS: tl.constexpr):
+def pivots_between(low, last, by_value, PIVOTS: tl.constexpr):
     """Keys [PIVOTS] int32 in `(low, last]`, that cut the bracket evenly: between the values, or between the keys.
 
     Values are the better guess. Keys make sure that the bracket shrinks, whatever the values are.
@@ -113,19 +113,18 @@ def _pivots(low, last, by_value, PIVOTS: tl.constexpr):
 
 @triton.jit
 def cut_by_walking(
-    work, vocab, temperature, highest, low, limit,
+    work, vocab, temperature, highest, low, last, above, limit,
     BY_MASS: tl.constexpr, PIVOTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The cut, a pair int64, among the logits of `work` [vocab] over `temperature`, of which `highest` is the highest.
 
-    The tokens with keys from `low` int32 on must weigh `limit` or more. Each pass looks at several pivots, and also
+    Its key is from `low` to `last`, both int32: the tokens with keys from `low` on weigh `limit` or more, and those
+    beyond `last` weigh `above`, which is less. Each pass looks at several pivots, and also
     finds the ends of what the bracket holds; so it ends when there is one value left, however many tokens have it.
     """
-    last = key_of(highest)
-    above = tl.full([], 0, tl.int64)  # the weight of all keys beyond `last`
     turn = 0
     while low < last:
-        pivots = _pivots(low, last, turn % 2 == 0, PIVOTS)
+        pivots = pivots_between(low, last, turn % 2 == 0, PIVOTS)
         sums = tl.zeros([PIVOTS, TILE], tl.int64)
         least = tl.full([TILE], _HIGHEST, tl.int32)
         most = tl.full([TILE], LOWEST, tl.int32)

@@ -4,8 +4,9 @@
     maxima is reached by at least n tokens, and by few more.
  2. `collect_kernel`: rows with top-k or top-p collect the tokens from there on, a few hundred, and the mass of all.
     All other rows draw at once.
- 3. `finish_kernel`: the cut, and the draw, among what is collected. If that is not enough (a flat distribution, an
-    enormous top-k, thousands of ties), it walks the line instead: slower, and as exact.
+ 3. Where top-p wants more than that, `narrow_kernels.py`.
+ 4. `finish_kernel`: the cut, and the draw, among what is collected. If that is not enough (an enormous top-k, thousands
+    of ties), it walks the line instead: slower, and as exact.
 
 Programs of one line add up integers, so their order does not matter. Whatever is not redrawn, or marked as not finite,
 is left alone.
@@ -17,7 +18,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.workers.sampling import packed_pairs, table
-from eagleray.workers.sampling.kernels import log_exponential, random_bits, row_key
+from eagleray.workers.sampling.kernels import row_key
 from eagleray.workers.sampling.redraw.arithmetic import (
     LOWEST,
     PAD,
@@ -38,7 +39,9 @@ from eagleray.workers.sampling.redraw.cut_search import (
     low_rank_key,
     weight_from,
 )
+from eagleray.workers.sampling.redraw.draw import floor_of, noisy_pairs
 from eagleray.workers.sampling.redraw.fields import is_redrawn, word_of
+from eagleray.workers.sampling.redraw.narrow_kernels import bracket_of, is_wide_line, limit_of_line
 from eagleray.workers.sampling.table import Feature
 
 _RANDOM = tl.constexpr(int(Feature.RANDOM))
@@ -76,19 +79,6 @@ def survey_kernel(
         tl.store(maxima + line * LANES + lanes, tl.max(highest, 0))
 
 
-@triton.jit
-def _floor(highest, log_min_p):
-    """The lowest key that min-p leaves; without min-p that of a masked token."""
-    return tl.where(log_min_p == -_INFINITY, _MASKED, key_of(highest + log_min_p))
-
-
-@triton.jit
-def noisy_pairs(keys, token_ids, noise_key):
-    """Pairs of values and their Gumbel noise."""
-    noisy = value_of(keys) - log_exponential(random_bits(noise_key, token_ids))
-    return pair_of(key_of(noisy), token_ids)
-
-
 @triton.jit(do_not_specialize=["tiles"])
 def collect_kernel(
     rows, fields, num_tokens, temperatures, seeds, log_min_ps, top_ks, top_ps, pairs, work, maxima,
@@ -117,7 +107,7 @@ def collect_kernel(
         if (word & _SURVEYED) != 0:
             survey = tl.load(maxima + line * LANES + tl.arange(0, LANES))
             highest = value_of(tl.max(survey, 0))
-            floor = _floor(highest, tl.load(log_min_ps + row))
+            floor = floor_of(highest, tl.load(log_min_ps + row))
         first = tl.program_id(1) * tiles * TILE
         if (word & _RESTRICTED) != 0:
             _collect(
@@ -179,12 +169,14 @@ def _collect(
 @triton.jit
 def finish_kernel(
     rows, fields, num_tokens, temperatures, seeds, log_min_ps, top_ks, top_ps, tokens, token_stride, pairs, work,
-    maxima, counts, totals, best, candidates, cuts, vocab,
-    LANES: tl.constexpr, CAPACITY: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, PDL: tl.constexpr,
+    maxima, counts, totals, best, candidates, states, sums, cuts, vocab,
+    LANES: tl.constexpr, CAPACITY: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, NARROWS: tl.constexpr,
+    ROUNDS: tl.constexpr, NUM_SUMS: tl.constexpr, NARROW_PIVOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a line: its pair, and its token behind those of its row in `tokens` [rows, length] int32.
 
-    `cuts` [lines] int64 has the lowest pair that could be drawn, if the row is restricted; only tests look at it.
+    `NARROWS` says that the kernels before this one narrowed wide lines. `cuts` [lines] int64 has the lowest pair that
+    could be drawn, if the row is restricted; only tests look at it.
     """
     if PDL:
         gdc_launch_dependents()
@@ -197,7 +189,19 @@ def finish_kernel(
         pair = tl.load(pairs + line)
         if ~is_marked(pair):
             pair = tl.load(best + line)
-            if (word & _RESTRICTED) != 0:
+            is_wide = line < 0
+            if NARROWS:
+                is_wide = is_wide_line(states, line)
+            if is_wide:
+                low, last, above = bracket_of(states, sums, line, ROUNDS, NUM_SUMS, NARROW_PIVOTS)
+                noise_key = row_key(tl.load(seeds + row), position)
+                wide = _draw_wide(
+                    work + line * vocab, vocab, maxima + line * LANES, candidates + line * CAPACITY, cuts + line,
+                    tl.load(counts + line), tl.load(temperatures + row), low, last, above, limit_of_line(states, line),
+                    noise_key, LANES, CAPACITY, TILE, PIVOTS,
+                )  # fmt: skip
+                pair = tl.maximum(pair, wide)
+            elif (word & _RESTRICTED) != 0:
                 pair = _draw_restricted(
                     work + line * vocab, vocab, maxima + line * LANES, candidates + line * CAPACITY, cuts + line,
                     tl.load(counts + line), tl.load(totals + line), tl.load(temperatures + row),
@@ -206,6 +210,39 @@ def finish_kernel(
                 )  # fmt: skip
             tl.store(pairs + line, pair)
         tl.store(tokens + row * token_stride + position, id_of_pair(pair))
+
+
+@triton.jit
+def _draw_wide(
+    work, vocab, maxima, candidates, cuts, count, temperature, low, last, above, limit, noise_key,
+    LANES: tl.constexpr, CAPACITY: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr,
+):  # fmt: skip
+    """The best noisy pair of those between the cut and the end of a bracket, whose tokens are the candidates."""
+    highest = value_of(tl.max(tl.load(maxima + tl.arange(0, LANES)), 0))
+    if count <= CAPACITY:
+        lanes = tl.arange(0, CAPACITY)
+        here = tl.load(candidates + lanes, mask=lanes < count, other=PAD)
+        keys, token_ids = key_of_pair(here), id_of_pair(here)
+        masses = tl.where(lanes < count, token_masses(value_of(keys), highest), 0)
+        cut = cut_among(keys, token_ids, masses, limit - above)
+        is_drawn = (here >= cut) & (lanes < count)
+        top = tl.max(tl.where(is_drawn, noisy_pairs(keys, token_ids, noise_key), PAD), 0)
+    else:
+        cut = cut_by_walking(work, vocab, temperature, highest, low, last, above, limit, True, PIVOTS, TILE)
+        top = _best_from(work, vocab, temperature, cut, noise_key, TILE)
+    tl.store(cuts, cut)
+    return top
+
+
+@triton.jit
+def _best_from(work, vocab, temperature, cut, noise_key, TILE: tl.constexpr):
+    """The best noisy pair of all at or above `cut`, by walking."""
+    best = tl.full([TILE], PAD, tl.int64)
+    for start in range(0, vocab, TILE):
+        columns = start + tl.arange(0, TILE)
+        keys = keys_of_tile(work, columns, vocab, temperature)
+        best = tl.maximum(best, tl.where(pair_of(keys, columns) >= cut, noisy_pairs(keys, columns, noise_key), PAD))
+    return tl.max(best, 0)
 
 
 @triton.jit
@@ -237,17 +274,17 @@ def _draw_restricted(
         noisy = noisy_pairs(keys, token_ids, noise_key)
         top = tl.maximum(top, tl.max(tl.where((here >= cut) & (lanes < count), noisy, PAD), 0))
     if ~is_done:
-        floor = _floor(highest, log_min_p)
+        floor = floor_of(highest, log_min_p)
         cut = _cut_of_line(work, vocab, temperature, highest, floor, top_k, top_p, PIVOTS, TILE)
-        best = tl.full([TILE], PAD, tl.int64)
-        for start in range(0, vocab, TILE):
-            columns = start + tl.arange(0, TILE)
-            keys = keys_of_tile(work, columns, vocab, temperature)
-            noisy = noisy_pairs(keys, columns, noise_key)
-            best = tl.maximum(best, tl.where(pair_of(keys, columns) >= cut, noisy, PAD))
-        top = tl.maximum(tl.max(best, 0), _MASKED_PAIR)
+        top = tl.maximum(_best_from(work, vocab, temperature, cut, noise_key, TILE), _MASKED_PAIR)
     tl.store(cuts, cut)
     return top
+
+
+@triton.jit
+def _nothing():
+    """No weight, int64."""
+    return tl.full([], 0, tl.int64)
 
 
 @triton.jit
@@ -258,9 +295,14 @@ def _cut_of_line(
     cut = floor.to(tl.int64) << 32  # below the pair of any token with that key
     if top_k < _NO_TOP_K:  # noqa: SIM102  `and` would compute both
         if weight_from(work, vocab, temperature, highest, cut, False, TILE) > top_k:
-            cut = cut_by_walking(work, vocab, temperature, highest, floor, top_k, False, PIVOTS, TILE)
+            cut = cut_by_walking(
+                work, vocab, temperature, highest, floor, key_of(highest), _nothing(), top_k, False, PIVOTS, TILE
+            )
     if top_p < _INFINITY:
         limit = mass_limit(top_p, weight_from(work, vocab, temperature, highest, cut, True, TILE))
         low = tl.maximum(key_of_pair(cut), key_of(highest - WITHOUT_MASS))
-        cut = tl.maximum(cut, cut_by_walking(work, vocab, temperature, highest, low, limit, True, PIVOTS, TILE))
+        of_mass = cut_by_walking(
+            work, vocab, temperature, highest, low, key_of(highest), _nothing(), limit, True, PIVOTS, TILE
+        )
+        cut = tl.maximum(cut, of_mass)
     return cut
