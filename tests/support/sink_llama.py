@@ -5,8 +5,8 @@ Importing this registers it, so that it loads and runs as any other.
 
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
 
 from eagleray.cluster.core.scheduler import Scheduler
@@ -44,21 +44,34 @@ class Run:
     captured: tuple[bool, bool]  # whether decodes, and mixed steps, ran as graphs would
 
 
-def run_worker(tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: bool) -> Run:
-    """Greedy tokens after prompts that run in chunks of seven tokens beside requests that are decoding.
+def run_worker(
+    tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: bool, samplings: list[dict[str, Any]] | None = None
+) -> Run:
+    """Tokens after prompts that run in chunks of seven tokens beside requests that are decoding.
+
+    They are greedy, or drawn by each prompt's own `samplings`, in small tiles.
 
     With `in_kernels`, which wants Triton's interpreter, both of our kernels attend, else plain PyTorch.
     """
     if not in_kernels:
-        return _run(tp, path, prompts, graph_sizes=[])
+        return _run(tp, path, prompts, samplings, graph_sizes=[])
     assert INTERPRETED
     from eagleray.workers.attention.varlen import VarlenBackend  # the interpreter only
+    from support.redraw import small
 
-    with patch.object(model_runner, "choose_backend", lambda *layer: VarlenBackend()):  # as on GPUs
-        return _run(tp, path, prompts, graph_sizes=None)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(model_runner, "choose_backend", lambda *layer: VarlenBackend())  # as on GPUs
+        small(patches)
+        return _run(tp, path, prompts, samplings, graph_sizes=None)
 
 
-def _run(tp: TPGroup, path: str, prompts: list[list[int]], graph_sizes: list[int] | None) -> Run:
+def _run(
+    tp: TPGroup,
+    path: str,
+    prompts: list[list[int]],
+    samplings: list[dict[str, Any]] | None,
+    graph_sizes: list[int] | None,
+) -> Run:
     limits: dict[str, Any] = {"block_size": 16, "max_num_seqs": 5, "max_num_batched_tokens": 64}
     config = WorkerConfig(
         model=path,
@@ -77,7 +90,7 @@ def _run(tp: TPGroup, path: str, prompts: list[list[int]], graph_sizes: list[int
     rank = Worker(config, model, tp, 60, graph_sizes=graph_sizes)
     engine = InlineEngine(Scheduler(num_blocks=60, max_chunk_tokens=7, **limits), rank, 2)
     for index, prompt in enumerate(prompts):
-        engine.add(index, prompt, 4 + index % 3, temperature=0.0)
+        engine.add(index, prompt, 4 + index % 3, **(samplings[index] if samplings else {"temperature": 0.0}))
     engine.run()
     captured = rank.graphs.has_decodes, rank.graphs.has_mixed
     return Run([engine.token_ids(index) for index in range(len(prompts))], captured)

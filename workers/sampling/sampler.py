@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import HAS_TRITON, runs_triton
+from eagleray.parallel.sharding import shard_columns
 from eagleray.workers.protocol.messages import RowStart, TokenLogprobs
 from eagleray.workers.rows import Chunks, IntArray, Rows
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
@@ -26,7 +29,8 @@ class Sampler:
     """The sampling parameters of the rows, and how each row is drawn by them.
 
     Where kernels run, one draws all rows as if they asked for nothing but a temperature. Others draw the rest anew, but
-    for rows with very long lists and for several ranks, where the reference does.
+    for rows with very long lists, which the reference draws. Of several ranks, each gets the whole logits of those
+    rows and draws all of them: the same integers are added up on each, so all come to the same tokens.
     Every rank makes the same calls in the same order. Construction is a collective call, too.
     """
 
@@ -38,7 +42,7 @@ class Sampler:
         self._reference = ReferenceSampler(self._table, model.vocab_shard, model.config.vocab_size, tp)
         self._draws_in_kernels = runs_triton(rows.tokens.device)
         self._kernels: KernelSampler | None = None
-        if self._draws_in_kernels and tp.size == 1:
+        if self._draws_in_kernels:
             config = model.config
             self._kernels = KernelSampler(
                 self._table, config.vocab_size, rows.spare, rows.tokens, config.final_soft_cap
@@ -92,8 +96,14 @@ class Sampler:
             return SampleOutput(pairs)
         if self._kernels is None:
             return self._draw_lines_by_reference(lines, rows, num_tokens, raw_logits, pairs)
-        sampled = self._draw_in_kernels(self._kernels, rows, num_tokens, raw_logits[: len(rows)], pairs)
-        if not len(beyond := self._kernels.beyond(rows)):
+        beyond = self._kernels.beyond(rows)
+        if self._tp.size == 1:
+            sampled = self._draw_in_kernels(self._kernels, rows, num_tokens, raw_logits[: len(rows)], pairs)
+        else:
+            sampled = self._draw_whole_lines(
+                self._kernels, np.setdiff1d(lines, beyond), rows, num_tokens, raw_logits, pairs
+            )
+        if not len(beyond):
             return sampled
         return sampled.and_then(self._draw_lines_by_reference(beyond, rows, num_tokens, raw_logits, pairs))
 
@@ -111,6 +121,32 @@ class Sampler:
         most = self._model.config.vocab_size
         num_logprobs = {row: min(self._table.host[row].logprobs or 0, most) for row in rows[asking].tolist()}
         return SampleOutput(pairs, logprobs, num_logprobs)
+
+    def _draw_whole_lines(
+        self,
+        kernels: "KernelSampler",
+        lines: IntArray,
+        rows: IntArray,
+        num_tokens: IntArray,
+        raw_logits: Tensor,
+        pairs: Tensor,
+    ) -> SampleOutput:
+        """The same `pairs` [n] after those of `lines` were drawn from all ranks' logits."""
+        if not len(lines):
+            return SampleOutput(pairs)
+        device_lines = self._rows.to_device(lines)[0].long()
+        own = pairs[device_lines]
+        whole = self._whole(raw_logits[device_lines])
+        sampled = self._draw_in_kernels(kernels, rows[lines], num_tokens[lines], whole, own)
+        pairs[device_lines] = own
+        return replace(sampled, pairs=pairs)
+
+    def _whole(self, raw_logits: Tensor) -> Tensor:
+        """The logits [n, vocab] of which each rank has its shard [n, shard]."""
+        shards = [shard_columns(self._model.config.vocab_size, rank, self._tp.size) for rank in range(self._tp.size)]
+        width = max(map(len, shards))
+        gathered = self._tp.all_gather(pad(raw_logits, (0, width - raw_logits.shape[1])))
+        return torch.cat([logits[:, : len(shard)] for logits, shard in zip(gathered, shards, strict=True)], dim=1)
 
     def _draw_lines_by_reference(
         self, lines: IntArray, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor

@@ -82,6 +82,18 @@ else:
         for run in run_ranks("run_worker", size, path=str(path), prompts=PROMPTS, in_kernels=True):
             assert run == Run(plain.token_ids, captured=(True, True))
 
+    def test_what_rows_with_options_draw_depends_on_no_number_of_ranks(path: Path, run_ranks: RunRanks) -> None:
+        """Whose shards of the vocabulary are unequal, too. One rank's draws are the reference's (`test_redraw.py`)."""
+        samplings = [
+            {"top_p": 0.7, "temperature": 0.5, "seed": 1},
+            {"logit_bias": {7: 3.0, 250: 3.0}, "frequency_penalty": 2.0, "top_k": 20, "logprobs": 3, "seed": 3},
+        ]
+        prompts = [[5], [250, 7, 9]]
+        arguments = {"path": str(path), "prompts": prompts, "in_kernels": True, "samplings": samplings}
+        (alone,) = run_ranks("run_worker", 1, **arguments)
+        assert len({token for tokens in alone.token_ids for token in tokens}) > 5
+        assert all(run == alone for run in run_ranks("run_worker", 2, **arguments))
+
     @pytest.mark.parametrize(
         ("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2), ([(1, 9), (1, 4), (5, 9), (3, 3)], 2)]
     )
