@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,3 +32,29 @@ def run_in_interpreter(file: str) -> None:
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def interpret_faster() -> None:
+    """Have the interpreter prepare the functions of a module once per launch, and not at every call of one.
+
+    That halves the time of kernels that are made of many small functions. Nothing else changes.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    prepared: set[str] = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> None:
+        prepared.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call

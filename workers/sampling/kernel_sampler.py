@@ -26,7 +26,7 @@ from eagleray.workers.sampling.redraw.row_lists import MAX_LOGPROBS, RowLists, a
 from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
 from eagleray.workers.sampling.table import Feature, SamplingTable
 
-LINES_AT_ONCE = 128  # more come one slab after another, in the same memory
+LINES_AT_ONCE = 64  # more come one slab after another, in the same memory, which is about a large L2 cache
 LANES = 2048  # of the survey of a line
 CAPACITY = 2048  # candidates of a line
 FEW = 512  # of these, for log-probabilities
@@ -43,8 +43,8 @@ ANY = Feature(sum(Feature))
 class KernelSampler:
     """Draws lines of whole vocabularies for rows of `table`.
 
-    It takes 8 bytes for each token of the vocabulary in each of up to `LINES_AT_ONCE` lines, and 25 KB a line: 160 MB
-    for 128 lines of 152 thousand tokens. `RowLists` takes 23 KB a row beside that.
+    It takes 8 bytes for each token of the vocabulary in each of up to `LINES_AT_ONCE` lines, and 25 KB a line: 79 MB
+    for 64 lines of 152 thousand tokens. `RowLists` takes 23 KB a row beside that.
     """
 
     def __init__(

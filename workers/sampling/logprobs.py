@@ -26,11 +26,11 @@ class LogprobTensors:
     def and_then(self, others: "LogprobTensors") -> "LogprobTensors":
         """These positions and `others`; what fills up the narrower ones means nothing."""
         width = max(self.token_ids.shape[1], others.token_ids.shape[1])
-        wide = [
+        token_ids, logprobs = (
             torch.cat([pad(one, (0, width - one.shape[1])) for one in both])
             for both in ((self.token_ids, others.token_ids), (self.logprobs, others.logprobs))
-        ]
-        return LogprobTensors(*wide, torch.cat([self.ranks, others.ranks]))
+        )
+        return LogprobTensors(token_ids, logprobs, torch.cat([self.ranks, others.ranks]))
 
     def to_wire(self, num_top: list[int]) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens."""

@@ -15,9 +15,11 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.protocol.messages import TokenLogprobs
+from eagleray.workers.sampling import sampler
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import INTERPRETED, run_in_interpreter
+from support.interpreter import INTERPRETED, interpret_faster, run_in_interpreter
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -53,6 +55,8 @@ SAMPLINGS: list[dict[str, Any]] = [
     RANDOM | {"seed": 4},
     {"temperature": 0.0},
     RANDOM | {"seed": 5, "min_p": 0.02, "allowed_token_ids": list(range(50, 150))},
+    RANDOM | {"seed": 6, "top_p": 0.7, "logprobs": 2, "bad_words": [[word] for word in range(40)]},
+    RANDOM | {"seed": 7, "top_k": 9, "logprobs": 25},  # more than the kernels give
 ]
 
 if not INTERPRETED:
@@ -61,6 +65,7 @@ if not INTERPRETED:
         run_in_interpreter(__file__)
 
 else:
+    interpret_faster()
 
     @pytest.fixture(scope="module")
     def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
@@ -81,7 +86,7 @@ else:
 
     def run(
         model: CausalLM, samplings: list[dict[str, Any]], depth: int, graph_sizes: list[int] | None = None
-    ) -> tuple[list[list[int]], list[Any]]:
+    ) -> tuple[list[list[int]], list[list[TokenLogprobs]]]:
         """Tokens and log-probabilities of one request per sampling, of which at most `MAX_ROWS` run at a time."""
         scheduler = Scheduler(
             num_blocks=NUM_BLOCKS, block_size=4, max_num_seqs=MAX_ROWS, max_num_batched_tokens=64, max_chunk_tokens=7
@@ -90,18 +95,28 @@ else:
         for index, sampling in enumerate(samplings):
             engine.add(index, [3 + index, 7, 11, 2] * (1 + index % 3), 6 + index, **sampling)
         engine.run()
-        logprobs = [[tokens.logprobs for tokens in engine.news[index]] for index in range(len(samplings))]
+        logprobs = [
+            [entry for tokens in engine.news[index] for entry in tokens.logprobs] for index in range(len(samplings))
+        ]
         return [engine.token_ids(index) for index in range(len(samplings))], logprobs
 
     @pytest.mark.parametrize(
         "samplings", [SAMPLINGS, [s for s in SAMPLINGS if len(s) <= 1 or set(s) == {"temperature", "seed"}]]
     )
-    def test_tokens_are_those_of_the_sampler(model: CausalLM, samplings: list[dict[str, Any]]) -> None:
+    def test_tokens_are_those_of_the_sampler(
+        model: CausalLM, samplings: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Log-probabilities are float32 sums of exponentials in another order."""
         in_kernels, logprobs = run(model, samplings, 2)
+        monkeypatch.setattr(sampler, "runs_triton", lambda device: False)
         expected, expected_logprobs = run(model, samplings, 1, graph_sizes=[])
         assert in_kernels == expected
-        assert logprobs == expected_logprobs
         assert len({token for tokens in expected for token in tokens}) > 10
+        assert [len(entries) for entries in logprobs] == [len(entries) for entries in expected_logprobs]
+        for ours, theirs in zip(logprobs, expected_logprobs, strict=True):
+            assert [(each.token_ids, each.rank) for each in ours] == [(each.token_ids, each.rank) for each in theirs]
+            for one, other in zip(ours, theirs, strict=True):
+                assert one.logprobs == pytest.approx(other.logprobs, rel=1e-5, abs=1e-5)
 
     def test_a_batch_that_no_graph_holds(model: CausalLM) -> None:
         """Graphs of one and of two rows, and four rows that decode."""

@@ -49,6 +49,7 @@ _INFINITY = tl.constexpr(float("inf"))
 _MASKED = tl.constexpr(packed_pairs.MASKED)  # the key of minus infinity
 _MASKED_PAIR = tl.constexpr((packed_pairs.MASKED << 32) + 0xFFFFFFFF)  # of token 0
 _NO_KEY = tl.constexpr((1 << 31) - 1)  # above that of every number
+_NO_PAIR = tl.constexpr((1 << 63) - 1)
 _TOP_P_RANK = tl.constexpr(3)  # of 8 lanes, how many have a maximum where collecting for top-p begins
 
 
@@ -223,6 +224,7 @@ def _draw_restricted(
         here = tl.load(candidates + lanes, mask=lanes < count, other=PAD)
         keys, token_ids = key_of_pair(here), id_of_pair(here)
         is_done = True
+        cut = tl.min(tl.where(lanes < count, here, _NO_PAIR), 0)
         if top_k < count:
             cut = cut_among(keys, token_ids, (lanes < count).to(tl.int64), top_k)
         if top_p < _INFINITY:
