@@ -113,6 +113,7 @@ class Sampler:
         asking = self._table.lines(rows, Feature.LOGPROBS)
         asking = asking[~np.isin(asking, kernels.beyond(rows))]
         device_rows, device_num_tokens, lines = self._rows.to_device(rows, num_tokens, asking)
+        device_rows = device_rows.long()  # as in graphs of decodes: other types would be other kernels to compile
         if features := kernels.features(rows):
             kernels.redraw(raw_logits, device_rows, device_num_tokens, pairs, features)
         if not len(asking):

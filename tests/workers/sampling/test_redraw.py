@@ -118,6 +118,24 @@ else:
         logits[[4, 150]] = 1.0
         assert_same_sets([Line(Sampling(seed=seed, **kind), logits) for seed, kind in enumerate(RESTRICTED[2:8])])
 
+    def test_top_p_keeps_the_token_that_begins_below_the_limit_and_not_the_one_that_begins_at_it() -> None:
+        """Two equal tokens hold all mass. The second begins at half of it, less than a limit that is rounded up."""
+        logits = torch.full((60,), -100.0)
+        logits[[20, 40]] = 3.0
+        lines = [Line(Sampling(top_p=top_p, seed=seed), logits) for seed in range(8) for top_p in (0.5, 0.5 + 2.0**-50)]
+        assert_same_sets(lines)
+        drawn = Kernels(lines).draw().token_ids
+        assert (set(drawn[::2]), set(drawn[1::2])) == ({20}, {20, 40})
+
+    def test_min_p_alone_needs_no_cut() -> None:
+        """Three tokens of e**2 against 97 of 1; the noise would often prefer one of the many."""
+        logits = torch.zeros(100)
+        logits[[5, 50, 99]] = 2.0
+        lines = [Line(Sampling(min_p=min_p, seed=seed), logits) for seed in range(8) for min_p in (0.5, 0.1)]
+        drawn = assert_same(lines).token_ids
+        assert set(drawn[::2]) <= {5, 50, 99}
+        assert len(set(drawn[1::2]) - {5, 50, 99}) > 2
+
     values = st.sampled_from([-torch.inf, -1e30, -60.0, -4.0, -0.125, -0.0, 0.0, 1e-40, 0.1, 0.125, 3.0, 3.0625, 29.5])
 
     @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

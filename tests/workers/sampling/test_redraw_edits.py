@@ -142,7 +142,9 @@ else:
 
     def test_log_probabilities_are_of_the_raw_logits() -> None:
         """float32 sums of exponentials in another order: within 1e-5. Ids and ranks are equal, with ties everywhere."""
-        logits = [noise(0), noise(1).round(), torch.full((VOCAB,), 3.0), noise(2, dtype=torch.bfloat16).float()]
+        late = torch.full((VOCAB,), 3.0)  # so many ties that the likeliest, which come last, find no place among them
+        late[130:140] = 5.0
+        logits = [noise(0), noise(1).round(), torch.full((VOCAB,), 3.0), late]
         kinds = [
             Sampling(seed=1, logprobs=5, allowed_token_ids=[3, 4, 5]),
             Sampling(seed=2, logprobs=20, top_p=0.5),
@@ -150,6 +152,7 @@ else:
             greedy(logprobs=1, logit_bias={120: 100.0}),
         ]
         lines = [Line(kind, each) for each in logits for kind in kinds]
+        lines.append(Line(kinds[1], noise(2, dtype=torch.bfloat16).float()))
         for soft_cap in (None, 5.0):
             ours, theirs = Kernels(lines, soft_cap).draw().logprobs, by_reference(lines, soft_cap).logprobs
             assert list(ours) == list(theirs) == list(range(len(lines)))

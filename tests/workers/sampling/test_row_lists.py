@@ -1,9 +1,11 @@
 """What kernels are told of rows."""
 
 import numpy as np
+import pytest
 import torch
 
 from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.sampling.redraw import row_lists
 from eagleray.workers.sampling.redraw.row_lists import CAPACITY, MAX_LOGPROBS, NUM_FIELDS, RowLists, asks_for_redraw
 from eagleray.workers.sampling.table import Feature
 
@@ -62,6 +64,12 @@ def test_rows_that_do_not_fit_are_known_and_left_alone() -> None:
     lists.set({1: Sampling()}, {1: 3})
     assert not lists.beyond[1]
     assert int(lists.fields[1, 0]) == Feature.RANDOM
+
+
+def test_a_feature_that_kernels_do_not_know_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_lists, "IN_KERNELS", ~Feature.BIAS)
+    lists = lists_of(Sampling(logit_bias={1: 1.0}), Sampling(top_k=2))
+    assert lists.beyond.tolist() == [True, False]
 
 
 def test_a_row_is_as_its_last_request_says() -> None:

@@ -10,6 +10,10 @@ from eagleray.workers.pinned_copy import PinnedCopy
 from eagleray.workers.protocol.messages import Sampling
 from eagleray.workers.sampling.table import Feature, features_of
 
+IN_KERNELS = (  # what the kernels know; a row with any other feature is left to the reference
+    Feature.RANDOM | Feature.RESTRICTED | Feature.MIN_P | Feature.TOP_N_SIGMA | Feature.ALLOWED | Feature.MIN_TOKENS
+    | Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTIES | Feature.LOGPROBS
+)  # fmt: skip
 CAPACITY = 1024  # numbers in a row's lists
 MAX_LOGPROBS = 20
 # the columns of `RowLists.fields`
@@ -48,10 +52,11 @@ class RowLists:
         masks: dict[int, Ints] = {}
         for line, (row, sampling) in enumerate(samplings.items()):
             numbers, counts = self._lists_of(sampling)
-            self.beyond[row] = len(numbers) > CAPACITY or (sampling.logprobs or 0) > MAX_LOGPROBS
+            features, num_logprobs = features_of(sampling), sampling.logprobs or 0
+            is_known = not features & ~IN_KERNELS
+            self.beyond[row] = not is_known or len(numbers) > CAPACITY or num_logprobs > MAX_LOGPROBS
             if self.beyond[row]:
                 continue
-            features, num_logprobs = features_of(sampling), sampling.logprobs or 0
             fields[line] = features, prompt_lengths[row], sampling.min_tokens, num_logprobs, *counts
             if len(numbers):
                 lists[row] = numbers
