@@ -92,5 +92,7 @@ class Batch:
     @property
     def num_written(self) -> int:
         """Bytes in the partial file."""
-        partial = Path(f"{self.output}.partial")
-        return partial.stat().st_size if partial.exists() else 0
+        try:
+            return Path(f"{self.output}.partial").stat().st_size
+        except FileNotFoundError:  # not yet, or it is the output by now
+            return 0
