@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import msgspec
 import uvicorn
+from starlette.types import ASGIApp
 
 from eagleray.cluster.core.messages import Abort, EngineOutputs, EngineStats, RequestMessage, Submit, Tokens
 from eagleray.cluster.frontend.async_client import AsyncClient
@@ -84,7 +85,7 @@ class Flood:
                 await self._there.wait()
                 self._due = time.perf_counter()
             await asyncio.sleep(self._due - time.perf_counter())
-            found = []
+            found: list[EngineOutputs] = []
             while len(found) < MAX_NEWS and self._due <= time.perf_counter() and (news := self.receive(0)):
                 found.append(news)
                 self._due += self._step_s
@@ -133,7 +134,7 @@ async def measure(arguments: argparse.Namespace, streams: int, tokenizer: Tokeni
     limits = ModelLimits(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset())
     client = AsyncClient(link, FrontEnd(tokenizer, limits))
     served = ServedModel(client, "bench", MAX_MODEL_LEN, created=0)
-    app = BodyLimit(BoundedQueue(make_app(served), 4096, num_tenants=1), 2**22)
+    app: ASGIApp = BodyLimit(BoundedQueue(make_app(served), 4096, num_tenants=1), 2**22)
     app = HttpTime(cross_origin(RequestIds(app, reply=False), ["*"]), lambda *_: None)
     app = Health(Figures(Playground(app), lambda: b""), lambda: None)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off", access_log=False))

@@ -91,18 +91,32 @@ class KernelSampler:
         features = features[asks_for_redraw(features) & ~self.lists.beyond[rows]]
         return Feature(int(np.bitwise_or.reduce(features)))
 
-    def redraw(self, raw: Tensor, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature = ANY) -> None:
+    def may_be_wide(self, rows: IntArray) -> bool:
+        """Whether one of `rows` [n] has top-p and no top-k, so that any number of tokens may be kept."""
+        return bool(self.lists.may_be_wide[rows].any())
+
+    def redraw(
+        self,
+        raw: Tensor,
+        rows: Tensor,
+        num_tokens: Tensor,
+        pairs: Tensor,
+        features: Feature = ANY,
+        *,
+        may_be_wide: bool = True,
+    ) -> None:
         """Draw anew every line whose row asks for more than a temperature.
 
         `raw` [n, vocab] are logits as the model gives them, `rows` [n] and `num_tokens` [n] are integers on the device,
         and `pairs` [n] int64 are those of plain rows, which say already if a line is not finite, or lower. They are
         overwritten, and so is the token of each such row at position `num_tokens` of its tokens. Only kernels that
-        somebody with one of `features` needs are launched. Nothing is asked of the host, so graphs may capture it.
+        somebody with one of `features` needs, or where a nucleus `may_be_wide`, are launched. Nothing is asked of the
+        host, so graphs may capture it.
         """
         for begin in range(0, len(rows), len(self._work)):
             slab = slice(begin, begin + len(self._work))
             self._edit(raw[slab], rows[slab], num_tokens[slab], pairs[slab], features)
-            self._draw(rows[slab], num_tokens[slab], pairs[slab], features)
+            self._draw(rows[slab], num_tokens[slab], pairs[slab], features, may_be_wide)
 
     def logprobs(self, raw: Tensor, rows: Tensor, pairs: Tensor) -> LogprobTensors:
         """Of the tokens of `pairs` [n], and of as many of the likeliest as each row asks for, of which it asks at all.
@@ -152,7 +166,7 @@ class KernelSampler:
                 rows, lists.fields, table.top_n_sigma, self._work, vocab, WALK_TILE, OVERLAP, num_warps=8, **EXACT
             )
 
-    def _draw(self, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature) -> None:
+    def _draw(self, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature, may_be_wide: bool) -> None:
         fields, tokens, table, vocab, n = self.lists.fields, self._tokens, self._table, self._vocab_size, len(rows)
         if features & _SURVEYED:
             survey_kernel[n, LANES // SURVEY_WIDTH](
@@ -166,7 +180,7 @@ class KernelSampler:
             rows, fields, num_tokens, *restrictions, pairs, self._work, self._survey, *collected, vocab, tiles,
             LANES, CAPACITY, vocab <= CAPACITY, TILE, OVERLAP, num_warps=4, **EXACT,
         )  # fmt: skip
-        narrows = bool(features & Feature.RESTRICTED) and vocab > CAPACITY
+        narrows = may_be_wide and bool(features & Feature.RESTRICTED) and vocab > CAPACITY
         if narrows:
             self._narrow(rows, num_tokens, pairs)
         finish_kernel[n,](

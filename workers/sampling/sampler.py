@@ -97,33 +97,15 @@ class Sampler:
         if self._kernels is None:
             return self._draw_lines_by_reference(lines, rows, num_tokens, raw_logits, pairs)
         beyond = self._kernels.beyond(rows)
-        if self._tp.size == 1:
-            sampled = self._draw_in_kernels(self._kernels, rows, num_tokens, raw_logits[: len(rows)], pairs)
-        else:
-            sampled = self._draw_whole_lines(
-                self._kernels, np.setdiff1d(lines, beyond), rows, num_tokens, raw_logits, pairs
-            )
+        known = np.setdiff1d(lines, beyond)
+        sampled = SampleOutput(pairs)
+        if len(known):
+            sampled = self._draw_in_kernels(self._kernels, known, rows, num_tokens, raw_logits, pairs)
         if not len(beyond):
             return sampled
         return sampled.and_then(self._draw_lines_by_reference(beyond, rows, num_tokens, raw_logits, pairs))
 
     def _draw_in_kernels(
-        self, kernels: "KernelSampler", rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor
-    ) -> SampleOutput:
-        asking = self._table.lines(rows, Feature.LOGPROBS)
-        asking = asking[~np.isin(asking, kernels.beyond(rows))]
-        device_rows, device_num_tokens, lines = self._rows.to_device(rows, num_tokens, asking)
-        device_rows = device_rows.long()  # as in graphs of decodes: other types would be other kernels to compile
-        if features := kernels.features(rows):
-            kernels.redraw(raw_logits, device_rows, device_num_tokens, pairs, features)
-        if not len(asking):
-            return SampleOutput(pairs)
-        logprobs = kernels.logprobs(raw_logits, device_rows, pairs).of(lines.long())
-        most = self._model.config.vocab_size
-        num_logprobs = {row: min(self._table.host[row].logprobs or 0, most) for row in rows[asking].tolist()}
-        return SampleOutput(pairs, logprobs, num_logprobs)
-
-    def _draw_whole_lines(
         self,
         kernels: "KernelSampler",
         lines: IntArray,
@@ -132,18 +114,29 @@ class Sampler:
         raw_logits: Tensor,
         pairs: Tensor,
     ) -> SampleOutput:
-        """The same `pairs` [n] after those of `lines` were drawn from all ranks' logits."""
-        if not len(lines):
+        """The same `pairs` [n] after those of `lines` [m] were drawn from all ranks' logits."""
+        num_lines, rows, num_tokens = len(rows), rows[lines], num_tokens[lines]
+        asking = self._table.lines(rows, Feature.LOGPROBS)
+        sent = self._rows.to_device(lines, rows, num_tokens, asking)
+        device_lines, device_rows = sent[0].long(), sent[1].long()  # int64 as in graphs: other types are other kernels
+        are_all = len(lines) == num_lines
+        own = pairs if are_all else pairs[device_lines]
+        whole = self._whole(raw_logits[:num_lines] if are_all else raw_logits[device_lines])
+        if features := kernels.features(rows):
+            kernels.redraw(whole, device_rows, sent[2], own, features, may_be_wide=kernels.may_be_wide(rows))
+        if not are_all:
+            pairs[device_lines] = own
+        if not len(asking):
             return SampleOutput(pairs)
-        device_lines = self._rows.to_device(lines)[0].long()
-        own = pairs[device_lines]
-        whole = self._whole(raw_logits[device_lines])
-        sampled = self._draw_in_kernels(kernels, rows[lines], num_tokens[lines], whole, own)
-        pairs[device_lines] = own
-        return replace(sampled, pairs=pairs)
+        logprobs = kernels.logprobs(whole, device_rows, own).of(sent[3].long())
+        most = self._model.config.vocab_size
+        num_logprobs = {row: min(self._table.host[row].logprobs or 0, most) for row in rows[asking].tolist()}
+        return SampleOutput(pairs, logprobs, num_logprobs)
 
     def _whole(self, raw_logits: Tensor) -> Tensor:
         """The logits [n, vocab] of which each rank has its shard [n, shard]."""
+        if self._tp.size == 1:
+            return raw_logits
         shards = [shard_columns(self._model.config.vocab_size, rank, self._tp.size) for rank in range(self._tp.size)]
         width = max(map(len, shards))
         gathered = self._tp.all_gather(pad(raw_logits, (0, width - raw_logits.shape[1])))

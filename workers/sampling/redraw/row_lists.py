@@ -35,6 +35,7 @@ class RowLists:
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.beyond: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # on the host: rows that do not fit here
+        self.may_be_wide: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # likewise: top-p and no top-k
         width = -(-vocab_size // 32)
         self.fields = torch.zeros(max_rows + 1, NUM_FIELDS, dtype=torch.int32, device=device)
         self.lists = torch.zeros(max_rows + 1, CAPACITY, dtype=torch.int32, device=device)
@@ -53,6 +54,7 @@ class RowLists:
         for line, (row, sampling) in enumerate(samplings.items()):
             numbers, counts = self._lists_of(sampling)
             features, num_logprobs = features_of(sampling), sampling.logprobs or 0
+            self.may_be_wide[row] = sampling.top_k <= 0 and sampling.top_p < 1
             is_known = not features & ~IN_KERNELS
             self.beyond[row] = not is_known or len(numbers) > CAPACITY or num_logprobs > MAX_LOGPROBS
             if self.beyond[row]:
