@@ -10,6 +10,7 @@ SHARING = {
     "commands": ["deploy/cli", "deploy/serve/test_serve_command", "deploy/serve/test_serve_host"],  # Rays of their own
     "batch": ["deploy/batch"],
     "serve": [f"deploy/serve/test_{name}" for name in ("many_", "serve.", "serve_demo", "serve_replicas", "serve_run")],
+    "sampling": ["workers/sampling/test_reference"],  # shares nothing, but is the longest without an engine
     "ranks": ["models/test_against", "models/test_compile", "models/test_sinks", "parallel/test_collectives"],
 }
 GROUPS = list(SHARING)
