@@ -10,9 +10,12 @@ FILES = sorted(file for room in ("parallel", "models", "workers") for file in (R
 
 
 def launches(source: str) -> dict[int, bool]:
-    """The lines where a kernel is launched, `kernel[grid](...)`, and whether `**LAUNCH` is among its arguments."""
+    """The lines where a kernel is launched, `kernel[grid](...)`, and whether `**LAUNCH` is among its arguments.
+
+    Or `**EXACT`, which has all of that.
+    """
     return {
-        call.lineno: any(word.arg is None and ast.unparse(word.value) == "LAUNCH" for word in call.keywords)
+        call.lineno: any(word.arg is None and ast.unparse(word.value) in ("LAUNCH", "EXACT") for word in call.keywords)
         for call in ast.walk(ast.parse(source))
         if isinstance(call, ast.Call)
         and isinstance(call.func, ast.Subscript)

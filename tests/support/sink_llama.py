@@ -19,6 +19,9 @@ from eagleray.workers import model_runner
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
+from support.interpreter import interpret_faster
+
+interpret_faster()
 
 NAME = "SinkLlamaForCausalLM"
 ARCHITECTURES[NAME] = Architecture(model=f"{__name__}:{NAME}", options=frozenset({"sliding_window"}))

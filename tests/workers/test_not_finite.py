@@ -17,7 +17,7 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, interpret_faster, run_in_interpreter
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -70,6 +70,16 @@ if not RUNS_KERNELS:
 
     def test_in_the_interpreter() -> None:
         run_in_interpreter(__file__)
+
+elif not ON_GPU:
+    from support.redraw import small
+
+    interpret_faster()
+
+    @pytest.fixture(autouse=True)
+    def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of the kernels that draw rows with options."""
+        small(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
