@@ -113,7 +113,17 @@ def run_largest_step(
     rows = config.max_num_seqs
     length = _tokens_of_each(config)
     blocks_each = -(-length // config.block_size)
-    sampling = Sampling(temperature=1.0, top_p=0.9)
+    sampling = Sampling(  # of almost every kind, so that few kernels are left to be compiled while others wait
+        temperature=1.0,
+        top_p=0.9,
+        min_p=1e-6,
+        repetition_penalty=1.1,
+        logit_bias={0: 1.0},
+        bad_words=[[0]],
+        min_tokens=1,
+        stop_token_ids=[0],
+        logprobs=1,
+    )
     starts = [
         RowStart(
             row,

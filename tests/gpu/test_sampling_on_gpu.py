@@ -33,6 +33,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"top_k": 100_000, "top_p": 0.5, "temperature": 1.5},
     {"min_p": 0.05},
     {"min_p": 0.02, "top_p": 0.9, "top_k": 200},
+    {"top_n_sigma": 1.5},
+    {"top_n_sigma": 3.0, "top_p": 0.9, "temperature": 2.0},
     {"repetition_penalty": 1.3, "temperature": 0.0},
     {"presence_penalty": 1.0, "frequency_penalty": 0.5, "top_p": 0.9},
     {"logit_bias": {3: 5.0, 77: -100.0, 4999: 2.5}},

@@ -20,8 +20,9 @@ from eagleray.workers.sampling.masses import MAX_VOCAB
 from eagleray.workers.sampling.redraw.arithmetic import EXACT
 from eagleray.workers.sampling.redraw.draw_kernels import collect_kernel, finish_kernel, survey_kernel
 from eagleray.workers.sampling.redraw.edit_kernels import dense_kernel, sparse_kernel
+from eagleray.workers.sampling.redraw.fields import NUM_STATES
 from eagleray.workers.sampling.redraw.logprob_kernel import logprob_kernel
-from eagleray.workers.sampling.redraw.narrow_kernels import NUM_STATES, begin_kernel, gather_kernel, narrow_kernel
+from eagleray.workers.sampling.redraw.narrow_kernels import begin_kernel, gather_kernel, narrow_kernel
 from eagleray.workers.sampling.redraw.penalty_kernels import count_kernel, penalise_kernel
 from eagleray.workers.sampling.redraw.row_lists import MAX_LOGPROBS, RowLists, asks_for_redraw
 from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
@@ -74,7 +75,7 @@ class KernelSampler:
         self._logprobs = torch.empty(max_rows, 1 + MAX_LOGPROBS, device=device)
         self._ranks = torch.empty(max_rows, dtype=torch.int64, device=device)
         self._masses, self._best, self.cuts = torch.empty(3, lines, dtype=torch.int64, device=device)
-        self._states = torch.empty(lines, NUM_STATES, dtype=torch.int64, device=device)
+        self._states = torch.empty(lines, int(NUM_STATES.value), dtype=torch.int64, device=device)
         self._sums = torch.empty(lines, ROUNDS * NARROW_PIVOTS, dtype=torch.int64, device=device)
 
     def set(self, samplings: Mapping[int, Sampling], prompt_lengths: Mapping[int, int]) -> None:
@@ -142,7 +143,7 @@ class KernelSampler:
         tiles, chunks = _cut(n, vocab)
         dense_kernel[n, chunks](
             raw, raw.stride(0), rows, lists.fields, lists.masks, lists.masks.stride(0), pairs, self._work,
-            self._num_candidates, self._masses, self._best, vocab, tiles,
+            self._num_candidates, self._masses, self._best, self._states, vocab, tiles,
             1.0 if self._soft_cap is None else self._soft_cap, self._soft_cap is not None, TILE, OVERLAP,
             num_warps=4, **EXACT,
         )  # fmt: skip
@@ -180,13 +181,12 @@ class KernelSampler:
             rows, fields, num_tokens, *restrictions, pairs, self._work, self._survey, *collected, vocab, tiles,
             LANES, CAPACITY, vocab <= CAPACITY, TILE, OVERLAP, num_warps=4, **EXACT,
         )  # fmt: skip
-        narrows = may_be_wide and bool(features & Feature.RESTRICTED) and vocab > CAPACITY
-        if narrows:
+        if may_be_wide and features & Feature.RESTRICTED and vocab > CAPACITY:
             self._narrow(rows, num_tokens, pairs)
         finish_kernel[n,](
             rows, fields, num_tokens, *restrictions, tokens, tokens.stride(0), pairs, self._work, self._survey,
-            *collected, self._states, self._sums, self.cuts, vocab, LANES, CAPACITY, WALK_TILE, PIVOTS, narrows,
-            ROUNDS, ROUNDS * NARROW_PIVOTS, NARROW_PIVOTS, OVERLAP, num_warps=8, **EXACT,
+            *collected, self._states, self._sums, self.cuts, vocab, LANES, CAPACITY, WALK_TILE, PIVOTS,
+            vocab > CAPACITY, ROUNDS, ROUNDS * NARROW_PIVOTS, NARROW_PIVOTS, OVERLAP, num_warps=8, **EXACT,
         )  # fmt: skip
 
     def _narrow(self, rows: Tensor, num_tokens: Tensor, pairs: Tensor) -> None:

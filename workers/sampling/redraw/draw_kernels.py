@@ -175,7 +175,7 @@ def finish_kernel(
 ):  # fmt: skip
     """One program a line: its pair, and its token behind those of its row in `tokens` [rows, length] int32.
 
-    `NARROWS` says that the kernels before this one narrowed wide lines. `cuts` [lines] int64 has the lowest pair that
+    `NARROWS` says that there may be wide lines. `cuts` [lines] int64 has the lowest pair that
     could be drawn, if the row is restricted; only tests look at it.
     """
     if PDL:

@@ -7,10 +7,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from eagleray.workers.sampling.redraw.arithmetic import LOW, NOT_FINITE, PAD, logits_of
 from eagleray.workers.sampling.redraw.fields import (
+    IS_WIDE,
     LONGEST_BEGINNING,
     MIN_TOKENS,
     NUM_BAD_WORDS,
     NUM_BIAS,
+    NUM_STATES,
     NUM_STOP,
     PROMPT_LENGTH,
     field,
@@ -25,13 +27,13 @@ _SPARSE = tl.constexpr(int(Feature.MIN_TOKENS | Feature.BIAS | Feature.BAD_WORDS
 
 @triton.jit(do_not_specialize=["tiles"])
 def dense_kernel(
-    raw, stride, rows, fields, masks, mask_stride, pairs, work, counts, totals, best, vocab, tiles, cap,
+    raw, stride, rows, fields, masks, mask_stride, pairs, work, counts, totals, best, states, vocab, tiles, cap,
     HAS_CAP: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (line, chunk) copies `tiles` tiles of the line's logits to `work` in float32, capped, and masked where
     the row allows only some tokens. A line with a logit that is not finite has its pair marked.
 
-    The first program of a line empties what `draw_kernels.py` collects of it.
+    The first program of a line empties what `draw_kernels.py` collects of it, and says that it is not wide.
     """
     if PDL:
         gdc_launch_dependents()
@@ -44,6 +46,7 @@ def dense_kernel(
             tl.store(counts + line, 0)
             tl.store(totals + line, tl.full([], 0, tl.int64))
             tl.store(best + line, tl.full([], PAD, tl.int64))
+            tl.store(states + line * NUM_STATES + IS_WIDE, tl.full([], 0, tl.int64))
         raw += line * stride
         work += line * vocab
         masks += row * mask_stride

@@ -18,6 +18,10 @@ LONGEST_BEGINNING = tl.constexpr(row_lists.LONGEST_BEGINNING)
 _NUM_FIELDS = tl.constexpr(row_lists.NUM_FIELDS)
 _REDRAWN = tl.constexpr(int(sum(Feature) & ~(Feature.RANDOM | Feature.LOGPROBS)))
 
+# a line's state in `narrow_kernels.py`, of eight numbers
+IS_WIDE, LOW, LAST, ABOVE, LIMIT = (tl.constexpr(place) for place in range(5))
+NUM_STATES = tl.constexpr(8)
+
 
 @triton.jit
 def field(fields, row, WHICH: tl.constexpr):

@@ -30,12 +30,9 @@ from eagleray.workers.sampling.redraw.arithmetic import (
 )
 from eagleray.workers.sampling.redraw.cut_search import keys_of_tile, pivots_between
 from eagleray.workers.sampling.redraw.draw import floor_of, noisy_pairs
-from eagleray.workers.sampling.redraw.fields import is_redrawn, word_of
+from eagleray.workers.sampling.redraw.fields import ABOVE, IS_WIDE, LAST, LIMIT, LOW, NUM_STATES, is_redrawn, word_of
 from eagleray.workers.sampling.table import Feature
 
-NUM_STATES = 8  # numbers of a line's state, of which five are used
-IS_WIDE, LOW, LAST, ABOVE, LIMIT = (tl.constexpr(place) for place in range(5))
-_NUM_STATES = tl.constexpr(NUM_STATES)
 _RESTRICTED = tl.constexpr(int(Feature.RESTRICTED))
 _NO_TOP_K = tl.constexpr(table.NO_TOP_K)
 _MASKED = tl.constexpr(packed_pairs.MASKED)
@@ -58,7 +55,7 @@ def begin_kernel(
     line = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + line).to(tl.int64)
     word = word_of(fields, row)
-    states += line * _NUM_STATES
+    states += line * NUM_STATES
     is_wide = line < 0
     if is_redrawn(word) & ((word & _RESTRICTED) != 0) & ~is_marked(tl.load(pairs + line)):
         top_p = tl.load(top_ps + row)
@@ -88,13 +85,13 @@ def begin_kernel(
 @triton.jit
 def is_wide_line(states, line):
     """Whether `line` int64 has a bracket."""
-    return tl.load(states + line * _NUM_STATES + IS_WIDE) != 0
+    return tl.load(states + line * NUM_STATES + IS_WIDE) != 0
 
 
 @triton.jit
 def limit_of_line(states, line):
     """The mass int64 that top-p wants of a wide line."""
-    return tl.load(states + line * _NUM_STATES + LIMIT)
+    return tl.load(states + line * NUM_STATES + LIMIT)
 
 
 @triton.jit
@@ -102,7 +99,7 @@ def bracket_of(states, sums, line, ROUNDS: tl.constexpr, NUM_SUMS: tl.constexpr,
     """The bracket of a wide line after so many rounds: keys `low` and `last` int32 with the cut's between them, and
     the mass int64 of all keys beyond `last`.
     """
-    states += line * _NUM_STATES
+    states += line * NUM_STATES
     low, last = tl.load(states + LOW).to(tl.int32), tl.load(states + LAST).to(tl.int32)
     above, limit = tl.load(states + ABOVE), tl.load(states + LIMIT)
     for turn in tl.static_range(ROUNDS):
