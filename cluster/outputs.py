@@ -27,6 +27,10 @@ class Later:
         object.__setattr__(self, name, value := later[name]())
         return value
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled is an output with all of its fields made."""
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+
     @classmethod
     def made_later(cls, later: dict[str, Callable[[], Any]], **fields: Any) -> Any:
         """One whose other `fields` are there already."""

@@ -196,9 +196,9 @@ class RequestState:
             CompletionOutput(
                 completion.index + copy,
                 text,
-                token_ids,
+                token_ids if copy == 0 else token_ids[:],  # lists of its own, which callers may change
                 completion.cumulative_logprob if wanted else None,
-                logprobs if wanted else None,
+                (logprobs if copy == 0 else logprobs[:]) if wanted else None,
                 completion.finish_reason,
                 completion.stop_reason,
                 completion.error,

@@ -42,6 +42,7 @@ class CoreLink:
         self._asked = now  # when this was last asked for
         self._awaits = False  # an answer
         self._warned = False
+        self._broken: str | None = None  # why nothing that still comes is to be trusted
 
     @property
     def socket(self) -> "zmq.Socket[bytes]":
@@ -61,6 +62,8 @@ class CoreLink:
 
     def receive(self, timeout_s: float) -> EngineOutputs | None:
         """The next news, or None once the time is over."""
+        if self._broken is not None:
+            raise EngineDeadError(self._broken)
         payload = self._peer.receive(timeout_s)
         if payload is None:
             return None
@@ -71,10 +74,11 @@ class CoreLink:
             logger.warning("the engine core goes on")
         news = self._decode(payload)
         self._num_news += 1
-        if news.number != self._num_news:
-            raise EngineDeadError("the connection to the engine core broke and news were lost")
-        if news.lost:
-            raise EngineDeadError(f"the connection to the engine core broke and {news.lost} were lost on their way")
+        is_next = news.number == self._num_news
+        if not is_next or news.lost:
+            lost = f"{news.lost} were lost on their way" if is_next else "news were lost"
+            self._broken = f"the connection to the engine core broke and {lost}"
+            raise EngineDeadError(self._broken)
         return news
 
     def look(self) -> None:

@@ -68,7 +68,7 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.1, near, far)
 
 
-@triton.jit(do_not_specialize=["tiles", "first_id"])
+@triton.jit(do_not_specialize=["tiles", "first_id", "num_tokens"])
 def _draw_kernel(
     logits, stride, rows, num_tokens, temperatures, seeds, best_pairs, first_id, shard, tiles, cap,
     HAS_CAP: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,

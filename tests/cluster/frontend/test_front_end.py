@@ -1,5 +1,6 @@
 """The front end's bookkeeping: what the engine is sent for a prompt, and what its news become for the caller."""
 
+import pickle
 import re
 import tracemalloc
 from array import array
@@ -428,6 +429,19 @@ def test_deltas_add_up_to_what_cumulative_outputs_say(
         assert text == [output.text for output in expected]
         assert ids == [output.token_ids for output in expected]
         assert logprobs == [output.logprobs for output in expected]
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_outputs_can_be_pickled(front_end: FrontEnd, kind: RequestOutputKind) -> None:
+    """For other processes: with what nobody has read yet, and without the request behind it."""
+    generation, (request,) = add(front_end, kind=kind, logprobs=1)
+    entry = TokenLogprobs([A, B], [-0.5, -0.6], 1)
+    tell(front_end, Tokens(request.id, [A, B], logprobs=[entry, entry], finish_reason="length"))
+    output = generation.output()
+    copied = pickle.loads(pickle.dumps(output))
+    assert copied == output
+    assert copied.outputs[0].logprobs == output.outputs[0].logprobs
+    assert copied.outputs[0].text == "ab"
 
 
 def test_an_output_copies_nothing_before_it_is_read(tokenizer: Tokenizer) -> None:

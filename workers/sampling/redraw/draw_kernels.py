@@ -79,7 +79,7 @@ def survey_kernel(
         tl.store(maxima + line * LANES + lanes, tl.max(highest, 0))
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])
 def collect_kernel(
     rows, fields, num_tokens, temperatures, seeds, log_min_ps, top_ks, top_ps, pairs, work, maxima,
     counts, totals, best, candidates, vocab, tiles,
@@ -166,7 +166,7 @@ def _collect(
         tl.atomic_add(count, CAPACITY + 1, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def finish_kernel(
     rows, fields, num_tokens, temperatures, seeds, log_min_ps, top_ks, top_ps, tokens, token_stride, pairs, work,
     maxima, counts, totals, best, candidates, states, sums, cuts, vocab,
@@ -175,8 +175,8 @@ def finish_kernel(
 ):  # fmt: skip
     """One program a line: its pair, and its token behind those of its row in `tokens` [rows, length] int32.
 
-    `NARROWS` says that there may be wide lines. `cuts` [lines] int64 has the lowest pair that
-    could be drawn, if the row is restricted; only tests look at it.
+    `NARROWS` says that there may be wide lines. `cuts` [lines] int64 has the lowest pair that could be drawn, if the
+    row is restricted; only tests look at it.
     """
     if PDL:
         gdc_launch_dependents()

@@ -66,7 +66,7 @@ def dense_kernel(
             tl.atomic_max(pairs + line, (tl.full([], NOT_FINITE, tl.int64) << 32) + LOW)  # beside token 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def sparse_kernel(
     rows, fields, lists, list_stride, tokens, token_stride, num_tokens, work, vocab,
     BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -139,7 +139,7 @@ def narrow_kernel(
         tl.atomic_add(places, tl.sum(found, 1), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])
 def gather_kernel(
     rows, num_tokens, temperatures, seeds, work, states, sums, counts, best, candidates, vocab, tiles,
     ROUNDS: tl.constexpr, NUM_SUMS: tl.constexpr, PIVOTS: tl.constexpr, CAPACITY: tl.constexpr, TILE: tl.constexpr,

@@ -22,7 +22,7 @@ def _first_position(repetition, prompt_length):
     return tl.where(repetition == 1.0, prompt_length, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def count_kernel(
     rows, fields, tokens, token_stride, num_tokens, repetitions, counts, vocab,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -48,7 +48,7 @@ def count_kernel(
             tl.atomic_or(counts + columns, _SEEN, mask=known & ~is_output, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def penalise_kernel(
     rows, fields, tokens, token_stride, num_tokens, repetitions, frequencies, presences, counts,
     work, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr,
