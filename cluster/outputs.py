@@ -29,7 +29,7 @@ class Later:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is pickled is an output with all of its fields made."""
-        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     @classmethod
     def made_later(cls, later: dict[str, Callable[[], Any]], **fields: Any) -> Any:
