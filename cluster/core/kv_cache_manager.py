@@ -93,6 +93,8 @@ class KVCacheManager:
 
     def num_tokens_that_fit(self, holder: Holder, num_tokens: int) -> int:
         """How many of the next `num_tokens` tokens find blocks; not above 0 if none does."""
+        if holder.num_computed_tokens + num_tokens <= self.num_tokens_held(holder):
+            return num_tokens
         for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
             room = (len(blocks.ids) + pool.num_free) * size - holder.num_computed_tokens
             num_tokens = min(num_tokens, room)
@@ -112,6 +114,8 @@ class KVCacheManager:
 
     def num_tokens_held(self, holder: Holder) -> int:
         """For how many tokens its blocks are enough."""
+        if len(self._sizes) == 1:  # asked several times a step for every request: a minimum of one takes a while
+            return len(holder.blocks[0].ids) * self._sizes[0]
         return min(len(blocks.ids) * size for blocks, size in zip(holder.blocks, self._sizes, strict=True))
 
     # ---- blocks come and go
@@ -145,7 +149,7 @@ class KVCacheManager:
         end = holder.num_computed_tokens + num_tokens
         if end <= self.num_tokens_held(holder):
             return None
-        taken = []
+        taken: list[list[int]] = []
         for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
             new = pool.allocate(max(0, -(-end // size) - len(blocks.ids)))
             blocks.ids += new
