@@ -77,6 +77,12 @@ class KVCacheManager:
         """What a request begins with."""
         return [Blocks() for _ in self.groups]
 
+    def _groups_of(self, holder: Holder) -> Iterable[tuple[BlockPool, int, Blocks]]:
+        """Pool, block size and the request's blocks, of every group. Of one, which most models have, it takes less."""
+        if len(self._pools) == 1:
+            return ((self._pools[0], self._sizes[0], holder.blocks[0]),)
+        return zip(self._pools, self._sizes, holder.blocks, strict=True)
+
     # ---- is there room
 
     def is_tight(self, count: int) -> bool:
@@ -95,7 +101,7 @@ class KVCacheManager:
         """How many of the next `num_tokens` tokens find blocks; not above 0 if none does."""
         if holder.num_computed_tokens + num_tokens <= self.num_tokens_held(holder):
             return num_tokens
-        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
+        for pool, size, blocks in self._groups_of(holder):
             room = (len(blocks.ids) + pool.num_free) * size - holder.num_computed_tokens
             num_tokens = min(num_tokens, room)
         return num_tokens
@@ -126,7 +132,7 @@ class KVCacheManager:
             return self.no_prefix()
         self._hash(holder)
         found = []
-        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
+        for pool, size, blocks in self._groups_of(holder):
             found.append(pool.match(blocks.hashes[: (len(holder.token_ids) - 1) // size]))
         num_tokens = min(len(ids) * size for ids, size in zip(found, self._sizes, strict=True))
         while any(num_tokens % size for size in self._sizes):
@@ -150,7 +156,7 @@ class KVCacheManager:
         if end <= self.num_tokens_held(holder):
             return None
         taken: list[list[int]] = []
-        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
+        for pool, size, blocks in self._groups_of(holder):
             new = pool.allocate(max(0, -(-end // size) - len(blocks.ids)))
             blocks.ids += new
             taken.append(new)
@@ -161,7 +167,7 @@ class KVCacheManager:
         if not self.caches_prefixes:
             return
         num_tokens = min(holder.num_computed_tokens, len(holder.token_ids))
-        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
+        for pool, size, blocks in self._groups_of(holder):
             if (num_full := num_tokens // size) > blocks.num_published:
                 self._hash(holder)
                 for index in range(blocks.num_published, num_full):
@@ -170,7 +176,7 @@ class KVCacheManager:
 
     def unpublish(self, holder: Holder, num_tokens: int) -> None:
         """Let nothing be found of what it has written after its first `num_tokens` tokens."""
-        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
+        for pool, size, blocks in self._groups_of(holder):
             pool.unpublish(blocks.hashes[num_tokens // size :])
 
     def release(self, holder: Holder) -> None:
