@@ -41,13 +41,14 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Give out `count` free blocks with one reference each; the caller has looked at `num_free`."""
         assert count <= len(self._free)
-        return [self._take_one() for _ in range(count)]
-
-    def _take_one(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        self._forget(block)
-        self._ref_counts[block] = 1
-        return block
+        blocks = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            if self._hashes[block] is not None:
+                self._forget(block)
+            self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """Find the longest run of cached blocks that begins a request; no reference is taken."""

@@ -36,6 +36,14 @@ class Holder(Protocol):
     token_ids: "array[int]"  # prompt and committed tokens
     num_computed_tokens: int  # whose KV is written once the steps in flight are done
     blocks: list[Blocks]  # one for each group
+    num_held_tokens: int  # for which its blocks are enough, in every group; the manager keeps it
+    num_to_publish: int  # as many committed tokens fill another block of some group; the manager keeps it
+
+
+def hash_full_blocks(hashes: list[bytes], token_ids: "array[int]", size: int) -> None:
+    """Add the hashes that are missing of the full blocks of these tokens."""
+    for begin in range(len(hashes) * size, len(token_ids) - size + 1, size):
+        hashes.append(hash_block(hashes[-1] if hashes else ROOT, token_ids[begin : begin + size]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ class KVCacheManager:
         self.groups = tuple(groups)
         self._pools = [BlockPool(group.num_blocks) for group in groups]
         self._sizes = [group.block_size for group in groups]
+        self._pools_and_sizes = list(zip(self._pools, self._sizes, strict=True))
+        self.num_tokens = min(group.num_blocks * group.block_size for group in groups)  # a single request can have
         self.caches_prefixes = enable_prefix_caching
 
     @property
@@ -68,43 +78,23 @@ class KVCacheManager:
         """Blocks that requests hold, of all groups."""
         return sum(pool.num_used for pool in self._pools)
 
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens a single request can have."""
-        return min(group.num_blocks * group.block_size for group in self.groups)
-
     def new_blocks(self) -> list[Blocks]:
         """What a request begins with."""
         return [Blocks() for _ in self.groups]
-
-    def _groups_of(self, holder: Holder) -> Iterable[tuple[BlockPool, int, Blocks]]:
-        """Pool, block size and the request's blocks, of every group. Of one, which most models have, it takes less."""
-        if len(self._pools) == 1:
-            return ((self._pools[0], self._sizes[0], holder.blocks[0]),)
-        return zip(self._pools, self._sizes, holder.blocks, strict=True)
 
     # ---- is there room
 
     def is_tight(self, count: int) -> bool:
         """Whether some group has fewer than `count` free blocks."""
-        return any(pool.num_free < count for pool in self._pools)
+        return min([pool.num_free for pool in self._pools]) < count
 
     def fits_next_tokens(self, holders: Iterable[Holder]) -> bool:
         """Whether one more token of each of `holders` finds its blocks."""
         missing = [0] * len(self._pools)
         for holder in holders:
             for index, size in enumerate(self._sizes):
-                missing[index] += holder.num_computed_tokens + 1 > len(holder.blocks[index].ids) * size
+                missing[index] += holder.num_computed_tokens >= len(holder.blocks[index].ids) * size
         return all(pool.num_free >= count for pool, count in zip(self._pools, missing, strict=True))
-
-    def num_tokens_that_fit(self, holder: Holder, num_tokens: int) -> int:
-        """How many of the next `num_tokens` tokens find blocks; not above 0 if none does."""
-        if holder.num_computed_tokens + num_tokens <= self.num_tokens_held(holder):
-            return num_tokens
-        for pool, size, blocks in self._groups_of(holder):
-            room = (len(blocks.ids) + pool.num_free) * size - holder.num_computed_tokens
-            num_tokens = min(num_tokens, room)
-        return num_tokens
 
     def fits_start(self, prefix: Prefix, num_tokens: int, *, keep_headroom: bool) -> bool:
         """Whether a request of this prefix finds blocks for its next `num_tokens`.
@@ -118,21 +108,15 @@ class KVCacheManager:
                 return False
         return True
 
-    def num_tokens_held(self, holder: Holder) -> int:
-        """For how many tokens its blocks are enough."""
-        if len(self._sizes) == 1:  # asked several times a step for every request: a minimum of one takes a while
-            return len(holder.blocks[0].ids) * self._sizes[0]
-        return min(len(blocks.ids) * size for blocks, size in zip(holder.blocks, self._sizes, strict=True))
-
     # ---- blocks come and go
 
     def match(self, holder: Holder) -> Prefix:
         """The longest cached prefix. The last token is never part of it, since its logits are wanted."""
         if not self.caches_prefixes:
             return self.no_prefix()
-        self._hash(holder)
         found = []
-        for pool, size, blocks in self._groups_of(holder):
+        for (pool, size), blocks in zip(self._pools_and_sizes, holder.blocks, strict=True):
+            hash_full_blocks(blocks.hashes, holder.token_ids, size)
             found.append(pool.match(blocks.hashes[: (len(holder.token_ids) - 1) // size]))
         num_tokens = min(len(ids) * size for ids, size in zip(found, self._sizes, strict=True))
         while any(num_tokens % size for size in self._sizes):
@@ -149,34 +133,57 @@ class KVCacheManager:
             pool.share(cached)
             blocks.ids = cached + pool.allocate(-(-(prefix.num_tokens + num_tokens) // size) - len(cached))
             blocks.num_published = len(cached)
+        self._note_held(holder)
+        self._note_published(holder)
 
-    def allocate(self, holder: Holder, num_tokens: int) -> list[list[int]] | None:
-        """Blocks of every group for its next `num_tokens`; None if it has enough. The caller has seen that they fit."""
-        end = holder.num_computed_tokens + num_tokens
-        if end <= self.num_tokens_held(holder):
-            return None
+    def grow(self, holder: Holder, num_tokens: int) -> tuple[int, list[list[int]] | None]:
+        """Find blocks for a request's next `num_tokens` tokens, or for as many of them as there are.
+
+        Returns how many tokens that is, 0 if none, and the new blocks of every group; None for these if the request
+        had enough.
+        """
+        begin = holder.num_computed_tokens
+        end = begin + num_tokens
+        held = holder.num_held_tokens
+        if end <= held:
+            return num_tokens, None
+        for (pool, size), blocks in zip(self._pools_and_sizes, holder.blocks, strict=True):
+            if (room := (len(blocks.ids) + pool.num_free) * size) < end:
+                end = room
+        if end <= held:
+            return max(0, end - begin), None
         taken: list[list[int]] = []
-        for pool, size, blocks in self._groups_of(holder):
-            new = pool.allocate(max(0, -(-end // size) - len(blocks.ids)))
-            blocks.ids += new
+        held = self.num_tokens
+        for (pool, size), blocks in zip(self._pools_and_sizes, holder.blocks, strict=True):
+            ids = blocks.ids
+            new = pool.allocate(-((len(ids) * size - end) // size))
+            ids += new
             taken.append(new)
-        return taken
+            if len(ids) * size < held:
+                held = len(ids) * size
+        holder.num_held_tokens = held
+        return end - begin, taken
 
     def publish(self, holder: Holder) -> None:
         """Let full blocks of committed tokens be found by others, as soon as a step that writes them is scheduled."""
-        if not self.caches_prefixes:
+        if (num_tokens := holder.num_computed_tokens) < holder.num_to_publish or not self.caches_prefixes:
             return
-        num_tokens = min(holder.num_computed_tokens, len(holder.token_ids))
-        for pool, size, blocks in self._groups_of(holder):
-            if (num_full := num_tokens // size) > blocks.num_published:
-                self._hash(holder)
-                for index in range(blocks.num_published, num_full):
-                    pool.publish(blocks.ids[index], blocks.hashes[index])
-                blocks.num_published = num_full
+        if len(holder.token_ids) < num_tokens and (num_tokens := len(holder.token_ids)) < holder.num_to_publish:
+            return
+        next_full = self.num_tokens + 1
+        for (pool, size), blocks in zip(self._pools_and_sizes, holder.blocks, strict=True):
+            num_full = num_tokens // size
+            hash_full_blocks(blocks.hashes, holder.token_ids, size)
+            for index in range(blocks.num_published, num_full):
+                pool.publish(blocks.ids[index], blocks.hashes[index])
+            blocks.num_published = num_full
+            if (num_full + 1) * size < next_full:
+                next_full = (num_full + 1) * size
+        holder.num_to_publish = next_full
 
     def unpublish(self, holder: Holder, num_tokens: int) -> None:
         """Let nothing be found of what it has written after its first `num_tokens` tokens."""
-        for pool, size, blocks in self._groups_of(holder):
+        for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
             pool.unpublish(blocks.hashes[num_tokens // size :])
 
     def release(self, holder: Holder) -> None:
@@ -184,16 +191,19 @@ class KVCacheManager:
         for pool, blocks in zip(self._pools, holder.blocks, strict=True):
             pool.release(blocks.ids)
             blocks.ids, blocks.num_published = [], 0
+        holder.num_held_tokens = holder.num_to_publish = 0
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache: the ranks' KV is gone or must not be trusted."""
         for pool in self._pools:
             pool.forget_prefixes()
 
-    def _hash(self, holder: Holder) -> None:
-        """Bring the hashes up to date with the committed tokens."""
-        token_ids = holder.token_ids
-        for size, blocks in zip(self._sizes, holder.blocks, strict=True):
-            hashes = blocks.hashes
-            for begin in range(len(hashes) * size, len(token_ids) - size + 1, size):
-                hashes.append(hash_block(hashes[-1] if hashes else ROOT, token_ids[begin : begin + size]))
+    def _note_held(self, holder: Holder) -> None:
+        holder.num_held_tokens = min(
+            len(blocks.ids) * size for blocks, size in zip(holder.blocks, self._sizes, strict=True)
+        )
+
+    def _note_published(self, holder: Holder) -> None:
+        holder.num_to_publish = min(
+            (blocks.num_published + 1) * size for blocks, size in zip(holder.blocks, self._sizes, strict=True)
+        )

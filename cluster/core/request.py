@@ -34,6 +34,8 @@ class Request:
 
     row: int | None = None  # None while it waits
     blocks: list[Blocks] = field(default_factory=list)  # one for each KV group
+    num_held_tokens: int = 0  # for which these are enough
+    num_to_publish: int = 0  # as many committed tokens fill another block
     num_computed_tokens: int = 0  # tokens whose KV is written once the steps in flight are done
     quiet_until: int = 0  # a decode from a position before this needs no block and is not the last
     is_finite: bool = True  # False once its logits were NaN or infinite, hence also what its blocks hold

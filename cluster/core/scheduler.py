@@ -254,10 +254,10 @@ class Scheduler:
 
     def _grow_and_run(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         """Run so many tokens of a running request, or as many as find blocks."""
-        num_tokens = self.kv_cache.num_tokens_that_fit(request, num_tokens)
-        if num_tokens <= 0:
+        num_tokens, blocks = self.kv_cache.grow(request, num_tokens)
+        if num_tokens == 0:
             return
-        if (blocks := self.kv_cache.allocate(request, num_tokens)) is not None:
+        if blocks is not None:
             assert request.row is not None
             plan.blocks[request.row] = blocks[0]
         self._run(request, num_tokens, plan)
@@ -273,7 +273,7 @@ class Scheduler:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
-        request.quiet_until = min(self.kv_cache.num_tokens_held(request), request.max_computed_tokens)
+        request.quiet_until = min(request.num_held_tokens, request.max_computed_tokens)
         samples = end == request.num_known_tokens
         request.num_known_tokens += samples
         plan.budget -= num_tokens

@@ -17,6 +17,8 @@ class Sequence:
     token_ids: "array[int]"
     blocks: list[Blocks]
     num_computed_tokens: int = 0
+    num_held_tokens: int = 0
+    num_to_publish: int = 0
 
 
 class Cache:
@@ -44,17 +46,26 @@ class Cache:
         self.running.append(sequence)
         return prefix.num_tokens
 
-    def grow(self, sequence: Sequence, token_id: int) -> None:
-        sequence.token_ids.append(token_id)
-        if self.manager.num_tokens_that_fit(sequence, 1) == 1:
-            held = [list(blocks.ids) for blocks in sequence.blocks]
-            new = self.manager.allocate(sequence, 1)
-            for before, taken, blocks in zip(held, new or [[] for _ in held], sequence.blocks, strict=True):
-                assert before + taken == blocks.ids
-            self.compute(sequence, 1)
-        else:
-            assert self.manager.is_tight(1)
-            del sequence.token_ids[-1]
+    def grow(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """As many of these tokens as find room in every group; no more than those take blocks."""
+        used = [
+            {block for each in self.running for block in each.blocks[index].ids} for index in range(len(self.groups))
+        ]
+        room = min(
+            (len(sequence.blocks[index].ids) + group.num_blocks - len(used[index])) * group.block_size
+            for index, group in enumerate(self.groups)
+        )
+        held = [list(blocks.ids) for blocks in sequence.blocks]
+        num_tokens, new = self.manager.grow(sequence, len(token_ids))
+        assert num_tokens == min(len(token_ids), room - sequence.num_computed_tokens)
+        sequence.token_ids.extend(token_ids[:num_tokens])
+        for group, before, taken, blocks in zip(
+            self.groups, held, new or [[] for _ in held], sequence.blocks, strict=True
+        ):
+            assert before + taken == blocks.ids
+            assert len(blocks.ids) == -(-len(sequence.token_ids) // group.block_size)
+        if num_tokens:
+            self.compute(sequence, num_tokens)
 
     def compute(self, sequence: Sequence, num_tokens: int) -> None:
         begin = sequence.num_computed_tokens
@@ -96,7 +107,7 @@ def test_nobody_loses_what_is_his_and_a_prefix_holds_what_it_should(data: st.Dat
             cache.start(data.draw(TOKENS))
         elif cache.running:
             sequence = data.draw(st.sampled_from(cache.running))
-            cache.end(sequence) if action == "end" else cache.grow(sequence, data.draw(st.integers(0, 1)))
+            cache.end(sequence) if action == "end" else cache.grow(sequence, data.draw(TOKENS))
         cache.check()
     for sequence in list(cache.running):
         cache.end(sequence)
