@@ -6,11 +6,16 @@ have been there when it started: `docs/deployment.md` says how. What the user ha
 
 import os
 import random
+import shlex
 import shutil
 import socket
+import sys
 import sysconfig
 from contextlib import suppress
+from pathlib import Path
 
+import eagleray
+from eagleray.deploy.serve import haproxy
 from eagleray.deploy.serve.haproxy import COMMAND, bundled
 
 FASTER_STREAMS = {
@@ -59,21 +64,32 @@ def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
 
 def variables(host: str = "127.0.0.1", folder: str | None = None) -> dict[str, str]:
     """Ray Serve's, as `set_environment` sets them where nothing is set."""
-    haproxy = {} if ":" in host else _haproxy()  # Serve's stand-in for IPv6 listens where its HAProxy does not look
+    proxy = {} if ":" in host else _haproxy(folder)  # Serve's stand-in for IPv6 listens where its HAProxy does not look
     own = {}
     if folder is not None:
-        own = ONE_SERVER | ({name: os.path.join(folder, file) for name, file in FILES.items()} if haproxy else {})
-    return FASTER_STREAMS | haproxy | own
+        own = ONE_SERVER | ({name: os.path.join(folder, file) for name, file in FILES.items()} if proxy else {})
+    return FASTER_STREAMS | proxy | own
 
 
-def _haproxy() -> dict[str, str]:
-    """Nothing where there is none: Serve's proxy in Python does the same, some milliseconds later."""
+def _haproxy(folder: str | None) -> dict[str, str]:
+    """Nothing where there is none: Serve's proxy in Python does the same, slower, and at more cost to the replicas."""
     here = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     command = shutil.which(COMMAND, path=os.pathsep.join(here))
+    if command is None and folder is not None:
+        command = _write_command(Path(folder) / COMMAND)
     if bundled() is None or command is None:
         return {}
     ports = map(str, free_ports(len(PORTS)))
     return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, ports, strict=True))
+
+
+def _write_command(file: Path) -> str:
+    """The command that an installation has, for an Eagleray that runs from its source."""
+    root = Path(eagleray.__file__).parents[1]
+    run = f"import sys; sys.path.insert(0, {str(root)!r}); from {haproxy.__name__} import main; main()"
+    file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(run)} "$@"\n')
+    file.chmod(0o700)
+    return str(file)
 
 
 def free_ports(count: int) -> list[int]:

@@ -57,6 +57,17 @@ def test_haproxys_files_are_in_the_servers_own_folder(monkeypatch: pytest.Monkey
     assert {Path(os.environ[name]).parts[:3] for name in FILES} == {("/", "tmp", "own")}
 
 
+def test_from_source_there_is_a_command_for_haproxy_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is installed there, and Ray's processes may have another working directory and no path to the source."""
+    monkeypatch.setattr(os, "environ", {"PATH": os.defpath})
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    set_environment(folder=str(tmp_path))
+    command = os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert Path(command).parent == tmp_path
+    done = subprocess.run([command, "-v"], env={}, cwd="/", capture_output=True, text=True, timeout=PATIENCE_S)
+    assert "HAProxy version" in done.stdout, done.stderr
+
+
 def test_serve_knows_every_name() -> None:
     known = Path(constants.__file__).read_text()
     assert [name for name in [*FASTER_STREAMS, *HAPROXY, *PORTS, *FILES, *ONE_SERVER] if f'"{name}"' not in known] == []
