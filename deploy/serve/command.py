@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 def serve(args: ServeArgs, site: Site, link: ServerEnd, folder: Path) -> int:
     """In a process and a new folder of its own. Raises `EngineStartError` if the model does not start."""
     laps = Laps()
-    folder.mkdir(0o700)  # for this user alone
+    folder.mkdir(0o700, exist_ok=True)  # for this user alone
     try:
         with (
             shown_serve(args) as show,

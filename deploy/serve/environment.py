@@ -87,6 +87,7 @@ def _write_command(file: Path) -> str:
     """The command that an installation has, for an Eagleray that runs from its source."""
     root = Path(eagleray.__file__).parents[1]
     run = f"import sys; sys.path.insert(0, {str(root)!r}); from {haproxy.__name__} import main; main()"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
     file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(run)} "$@"\n')
     file.chmod(0o700)
     return str(file)
