@@ -14,7 +14,6 @@ import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
-import eagleray
 from eagleray.deploy.serve import haproxy
 from eagleray.deploy.serve.haproxy import COMMAND, bundled
 
@@ -85,7 +84,7 @@ def _haproxy(folder: str | None) -> dict[str, str]:
 
 def _write_command(file: Path) -> str:
     """The command that an installation has, for an Eagleray that runs from its source."""
-    root = Path(eagleray.__file__).parents[1]
+    root = Path(haproxy.__file__).parents[3]  # of the package's folder
     run = f"import sys; sys.path.insert(0, {str(root)!r}); from {haproxy.__name__} import main; main()"
     file.parent.mkdir(mode=0o700, exist_ok=True)
     file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(run)} "$@"\n')

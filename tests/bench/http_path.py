@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import msgspec
 import uvicorn
+import uvloop
 from starlette.types import ASGIApp
 
 from eagleray.cluster.core.messages import Abort, EngineOutputs, EngineStats, RequestMessage, Submit, Tokens
@@ -181,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_dir(demo_model())
     for streams in map(int, arguments.streams.split(",")):
-        asyncio.run(measure(arguments, streams, tokenizer))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as Ray gives to a replica
+            runner.run(measure(arguments, streams, tokenizer))
 
 
 if __name__ == "__main__":

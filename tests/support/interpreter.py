@@ -34,13 +34,11 @@ def run_in_interpreter(file: str) -> None:
     assert " passed" in done.stdout
 
 
-def interpret_faster() -> None:
+def _interpret_faster() -> None:
     """Have the interpreter prepare the functions of a module once per launch, and not at every call of one.
 
     That halves the time of kernels that are made of many small functions. Nothing else changes.
     """
-    if not INTERPRETED:
-        return
     from triton.runtime import interpreter
 
     prepared: set[str] = set()
@@ -58,3 +56,7 @@ def interpret_faster() -> None:
 
     interpreter.GridExecutor.__call__ = launch_anew
     interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _interpret_faster()

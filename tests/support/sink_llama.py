@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import support.interpreter  # noqa: F401  which makes it faster
 from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.models.architectures import ARCHITECTURES, Architecture
 from eagleray.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
@@ -19,9 +20,6 @@ from eagleray.workers import model_runner
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import interpret_faster
-
-interpret_faster()
 
 NAME = "SinkLlamaForCausalLM"
 ARCHITECTURES[NAME] = Architecture(model=f"{__name__}:{NAME}", options=frozenset({"sliding_window"}))

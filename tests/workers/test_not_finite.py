@@ -17,7 +17,7 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, interpret_faster, run_in_interpreter
+from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, run_in_interpreter
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -74,12 +74,10 @@ if not RUNS_KERNELS:
 elif not ON_GPU:
     from support.redraw import small
 
-    interpret_faster()
-
     @pytest.fixture(autouse=True)
     def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of the kernels that draw rows with options."""
-        small(monkeypatch)
+        """Of the kernels that draw rows with options; one holds a line."""
+        small(monkeypatch, capacity=256, tile=256)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -136,14 +134,14 @@ def assert_failed(engine: InlineEngine, request_id: int) -> None:
     assert "NaN or infinite" in (engine.news[request_id][-1].error or "")
 
 
-@pytest.mark.parametrize("sampling", range(len(SAMPLINGS)))
-def test_it_ends_alone_beside_others(model: CausalLM, expected: list[list[int]], sampling: int) -> None:
+def test_they_end_alone_beside_others(model: CausalLM, expected: list[list[int]]) -> None:
     engine = make_engine(model)
-    for request, odd in ((100, NAN), (101, INF)):
-        engine.add(request, [1, 2, odd], **SAMPLINGS[sampling])
+    odd = [(token, sampling) for token in (NAN, INF) for sampling in SAMPLINGS]
+    for request, (token, sampling) in enumerate(odd, start=100):
+        engine.add(request, [1, 2, token], **sampling)
     add_good(engine)
     engine.run()
-    for request in (100, 101):
+    for request in range(100, 100 + len(odd)):
         assert_failed(engine, request)
         assert engine.token_ids(request) == []
     assert tokens_of_good(engine) == expected
@@ -160,15 +158,16 @@ def test_it_ends_once_what_it_drew_is_not_finite(model: CausalLM, expected: list
     assert tokens_of_good(engine) == expected
 
 
-def test_one_that_may_draw_no_token_ends_alone(model: CausalLM, expected: list[list[int]]) -> None:
-    for sampling in SAMPLINGS:
-        engine = make_engine(model)
-        engine.add(100, [1, 2, 3], 8, **sampling, allowed_token_ids=[9], bad_words=[[9, 9, 9]])
-        add_good(engine)
-        engine.run()
-        assert (engine.token_ids(100), engine.finish_reason(100)) == ([9, 9], "error")
-        assert "no token is left to draw" in (engine.news[100][-1].error or "")
-        assert tokens_of_good(engine) == expected
+def test_those_that_may_draw_no_token_end_alone(model: CausalLM, expected: list[list[int]]) -> None:
+    engine = make_engine(model)
+    for request, sampling in enumerate(SAMPLINGS, start=100):
+        engine.add(request, [1, 2, 3], 8, **sampling, allowed_token_ids=[9], bad_words=[[9, 9, 9]])
+    add_good(engine)
+    engine.run()
+    for request in range(100, 100 + len(SAMPLINGS)):
+        assert (engine.token_ids(request), engine.finish_reason(request)) == ([9, 9], "error")
+        assert "no token is left to draw" in (engine.news[request][-1].error or "")
+    assert tokens_of_good(engine) == expected
 
 
 def test_whoever_gets_its_blocks_never_notices(model: CausalLM, expected: list[list[int]]) -> None:

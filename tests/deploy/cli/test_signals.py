@@ -58,7 +58,7 @@ def script(model_dir: Path) -> list[str]:
         pytest.param(generate, "RankActor.prepare", signal.SIGTERM, marks=pytest.mark.soak),
         pytest.param(generate, "RankActor.serve", signal.SIGINT, marks=pytest.mark.soak),
         (generate, "RankActor.serve", signal.SIGTERM),
-        (script, "RankActor.load", signal.SIGTERM),
+        (script, "RankActor.prepare", signal.SIGTERM),
     ],
 )
 def test_a_signal_ends_everything_quietly(

@@ -19,7 +19,7 @@ from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling import sampler
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import INTERPRETED, interpret_faster, run_in_interpreter
+from support.interpreter import INTERPRETED, run_in_interpreter
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,6 @@ if not INTERPRETED:
         run_in_interpreter(__file__)
 
 else:
-    interpret_faster()
 
     @pytest.fixture(scope="module")
     def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:

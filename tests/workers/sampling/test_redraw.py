@@ -16,7 +16,7 @@ from eagleray.workers.sampling.masses import token_masses
 from eagleray.workers.sampling.packed_pairs import NOT_FINITE, PAD, pack, top_pairs
 from eagleray.workers.sampling.table import Feature
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, find_thresholds
-from support.interpreter import DEVICE, RUNS_KERNELS, interpret_faster, run_in_interpreter
+from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +34,6 @@ else:
     from eagleray.workers.sampling import kernel_sampler
     from eagleray.workers.sampling.redraw import arithmetic
     from support.redraw import CPU, Kernels, Line, assert_same, by_reference, filled_table, small
-
-    interpret_faster()
 
     @pytest.fixture(autouse=True)
     def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

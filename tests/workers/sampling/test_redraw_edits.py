@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eagleray.workers.protocol.messages import Sampling
-from support.interpreter import RUNS_KERNELS, interpret_faster, run_in_interpreter
+from support.interpreter import RUNS_KERNELS, run_in_interpreter
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,6 @@ if not RUNS_KERNELS:
 else:
     from support.redraw import Kernels, Line, assert_same, by_reference, small
 
-    interpret_faster()
     VOCAB = 150
 
     @pytest.fixture(autouse=True)
