@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -213,14 +214,15 @@ class AsyncClient:
         """Take the engine's news until it is gone; whatever ends this reaches every waiter.
 
         All news that are there at once, so that a stream which falls behind has several tokens in one output, and
-        costs less for each: under any load the front end keeps up with the engine.
+        costs less for each: under any load the front end keeps up with the engine. A first token does not wait until
+        the others' next ones are handed on.
         """
         try:
             while True:
                 changed: dict[RequestState, None] = {}
                 for news in await self._engine.areceive():
                     changed |= dict.fromkeys(self._process(news))
-                for generation in changed:
+                for generation in sorted(changed, key=attrgetter("has_told")):  # who waits longest has his turn first
                     self._wake(generation)
                 await asyncio.sleep(0)  # more news may be there already, and who reads these must have a turn
         except EngineDeadError as error:

@@ -94,6 +94,11 @@ class RequestState:
         """Whether every sequence has ended."""
         return self.finished_time is not None
 
+    @property
+    def has_told(self) -> bool:
+        """Whether an output of kind DELTA has had tokens."""
+        return self.completions[0].num_told > 0
+
     def apply(self, completion: Completion, news: Tokens, eos_token_ids: frozenset[int], now: float) -> None:
         """News of one of `completions`, received at `now`."""
         completion.apply(news, self, eos_token_ids)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from eagleray.cluster.core.messages import EngineOutputs, EngineStats, RequestMessage, Submit, Tokens
 from eagleray.cluster.errors import EngineClosedError, EngineDeadError
 from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.client import Client
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
-from eagleray.cluster.outputs import RequestOutput
+from eagleray.cluster.outputs import RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from support.local_engine import LocalEngine
 from support.toy_rank import generate
@@ -318,6 +319,56 @@ async def test_a_stream_goes_on_while_there_are_always_news(async_llm: AsyncClie
     engine.pauses = False
     outputs = await collect(async_llm.generate(PROMPTS[0], params(200)))
     assert len(outputs) > 100
+
+
+class Told:
+    """A link to an engine that says what it is told to say."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.news: asyncio.Queue[list[Tokens]] = asyncio.Queue()
+
+    def send(self, message: RequestMessage) -> None:
+        if isinstance(message, Submit):
+            self.ids += [request.id for request in message.requests]
+
+    def wake(self) -> None:
+        """Nobody waits elsewhere."""
+
+    def receive(self, timeout_s: float) -> EngineOutputs | None:
+        raise AssertionError("nobody blocks here")
+
+    async def areceive(self) -> list[EngineOutputs]:
+        return [EngineOutputs(await self.news.get(), EngineStats())]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_a_first_token_does_not_wait_for_those_of_others(front_end: FrontEnd) -> None:
+    engine = Told()
+    llm = AsyncClient(engine, front_end)
+    came: asyncio.Queue[str] = asyncio.Queue()
+
+    async def follow(name: str) -> None:
+        async for _ in llm.generate([1, 2], params(8), output_kind=RequestOutputKind.DELTA):
+            came.put_nowait(name)
+
+    old = [asyncio.create_task(follow(f"old {number}")) for number in range(3)]
+    while len(engine.ids) < len(old):
+        await asyncio.sleep(0)
+    engine.news.put_nowait([Tokens(id, [5]) for id in engine.ids])
+    while came.qsize() < len(old):
+        await asyncio.sleep(0)
+    new = asyncio.create_task(follow("new"))
+    while len(engine.ids) <= len(old):
+        await asyncio.sleep(0)
+    engine.news.put_nowait([Tokens(id, [6]) for id in engine.ids])
+    while came.qsize() < 2 * len(old) + 1:
+        await asyncio.sleep(0)
+    assert [came.get_nowait() for _ in range(came.qsize())].index("new") == len(old)
+    llm.close()
+    await asyncio.gather(*old, new, return_exceptions=True)
 
 
 async def test_a_slow_consumer_gets_merged_outputs_and_the_last(async_llm: AsyncClient) -> None:
