@@ -1,13 +1,14 @@
 """A step's output between its launch and its completion on the device."""
 
-from math import isfinite
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eagleray.workers.protocol.messages import StepOutput, TokenLogprobs
+from eagleray.workers.protocol.messages import StepOutput
 from eagleray.workers.rows import IntArray
+from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.packed_pairs import unpack_host
 from eagleray.workers.sampling.reference import SampleOutput
 
@@ -20,17 +21,20 @@ class PendingOutput:
         step: int,
         rows: IntArray,
         sampled: SampleOutput | None,
-        prompt_logprobs: dict[int, list[TokenLogprobs]],
+        prompt_logprobs: Mapping[int, LogprobTensors],
     ) -> None:
-        """`rows` are those of the sampled tokens, in their order."""
-        self._output = StepOutput(step, prompt_logprobs=prompt_logprobs)
+        """`rows` are those of the sampled tokens, in their order; `prompt_logprobs` are by row."""
+        self._output = StepOutput(step)
         self._rows = rows
         self._sampled = sampled
+        self._prompt_logprobs = prompt_logprobs
         self._copied: torch.cuda.Event | None = None
-        if sampled is not None and sampled.pairs.is_cuda:
+        results = [*([] if sampled is None else [sampled.pairs]), *(each.ranks for each in prompt_logprobs.values())]
+        if any(tensor.is_cuda for tensor in results):
             # What a graph gives lies where its next replay will write. This copy is queued before that, on the same
             # stream, into memory that is this step's own; so it is safe before `launch` returns.
-            self._sampled = sampled.map(_on_its_way)
+            self._sampled = None if sampled is None else sampled.map(_on_its_way)
+            self._prompt_logprobs = {row: each.map(_on_its_way) for row, each in prompt_logprobs.items()}
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
 
@@ -45,8 +49,9 @@ class PendingOutput:
             self._output.logprobs = self._sampled.logprobs
             self._output.not_finite = self._rows[order][is_not_finite].tolist()
             self._output.all_masked = self._rows[order][is_masked].tolist()
-        for row, entries in self._output.prompt_logprobs.items():
-            if row not in self._output.not_finite and not _are_finite(entries):
+        for row, entries in self._prompt_logprobs.items():
+            self._output.prompt_logprobs[row] = entries.to_wire()
+            if row not in self._output.not_finite and not entries.logprobs.isfinite().all():
                 self._output.not_finite.append(row)
         return self._output
 
@@ -54,7 +59,3 @@ class PendingOutput:
 def _on_its_way(x: Tensor) -> Tensor:
     """A copy in page-locked memory, which is there once the device has come to it."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-def _are_finite(entries: list[TokenLogprobs]) -> bool:
-    return all(isfinite(logprob) for entry in entries for logprob in entry.logprobs)

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from eagleray import AsyncLLM
 from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.runtime.placement import connect
 from eagleray.cluster.sampling_params import SamplingParams
@@ -54,7 +55,7 @@ def main() -> None:
     port = free_ports(1)[0]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(args))
-    llm = AsyncClient(**options)
+    llm = AsyncLLM(**options)
     try:
         engine, served = asyncio.run(measure(llm, f"http://127.0.0.1:{port}", settings))
     finally:

@@ -152,10 +152,9 @@ class ReferenceSampler:
         logprobs = token_logprobs(raw, asking_ids, most, self._shard, self._tp)
         return SampleOutput(pairs, logprobs, num_logprobs)
 
-    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
+    def prompt_logprobs(self, logits: Tensor, targets: Tensor, num_top: int) -> LogprobTensors:
         """Log-probabilities of `targets` [n] int64 under raw `logits` [n, shard], and of the `num_top` likeliest."""
-        most = min(num_top, self._vocab_size)
-        return token_logprobs(logits, targets, most, self._shard, self._tp).to_wire([most] * len(targets))
+        return token_logprobs(logits, targets, min(num_top, self._vocab_size), self._shard, self._tp)
 
     def _agree(self, pairs: Tensor, marks: Tensor) -> Tensor:
         """The highest [n] of all ranks' `pairs` [n] and `marks` [n]."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import HAS_TRITON, runs_triton
 from eagleray.parallel.sharding import shard_columns
-from eagleray.workers.protocol.messages import RowStart, TokenLogprobs
+from eagleray.workers.protocol.messages import RowStart
 from eagleray.workers.rows import Chunks, IntArray, Rows
+from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput
 from eagleray.workers.sampling.table import Feature, SamplingTable
@@ -159,9 +161,9 @@ class Sampler:
         num_prompt_tokens = self._rows.num_prompt_tokens[rows].tolist()
         return self._reference(logits, rows.tolist(), self._rows.tokens, num_prompt_tokens, num_tokens.tolist(), marks)
 
-    def prompt_logprobs(self, chunks: Chunks, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
+    def prompt_logprobs(self, chunks: Chunks, hidden: Tensor) -> dict[int, LogprobTensors]:
         """Of each prompt token whose predecessor ran with these `hidden` states [tokens, hidden], for rows that ask."""
-        logprobs: dict[int, list[TokenLogprobs]] = {}
+        logprobs: dict[int, LogprobTensors] = {}
         asked = [self._table.host[row].prompt_logprobs for row in chunks.rows.tolist()]
         begins = (chunks.ends - chunks.starts).cumsum() - (chunks.ends - chunks.starts)
         for line, num_top in enumerate(asked):
@@ -174,9 +176,10 @@ class Sampler:
                 logprobs[row] = self._score(hidden[begin : begin + length], targets, num_top)
         return logprobs
 
-    def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> list[TokenLogprobs]:
-        return [
-            entry
+    def _score(self, hidden: Tensor, targets: Tensor, num_top: int) -> LogprobTensors:
+        """Of `targets` [n] after `hidden` [n, hidden]. Few logits are held at once."""
+        parts = [
+            self._reference.prompt_logprobs(self._model.logits(chunk), ids, num_top)
             for chunk, ids in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
-            for entry in self._reference.prompt_logprobs(self._model.logits(chunk), ids, num_top)
         ]
+        return reduce(LogprobTensors.and_then, parts)
