@@ -75,6 +75,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     num_blocks: int = 0
     num_preemptions: int = 0  # since the start
     num_prefix_hit_tokens: int = 0  # since the start
+    num_draft_tokens: int = 0  # since the start
+    num_accepted_tokens: int = 0  # of these
     spent: Spent = Spent()
 
 

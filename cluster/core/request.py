@@ -9,6 +9,7 @@ import msgspec
 from eagleray.cluster.core.fairness import Group
 from eagleray.cluster.core.kv_cache_manager import Blocks
 from eagleray.cluster.core.messages import EngineRequest
+from eagleray.cluster.core.prompt_lookup import PromptLookup
 from eagleray.cluster.core.time_accounting import NOTHING, Begun, Spent, TimeAccounting
 from eagleray.workers.protocol.messages import RowStart, Sampling, TokenLogprobs
 
@@ -46,6 +47,9 @@ class Request:
     ran: Spent = NOTHING  # before it was preempted
     begun: Begun | None = None
     finished: bool = False
+    lookup: PromptLookup | None = None  # where drafts come from, with speculation
+    num_drafted: int = 0  # tokens of the draft in flight
+    was_drafted: bool = False  # ranks do not know how many tokens it has since its last draft
     shares_prompt: bool = False  # `token_ids` and the hashes of `blocks` are other sequences', too
 
     @classmethod

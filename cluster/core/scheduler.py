@@ -14,6 +14,7 @@ from eagleray.cluster.core.fairness import Fairness, Group, standing
 from eagleray.cluster.core.kv_cache_manager import KVCacheManager, KVGroup, Prefix
 from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.core.oom_backoff import OomBackoff
+from eagleray.cluster.core.prompt_lookup import PromptLookup
 from eagleray.cluster.core.request import FrontEndId, Request
 from eagleray.cluster.core.step_plan import InFlight, StepPlan
 from eagleray.cluster.core.time_accounting import TimeAccounting
@@ -46,7 +47,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_chunk_tokens: int | None = None,
         enable_prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
     ) -> None:
+        """With `num_speculative_tokens`, drafts of up to so many tokens run with the last token of a request."""
         self.kv_cache = KVCacheManager([KVGroup(num_blocks, block_size)], enable_prefix_caching=enable_prefix_caching)
         self.clock = TimeAccounting()
         self._oom_backoff = OomBackoff(max_num_batched_tokens, max_num_seqs)
@@ -63,6 +66,9 @@ class Scheduler:
         self._num_arrived = 0
         self._num_preemptions = 0
         self._num_prefix_hit_tokens = 0
+        self._num_speculative_tokens = num_speculative_tokens
+        self._num_draft_tokens = 0
+        self._num_accepted_tokens = 0
 
     @property
     def num_in_flight(self) -> int:
@@ -89,6 +95,8 @@ class Scheduler:
             num_blocks=self.kv_cache.num_blocks,
             num_preemptions=self._num_preemptions,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_draft_tokens=self._num_draft_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
             spent=self.clock.spent,
         )
 
@@ -109,6 +117,7 @@ class Scheduler:
         self._num_arrived += len(requests)
         for request in requests:
             self._requests[front_end, request.id] = request
+            request.lookup = PromptLookup() if self._num_speculative_tokens else None
             self._fairness.wait(request)
 
     def abort(self, front_end: FrontEndId, request_id: int) -> Tokens | None:
@@ -152,7 +161,8 @@ class Scheduler:
         heapq.heappush(self._free_rows, request.row)
         self._stopped_rows.append(request.row)
         request.row = None
-        request.num_computed_tokens = request.quiet_until = 0
+        request.num_computed_tokens = request.quiet_until = request.num_drafted = 0
+        request.was_drafted = False
 
     # ---- a step is made
 
@@ -178,11 +188,13 @@ class Scheduler:
         if len(plan.chunks) < len(self._running):
             plan.rest(self._running)
         restart, self._restart = self._restart, False
-        return Step(self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, restart)
+        return Step(
+            self._num_steps, stopped, plan.starts, plan.blocks, plan.uneven, plan.drafts, plan.num_tokens, restart
+        )
 
     def _make_room(self, plan: StepPlan) -> None:
         """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
-        while not self.kv_cache.fits_next_tokens(each for each in self._running if each.num_runnable_tokens):
+        while not self.kv_cache.fits_next_tokens(each for each in self._running if each.num_runnable_tokens > 0):
             plan.preempted = True
             self._preempt(max(self._running, key=standing))
 
@@ -216,12 +228,44 @@ class Scheduler:
                 add((request, row, start, True))
                 continue
             num_tokens = request.num_runnable_tokens
-            if num_tokens == 1:
+            if num_tokens == 1 and request.lookup is not None:
+                self._speculate(request, request.lookup, plan, num_quiet)
+            elif num_tokens == 1:
                 self._grow_and_run(request, 1, plan)
             elif num_tokens > 1:
                 with_more.append(request)
         plan.budget -= num_quiet
         return with_more
+
+    def _speculate(self, request: Request, lookup: PromptLookup, plan: StepPlan, num_quiet: int) -> None:
+        """Run a request's last token and a draft of what follows, or wait for the token in flight if one is due.
+
+        Ranks draw a token at every place, by the noise of that place, as they would without a draft. The draft's tokens
+        count as far as they are what was drawn, and so does the token drawn after them: nothing else comes out than
+        without it.
+        """
+        if request.awaits_tokens:
+            if not lookup.is_due(request.token_ids):
+                self._grow_and_run(request, 1, plan)
+            return
+        row, known = request.row, len(request.token_ids)
+        assert row is not None
+        if request.was_drafted:
+            plan.num_tokens[row] = known
+            request.was_drafted = False
+        left = request.max_computed_tokens - known
+        most = min(self._num_speculative_tokens, left, plan.budget - num_quiet - len(self._running))
+        draft = lookup.draft(request.token_ids, max(0, most))
+        num_tokens = self._grow(request, 1 + len(draft), plan)
+        if num_tokens == 0:
+            return
+        self._run(request, 1, plan)
+        if num_drafted := num_tokens - 1:
+            request.num_drafted = num_drafted
+            request.num_computed_tokens += num_drafted
+            plan.budget -= num_drafted
+            plan.uneven[row] = num_tokens
+            plan.drafts[row] = draft[:num_drafted].tobytes()
 
     def _share(self, with_more: list[Request], plan: StepPlan) -> None:
         """Share what single tokens left of the budget among long chunks and newcomers.
@@ -254,13 +298,16 @@ class Scheduler:
 
     def _grow_and_run(self, request: Request, num_tokens: int, plan: StepPlan) -> None:
         """Run so many tokens of a running request, or as many as find blocks."""
+        if num_tokens := self._grow(request, num_tokens, plan):
+            self._run(request, num_tokens, plan)
+
+    def _grow(self, request: Request, num_tokens: int, plan: StepPlan) -> int:
+        """For how many of a running request's next tokens there are blocks, which it has then."""
         num_tokens, blocks = self.kv_cache.grow(request, num_tokens)
-        if num_tokens == 0:
-            return
         if blocks is not None:
             assert request.row is not None
             plan.blocks[request.row] = blocks[0]
-        self._run(request, num_tokens, plan)
+        return num_tokens
 
     def _preempt(self, request: Request) -> None:
         """Let a request wait again; its prompt and committed tokens are computed anew later."""
@@ -273,7 +320,8 @@ class Scheduler:
         row, start = request.row, request.num_computed_tokens
         assert row is not None
         request.num_computed_tokens = end = start + num_tokens
-        request.quiet_until = min(request.num_held_tokens, request.max_computed_tokens)
+        if request.lookup is None:
+            request.quiet_until = min(request.num_held_tokens, request.max_computed_tokens)
         samples = end == request.num_known_tokens
         request.num_known_tokens += samples
         plan.budget -= num_tokens
@@ -352,6 +400,9 @@ class Scheduler:
         news: list[News] = []
         for request, row, start, samples in due.chunks:
             token_id = next(sampled) if samples else None
+            further = None
+            if output.num_drawn and row in output.num_drawn:
+                further = [next(sampled) for _ in range(output.num_drawn[row] - 1)]
             if request.finished:
                 continue
             if output.not_finite and row in output.not_finite:
@@ -366,8 +417,11 @@ class Scheduler:
                 tokens.prompt_logprobs = request.take_prompt_logprobs(start, output.prompt_logprobs[row])
             if token_id is not None:
                 if output.logprobs and row in output.logprobs:
-                    tokens.logprobs.append(output.logprobs[row])
-                self._commit(request, token_id, tokens)
+                    tokens.logprobs += output.logprobs[row]
+                if further is None:
+                    self._commit(request, token_id, tokens)
+                else:
+                    self._commit_drawn(request, row, start, [token_id, *further], tokens)
             elif not tokens.prompt_logprobs:
                 continue
             news.append((request.front_end, tokens))
@@ -397,6 +451,25 @@ class Scheduler:
         tokens.finish_reason = request.commit(token_id)
         if tokens.finish_reason:
             self._end(request, tokens)
+
+    def _commit_drawn(self, request: Request, row: int, start: int, token_ids: list[int], tokens: Tokens) -> None:
+        """Commit what was drawn after a draft: those of its tokens that came true, and one more."""
+        if request.row == row and request.num_drafted:  # and was not preempted meanwhile
+            self._num_draft_tokens += request.num_drafted
+            self._num_accepted_tokens += len(token_ids) - 1
+            if request.lookup is not None:
+                worth = min(len(self._running), 2)  # a request that waits for its tokens misses a step of the others
+                num_tokens = len(request.token_ids) + len(token_ids)
+                request.lookup.judge(request.num_drafted, len(token_ids) - 1, num_tokens, worth)
+            request.num_computed_tokens = start + len(token_ids)
+            request.num_drafted = 0
+            request.was_drafted = True
+        for token_id in token_ids:
+            self._commit(request, token_id, tokens)
+            if tokens.finish_reason:
+                del tokens.logprobs[len(tokens.token_ids) :]
+                break
+        request.num_known_tokens = len(request.token_ids)
 
     def _end_not_finite(self, request: Request) -> Tokens:
         """Nothing can be drawn for it; what it has written since its prefix was found in the cache is offered no more.

@@ -21,6 +21,8 @@ class StepPlan:
     starts: list[RowStart] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
     blocks: dict[int, list[int]] = field(default_factory=dict)
+    drafts: dict[int, bytes] = field(default_factory=dict)  # by row, as in `Step`
+    num_tokens: dict[int, int] = field(default_factory=dict)  # likewise
     preempted: bool = False
     num_told: int = 0  # tokens that the ranks are told of requests that start
 

@@ -5,7 +5,7 @@ block, a wrong row, a wrong position, or a block given away too early therefore 
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -18,11 +18,21 @@ def next_token(token_ids: Sequence[int]) -> int:
     return crc32(array("i", token_ids).tobytes()) % VOCAB_SIZE
 
 
-def generate(prompt: Sequence[int], max_tokens: int, stop_token_ids: Sequence[int] = ()) -> list[int]:
+def repeating_token(token_ids: Sequence[int]) -> int:
+    """By the last two tokens alone, so that a text comes to repeat itself, and by its length now and then."""
+    return next_token(token_ids[-2:] if len(token_ids) % 40 else [len(token_ids)]) % 8
+
+
+def generate(
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_token_ids: Sequence[int] = (),
+    draw: Callable[[Sequence[int]], int] = next_token,
+) -> list[int]:
     """What a request must get, whatever runs beside it."""
     token_ids = list(prompt)
     for _ in range(max_tokens):
-        token_ids.append(next_token(token_ids))
+        token_ids.append(draw(token_ids))
         if token_ids[-1] in stop_token_ids:
             break
     return token_ids[len(prompt) :]
@@ -39,7 +49,8 @@ class ToyRow:
 class ToyRank:
     """Runs steps as a worker does."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, draw: Callable[[Sequence[int]], int] = next_token) -> None:
+        self._draw = draw
         self.rows: dict[int, ToyRow] = {}
         self.num_tokens_run = 0
         self.largest_batch = 0
@@ -57,6 +68,11 @@ class ToyRank:
             self.rows[start.row] = ToyRow(start, token_ids, list(start.block_ids), start.num_computed_tokens)
         for row, block_ids in step.blocks.items():
             self.rows[row].block_ids += block_ids
+        for row, num_tokens in step.num_tokens.items():
+            del self.rows[row].token_ids[num_tokens:]
+            self.rows[row].num_computed_tokens = num_tokens - 1
+        for row, drafted in step.drafts.items():
+            self.rows[row].token_ids += array("i", drafted)
         assert set(step.chunks) <= set(self.rows), "a chunk of a row that is not live"
         batch = [(row, step.chunks.get(row, 1)) for row in sorted(self.rows) if step.chunks.get(row, 1)]
         self.largest_batch = max(self.largest_batch, sum(num_tokens for _, num_tokens in batch))
@@ -82,10 +98,24 @@ class ToyRank:
                 begin = row.num_computed_tokens - num_tokens
                 output.prompt_logprobs[number] = list(self._score(row, begin))
             if row.num_computed_tokens == len(row.token_ids):
-                row.token_ids.append(next_token(self._read(row)))
-                sampled.append(row.token_ids[-1])
+                drawn = self._verify(row, step.drafts.get(number, b""))
+                if number in step.drafts:
+                    output.num_drawn[number] = len(drawn)
+                sampled.extend(drawn)
         output.token_ids = sampled.tobytes()
         return output
+
+    def _verify(self, row: ToyRow, draft: bytes) -> list[int]:
+        """What is drawn at the end and, up to the first token that is another, at the places of a draft.
+
+        What is drawn stands in the row wherever it was drawn, until the row is told how many tokens it has.
+        """
+        drafted, read = array("i", draft), self._read(row)
+        known = len(read) - len(drafted)
+        drawn = [self._draw(read[: known + place]) for place in range(1 + len(drafted))]
+        row.token_ids[known:] = drawn
+        wrong = [place for place, token_id in enumerate(drafted) if drawn[place] != token_id]
+        return drawn[: 1 + wrong[0]] if wrong else drawn
 
     def _score(self, row: ToyRow, begin: int) -> Iterator[TokenLogprobs]:
         """A log-probability is the position's own number here, negated."""

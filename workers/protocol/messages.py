@@ -54,7 +54,8 @@ class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     """One forward pass. A live row that is not in `chunks` runs one token.
 
     After a step that ran out of memory a rank skips all up to one that says `restart`; with that, every row stops.
-    A rank applies `stop`, then `start`, then `blocks`, then runs the batch in ascending order of rows.
+    A rank applies `stop`, then `start`, `blocks`, `num_tokens` and `drafts`, then runs the batch in ascending order of
+    rows.
     """
 
     step: int
@@ -62,6 +63,8 @@ class Step(msgspec.Struct, omit_defaults=True, tag="step"):
     start: list[RowStart] = []
     blocks: dict[int, list[int]] = {}  # row -> block ids to append to its block table
     chunks: dict[int, int] = {}  # row -> number of tokens, where it is not one; 0 lets the row rest
+    drafts: dict[int, bytes] = {}  # row -> int32, tokens that end its chunk and may turn out not to be drawn
+    num_tokens: dict[int, int] = {}  # row -> how many it has, all but one of them computed, after a step with a draft
     restart: bool = False
 
 
@@ -85,11 +88,15 @@ class TokenLogprobs(msgspec.Struct, omit_defaults=True):
 
 
 class StepOutput(msgspec.Struct, omit_defaults=True, tag="output"):
-    """What rank 0 returns. `token_ids` holds one int32 for each row whose chunk reached its last known token."""
+    """What rank 0 returns. `token_ids` holds one int32 for each row whose chunk reached its last known token.
+
+    A row with a draft has as many as `num_drawn` says: the tokens of the draft that were drawn, too, and one more.
+    """
 
     step: int
     token_ids: bytes = b""  # in ascending order of rows
-    logprobs: dict[int, TokenLogprobs] = {}  # row -> of its sampled token
+    num_drawn: dict[int, int] = {}
+    logprobs: dict[int, list[TokenLogprobs]] = {}  # row -> of its sampled tokens
     prompt_logprobs: dict[
         int, list[TokenLogprobs]
     ] = {}  # row -> of the prompt tokens whose predecessor ran in this chunk
