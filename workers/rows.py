@@ -1,6 +1,6 @@
 """The tables of running requests, indexed by row, and the batch that a step makes of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,16 @@ class Chunks:
     ends: IntArray
     samples: npt.NDArray[np.bool_]  # whether the row reaches its last known token
     is_decode: bool  # every row runs and samples one token, and none has just started
+    drafts: Mapping[int, IntArray]  # by row, the tokens of a draft with which its chunk ends
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """The places at which a step draws tokens: the end of each chunk that samples, and the places of its draft."""
+
+    rows: IntArray  # [n]
+    num_tokens: IntArray  # [n], which come before
+    tokens: IntArray | None  # [n], where the last of these lies among the batch's; None if these are all of the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +95,12 @@ class Rows:
         new_blocks = {start.row: start.block_ids for start in step.start} | step.blocks
         if new_blocks:
             self._append_blocks(new_blocks, known)
-        return self._chunks(step)
+        if step.num_tokens:
+            self._go_back(step.num_tokens)
+        drafts = {row: np.frombuffer(drafted, np.int32).astype(np.int64) for row, drafted in step.drafts.items()}
+        if drafts:
+            self._append_drafts(drafts)
+        return self._chunks(step, drafts)
 
     def _start(self, start: RowStart) -> None:
         row, token_ids = start.row, np.frombuffer(start.token_ids, np.int32)
@@ -109,7 +124,23 @@ class Rows:
         if len(fresh):
             self._on_new_blocks(on_device[3])
 
-    def _chunks(self, step: Step) -> Chunks:
+    def _go_back(self, num_tokens: dict[int, int]) -> None:
+        """These rows have so many tokens, all but one of them computed."""
+        rows, counts = np.array(list(num_tokens), np.int64), np.array(list(num_tokens.values()), np.int64)
+        self.num_tokens[rows], self._num_computed_tokens[rows] = counts, counts - 1
+        device_rows, computed = self._staging.send([rows, counts - 1])
+        self._device_num_computed[device_rows.long()] = computed.long()
+
+    def _append_drafts(self, drafts: Mapping[int, IntArray]) -> None:
+        """Write them behind the rows' tokens, where they are not counted."""
+        rows = np.repeat(list(drafts), [len(drafted) for drafted in drafts.values()])
+        positions = np.concatenate([self.num_tokens[row] + np.arange(len(each)) for row, each in drafts.items()])
+        device_rows, device_positions, ids = self._staging.send(
+            [rows, positions, np.concatenate(list(drafts.values()))]
+        )
+        self.tokens[device_rows.long(), device_positions.long()] = ids
+
+    def _chunks(self, step: Step, drafts: Mapping[int, IntArray]) -> Chunks:
         rows = np.flatnonzero(self._live)
         lengths = np.ones(len(self._live), np.int64)
         lengths[list(step.chunks)] = list(step.chunks.values())
@@ -118,9 +149,28 @@ class Rows:
         starts = self._num_computed_tokens[rows]
         ends = starts + lengths[rows]
         self._num_computed_tokens[rows] = ends
-        samples = ends == self.num_tokens[rows]
+        known = self.num_tokens[rows]
+        if drafts:
+            known += [len(drafts.get(row, ())) for row in rows.tolist()]
+        samples = ends == known
         is_decode = not step.start and bool(samples.all()) and bool((ends - starts == 1).all())
-        return Chunks(rows, starts, ends, samples, is_decode)
+        return Chunks(rows, starts, ends, samples, is_decode, drafts)
+
+    def lines(self, chunks: Chunks) -> Lines:
+        """Where a step with these chunks draws."""
+        if chunks.is_decode:
+            return Lines(chunks.rows, chunks.ends, None)
+        rows, ends = chunks.rows[chunks.samples], chunks.ends[chunks.samples]
+        lengths = chunks.ends - chunks.starts
+        if not chunks.drafts and len(rows) == lengths.sum():
+            return Lines(rows, ends, None)
+        last = lengths.cumsum()[chunks.samples] - 1
+        if chunks.drafts:
+            counts = np.array([1 + len(chunks.drafts.get(row, ())) for row in rows.tolist()])
+            behind = np.repeat(counts.cumsum(), counts) - np.arange(counts.sum()) - 1  # places between it and the end
+            rows, ends, last = (np.repeat(each, counts) for each in (rows, ends, last))
+            ends, last = ends - behind, last - behind
+        return Lines(rows, ends, last)
 
     def count_sampled(self, rows: IntArray) -> None:
         """One more token of each of `rows` is known, on the device."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
@@ -12,7 +11,7 @@ from eagleray.workers.model_runner import ModelRunner
 from eagleray.workers.pending_output import PendingOutput
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Step, StepOutput
-from eagleray.workers.rows import Batch, Chunks, Rows
+from eagleray.workers.rows import Rows
 from eagleray.workers.sampling.sampler import Sampler
 
 
@@ -60,22 +59,15 @@ class Worker:
         self._sampler.stop(step.stop)
         self._sampler.start(step.start)
         chunks = self._rows.apply(step)
+        lines = self._rows.lines(chunks)
         if (decoded := self.graphs.decode(chunks)) is not None:
-            return PendingOutput(step.step, chunks.rows, self._sampler.draw(chunks.rows, *decoded), {})
-        batch = self._rows.gather(chunks)
-        hidden = self.graphs.forward(batch)
+            sampled = self._sampler.draw(lines.rows, lines.num_tokens, *decoded)
+            return PendingOutput(step.step, lines.rows, sampled)
+        hidden = self.graphs.forward(self._rows.gather(chunks))
         prompt_logprobs = self._sampler.prompt_logprobs(chunks, hidden)
-        sampled = None
-        if chunks.samples.any():
-            logits = self._model.raw_logits(self._last_of_each(chunks, batch, hidden))
-            sampled = self._sampler.draw(chunks.rows[chunks.samples], logits)
-        return PendingOutput(step.step, chunks.rows[chunks.samples], sampled, prompt_logprobs)
-
-    def _last_of_each(self, chunks: Chunks, batch: Batch, hidden: Tensor) -> Tensor:
-        """The hidden state of the last token of each chunk that samples."""
-        if chunks.samples.all() and len(chunks.rows) == len(hidden):
-            return hidden
-        ends = batch.metadata.query_start_loc[1:].long() - 1
-        if not chunks.samples.all():
-            ends = ends[self._rows.to_device(chunks.samples.nonzero()[0])[0].long()]
-        return hidden[ends]
+        if not len(lines.rows):
+            return PendingOutput(step.step, lines.rows, None, prompt_logprobs)
+        if lines.tokens is not None:
+            hidden = hidden[self._rows.to_device(lines.tokens)[0].long()]
+        sampled = self._sampler.draw(lines.rows, lines.num_tokens, self._model.raw_logits(hidden))
+        return PendingOutput(step.step, lines.rows, sampled, prompt_logprobs, chunks.drafts)

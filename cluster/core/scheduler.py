@@ -49,7 +49,10 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
     ) -> None:
-        """With `num_speculative_tokens`, drafts of up to so many tokens run with the last token of a request."""
+        """With `num_speculative_tokens`, drafts of up to so many tokens run with the last token of a request.
+
+        All drafts of a step together have fewer tokens than there are free rows.
+        """
         self.kv_cache = KVCacheManager([KVGroup(num_blocks, block_size)], enable_prefix_caching=enable_prefix_caching)
         self.clock = TimeAccounting()
         self._oom_backoff = OomBackoff(max_num_batched_tokens, max_num_seqs)
@@ -170,7 +173,8 @@ class Scheduler:
         """Fill the token budget: a token for every row first, then what else there is. None if nothing can run now."""
         begin = time.monotonic()
         max_tokens = self._oom_backoff.max_tokens
-        plan = StepPlan(max_tokens)
+        # Ranks draw for as many places as they have rows: drafts have those of rows that nobody takes in this step.
+        plan = StepPlan(max_tokens, max(0, len(self._free_rows) - self._fairness.num_waiting))
         if self.kv_cache.is_tight(len(self._running)):
             self._make_room(plan)
         if self._fairness.num_waiting and not plan.preempted:
@@ -254,7 +258,7 @@ class Scheduler:
             plan.num_tokens[row] = known
             request.was_drafted = False
         left = request.max_computed_tokens - known
-        most = min(self._num_speculative_tokens, left, plan.budget - num_quiet - len(self._running))
+        most = min(self._num_speculative_tokens, left, plan.num_draftable, plan.budget - num_quiet - len(self._running))
         draft = lookup.draft(request.token_ids, max(0, most))
         num_tokens = self._grow(request, 1 + len(draft), plan)
         if num_tokens == 0:
@@ -264,6 +268,7 @@ class Scheduler:
             request.num_drafted = num_drafted
             request.num_computed_tokens += num_drafted
             plan.budget -= num_drafted
+            plan.num_draftable -= num_drafted
             plan.uneven[row] = num_tokens
             plan.drafts[row] = draft[:num_drafted].tobytes()
 

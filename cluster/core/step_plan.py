@@ -16,6 +16,7 @@ class StepPlan:
     """What a step is to run, and the tokens of its budget that are left."""
 
     budget: int
+    num_draftable: int  # tokens of drafts that it may still have
     chunks: list[Chunk] = field(default_factory=list)
     uneven: dict[int, int] = field(default_factory=dict)  # row -> number of tokens, where it is not one
     starts: list[RowStart] = field(default_factory=list)

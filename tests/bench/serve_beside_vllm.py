@@ -137,7 +137,7 @@ class Bench:
 
     def _mix(self, rate: float, seed: int) -> dict[str, Any]:
         """Several clients at once, since each sends requests of one kind."""
-        clients = []
+        clients: list[Client] = []
         for number, kind in enumerate(KINDS):
             for share, logprobs in ((1 - WITH_LOGPROBS, {}), (WITH_LOGPROBS, {"logprobs": 5})):
                 name, own = f"mix{number}{len(logprobs)}", rate * share / len(KINDS)

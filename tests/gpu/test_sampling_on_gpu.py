@@ -86,7 +86,7 @@ def test_tokens_are_the_references(vocab: int, spread: float, dtype: torch.dtype
     for line, row in enumerate(order):
         if row not in expected_logprobs:
             continue
-        entry = expected_logprobs[row]
+        (entry,) = expected_logprobs[row]
         count = len(entry.token_ids)
         assert found.token_ids[line, :count].tolist() == entry.token_ids
         assert found.ranks[line].item() == entry.rank

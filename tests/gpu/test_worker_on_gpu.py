@@ -233,7 +233,7 @@ def draw(device: torch.device, logits: Tensor, tokens: Tensor, samplings: list[S
     out = sampler(
         logits.to(device, copy=True), rows, tokens.to(device), [length // 2] * len(rows), [length] * len(rows)
     )
-    return out.token_ids.tolist(), torch.tensor([out.logprobs[row].logprobs for row in rows])
+    return out.token_ids.tolist(), torch.tensor([out.logprobs[row][0].logprobs for row in rows])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -92,7 +92,7 @@ def by_reference(lines: list[Line], soft_cap: float | None = None) -> Drawn:
     prompts, lengths = [len(line.prompt) for line in lines], [len(line.tokens) for line in lines]
     out = sampler(logits, rows, token_table(lines), prompts, lengths)
     ids, not_finite, all_masked = unpack_host(out.pairs.numpy())
-    logprobs = {rows.index(row): entry for row, entry in out.logprobs.items()}
+    logprobs = {rows.index(row): entry for row, (entry,) in out.logprobs.items()}
     return Drawn(ids.tolist(), not_finite.tolist(), all_masked.tolist(), logits, logprobs)
 
 

@@ -54,6 +54,7 @@ class ToyRank:
         self.rows: dict[int, ToyRow] = {}
         self.num_tokens_run = 0
         self.largest_batch = 0
+        self.most_drawn = 0
         self._cache: list[int | None] = [None] * (num_blocks * block_size)
         self._block_size = block_size
 
@@ -91,7 +92,7 @@ class ToyRank:
         self.num_tokens_run += num_tokens
 
     def _sample(self, step: Step, batch: list[tuple[int, int]]) -> StepOutput:
-        output, sampled = StepOutput(step.step), array("i")
+        output, sampled, num_drawn = StepOutput(step.step), array("i"), 0
         for number, num_tokens in batch:
             row = self.rows[number]
             if row.start.sampling.prompt_logprobs is not None:
@@ -102,6 +103,8 @@ class ToyRank:
                 if number in step.drafts:
                     output.num_drawn[number] = len(drawn)
                 sampled.extend(drawn)
+                num_drawn += 1 + len(step.drafts.get(number, b"")) // 4
+        self.most_drawn = max(self.most_drawn, num_drawn)
         output.token_ids = sampled.tobytes()
         return output
 

@@ -60,7 +60,7 @@ class SampleOutput:
 
     pairs: Tensor  # [n] int64, as in `packed_pairs.py`; they say, too, which rows nothing could be drawn for
     logprob_tensors: LogprobTensors | None = None  # of the rows that ask
-    num_logprobs: dict[int, int] = field(default_factory=dict)  # of the same rows, in order: how many they ask for
+    num_logprobs: list[tuple[int, int]] = field(default_factory=list)  # those rows, line by line: how many they ask for
 
     @property
     def token_ids(self) -> Tensor:
@@ -76,15 +76,17 @@ class SampleOutput:
         """With log-probabilities of `others`, too, whose pairs are the same."""
         tensors = [each.logprob_tensors for each in (self, others) if each.logprob_tensors is not None]
         joined = tensors[0].and_then(tensors[1]) if len(tensors) == 2 else next(iter(tensors), None)
-        return SampleOutput(self.pairs, joined, self.num_logprobs | others.num_logprobs)
+        return SampleOutput(self.pairs, joined, self.num_logprobs + others.num_logprobs)
 
     @cached_property
-    def logprobs(self) -> dict[int, TokenLogprobs]:
-        """Of the rows that ask. Waits for the device if they are there, so read it of a copy on the host."""
-        if self.logprob_tensors is None:
-            return {}
-        wire = self.logprob_tensors.to_wire(list(self.num_logprobs.values()))
-        return dict(zip(self.num_logprobs, wire, strict=True))
+    def logprobs(self) -> dict[int, list[TokenLogprobs]]:
+        """Of the rows that ask, line by line. Read it of a copy on the host: it waits for a device."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        if self.logprob_tensors is not None:
+            wire = self.logprob_tensors.to_wire([num_top for _, num_top in self.num_logprobs])
+            for (row, _), entry in zip(self.num_logprobs, wire, strict=True):
+                found.setdefault(row, []).append(entry)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +148,8 @@ class ReferenceSampler:
         pairs = self._agree(self._best(logits, batch), marks)
         if raw is None:
             return SampleOutput(pairs)
-        num_logprobs = {rows[line]: self._table.host[rows[line]].logprobs or 0 for line in asking}
-        most = min(max(num_logprobs.values()), self._vocab_size)
+        num_logprobs = [(rows[line], self._table.host[rows[line]].logprobs or 0) for line in asking]
+        most = min(max(num_top for _, num_top in num_logprobs), self._vocab_size)
         asking_ids = unpack_ids(pairs[self._tensor(asking)])
         logprobs = token_logprobs(raw, asking_ids, most, self._shard, self._tp)
         return SampleOutput(pairs, logprobs, num_logprobs)

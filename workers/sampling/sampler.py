@@ -16,7 +16,7 @@ from eagleray.parallel.sharding import shard_columns
 from eagleray.workers.protocol.messages import RowStart
 from eagleray.workers.rows import Chunks, IntArray, Rows
 from eagleray.workers.sampling.logprobs import LogprobTensors
-from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
+from eagleray.workers.sampling.packed_pairs import marks_of
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput
 from eagleray.workers.sampling.table import Feature, SamplingTable
 
@@ -72,22 +72,25 @@ class Sampler:
         pairs = best_plain_pairs(raw_logits, rows, num_tokens, table.temperatures, table.seeds, first_id, soft_cap)
         return self._tp.all_reduce(pairs, "max")
 
-    def draw(self, rows: IntArray, raw_logits: Tensor, pairs: Tensor | None = None) -> SampleOutput:
-        """The next token of each of `rows` [n], written to them and counted there.
+    def draw(
+        self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor | None = None
+    ) -> SampleOutput:
+        """The token after the first `num_tokens` [n] of each of `rows` [n], written there and counted.
 
         `raw_logits` [n or more, shard] are this rank's. `pairs` [n] are those of `plain_pairs`, if they are drawn and
-        written already; they are changed where a row is not plain.
+        written already; they are changed where a row is not plain. A row may come several times, for the places of a
+        draft: what is written at one of them is another token only if what is drawn at those behind it does not count.
         """
-        num_tokens = self._rows.num_tokens[rows]
         if not self._draws_in_kernels:
             sampled = self._draw_by_reference(rows, num_tokens, self._model.finish(raw_logits))
             self._rows.append(rows, num_tokens, sampled.token_ids)
-        else:
-            if pairs is None:
-                device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
-                pairs = self.plain_pairs(raw_logits, device_rows, device_num_tokens)
-                self._rows.append(rows, num_tokens, unpack_ids(pairs))
+        elif pairs is not None:
             sampled = self._draw_others(rows, num_tokens, raw_logits, pairs)
+        else:
+            device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
+            pairs = self.plain_pairs(raw_logits, device_rows, device_num_tokens)
+            sampled = self._draw_others(rows, num_tokens, raw_logits, pairs)
+            self._rows.append(rows, num_tokens, sampled.token_ids)
         self._rows.count_sampled(rows)
         return sampled
 
@@ -132,7 +135,7 @@ class Sampler:
             return SampleOutput(pairs)
         logprobs = kernels.logprobs(whole, device_rows, own).of(sent[3].long())
         most = self._model.config.vocab_size
-        num_logprobs = {row: min(self._table.host[row].logprobs or 0, most) for row in rows[asking].tolist()}
+        num_logprobs = [(row, min(self._table.host[row].logprobs or 0, most)) for row in rows[asking].tolist()]
         return SampleOutput(pairs, logprobs, num_logprobs)
 
     def _whole(self, raw_logits: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Engine(InlineEngine):
         self, depth: int, *, num_blocks: int = 200, block_size: int = 4, draw: Any = repeating_token, **options: Any
     ) -> None:
         self.rank = ToyRank(num_blocks, block_size, draw)
-        settings = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_speculative_tokens": 8} | options
+        settings = {"max_num_seqs": 20, "max_num_batched_tokens": 64, "num_speculative_tokens": 8} | options
         self.num_steps = 0
         super().__init__(Scheduler(num_blocks=num_blocks, block_size=block_size, **settings), self.rank, depth)
 
@@ -45,8 +45,8 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
         {},
         {"num_blocks": 40},
         {"num_blocks": 40, "enable_prefix_caching": False, "max_chunk_tokens": 5},
-        {"max_num_seqs": 1},
-        {"max_num_seqs": 3, "max_num_batched_tokens": 9},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 20},
         {"block_size": 1, "num_blocks": 160},
         {"num_speculative_tokens": 1},
     ],
@@ -63,6 +63,7 @@ def test_tokens_are_those_without_a_draft(depth: int, options: dict[str, Any]) -
     stats = engine.scheduler.stats()
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
     assert engine.rank.largest_batch <= options.get("max_num_batched_tokens", 64)
+    assert engine.rank.most_drawn <= options.get("max_num_seqs", 20)
     assert stats.num_used_blocks == 0
     assert (stats.num_preemptions > 0) == ("num_blocks" in options)
 

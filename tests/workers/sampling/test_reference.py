@@ -123,7 +123,7 @@ def sample(
         token_ids, is_mark, is_masked = unpack_host(out.pairs.numpy())
         assert np.flatnonzero(is_mark).tolist() == list(odd)
         assert np.flatnonzero(is_masked).tolist() == list(masked)
-        return token_ids.tolist(), {row // 2: each for row, each in out.logprobs.items() if row // 2 not in odd}
+        return token_ids.tolist(), {row // 2: each for row, (each,) in out.logprobs.items() if row // 2 not in odd}
 
     results = on_ranks(size, work)
     assert all(result == results[0] for result in results)
