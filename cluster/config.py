@@ -64,6 +64,12 @@ class EngineConfig:
     steps_in_flight: int = option(
         2, "1 waits for each step before the next is sent; 2 keeps the ranks busy meanwhile", **COUNT
     )
+    num_speculative_tokens: int = option(
+        0,
+        "longest draft of a request's next tokens, looked up in its own text and verified in one step; "
+        "0 turns speculation off",
+        (0, 64),
+    )
     compile: bool = option(False, "run the model through torch.compile")
     cpus_per_rank: float = option(1.0, "CPUs that each rank asks of the cluster", **AMOUNT)
     threads_per_rank: int | None = option(
@@ -79,6 +85,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "a step could not run one token of every request; raise the first or lower the second"
+            )
+        if self.num_speculative_tokens >= self.max_num_seqs:
+            raise ValueError(
+                f"num_speculative_tokens is {self.num_speculative_tokens}, but drafts share max_num_seqs, "
+                f"{self.max_num_seqs}, with the requests that run; raise the second or lower the first"
             )
 
     @classmethod

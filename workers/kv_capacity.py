@@ -117,6 +117,7 @@ def run_largest_step(
         temperature=1.0,
         top_p=0.9,
         min_p=1e-6,
+        top_n_sigma=100.0,
         repetition_penalty=1.1,
         logit_bias={0: 1.0},
         bad_words=[[0]],

@@ -79,4 +79,5 @@ def _scheduler(config: EngineConfig, block_size: int, num_blocks: int) -> Schedu
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_chunk_tokens=config.max_chunk_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
+        num_speculative_tokens=config.num_speculative_tokens,
     )

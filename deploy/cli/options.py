@@ -65,10 +65,10 @@ def token_biases(text: str) -> dict[int, float]:
 
 
 def optional(read: type[Any]) -> Any:
-    """A reader of `read`'s values that also takes `none`."""
+    """A reader of `read`'s values that also takes `none`, or `None` as messages say it."""
 
     def read_or_none(text: str) -> Any:
-        return None if text == "none" else read(text)
+        return None if text.lower() == "none" else read(text)
 
     read_or_none.__name__ = read.__name__  # argparse puts it in its complaint
     return read_or_none

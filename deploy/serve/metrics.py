@@ -43,7 +43,7 @@ class Counter:
 
 
 class Gauge:
-    """What is so now."""
+    """A current value."""
 
     def __init__(self, name: str, text: str, registry: CollectorRegistry, labels: tuple[str, ...] = ()) -> None:
         self._ray = ray_metrics.Gauge(name, text, labels)
@@ -84,6 +84,10 @@ class Metrics:
         )
         self._preemptions = Counter(
             "eagleray_preemptions_total", "Times that a request gave up its memory to be computed again.", every
+        )
+        self._draft_tokens = Counter("eagleray_draft_tokens_total", "Tokens of drafts that ranks verified.", every)
+        self._accepted_tokens = Counter(
+            "eagleray_accepted_draft_tokens_total", "Tokens of drafts that turned out to be drawn.", every
         )
         self._prompt_tokens = Counter("eagleray_prompt_tokens_total", "Tokens of the prompts of ended requests.", every)
         self._generation_tokens = Counter(
@@ -142,6 +146,8 @@ class Metrics:
         self._blocks.set(stats.num_blocks)
         self._prefix_hits.add(stats.num_prefix_hit_tokens - self._seen.num_prefix_hit_tokens)
         self._preemptions.add(stats.num_preemptions - self._seen.num_preemptions)
+        self._draft_tokens.add(stats.num_draft_tokens - self._seen.num_draft_tokens)
+        self._accepted_tokens.add(stats.num_accepted_tokens - self._seen.num_accepted_tokens)
         self._seen = stats
 
     def text(self) -> bytes:

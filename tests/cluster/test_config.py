@@ -30,6 +30,7 @@ from eagleray.models.config import ModelConfig
         "start_timeout_s": [-1, math.inf],
         "step_timeout_s": ["5", math.inf, None],
         "steps_in_flight": [0, 1.0],
+        "num_speculative_tokens": [-1, 65, None],
     }.items(),
 )
 def test_a_bad_value_is_refused_by_name_and_value(field: str, values: list[Any]) -> None:
@@ -61,6 +62,12 @@ def test_weights_of_another_format_are_refused_before_anything_starts(tmp_path: 
     check_model(EngineConfig(model=str(tmp_path), load_format="dummy"))
     (tmp_path / "model.safetensors").touch()
     check_model(EngineConfig(model=str(tmp_path)))
+
+
+def test_drafts_need_rows_beside_those_that_run() -> None:
+    with pytest.raises(ValueError, match="num_speculative_tokens is 8, but drafts share max_num_seqs, 8"):
+        EngineConfig(model="m", max_num_seqs=8, num_speculative_tokens=8)
+    EngineConfig(model="m", max_num_seqs=9, num_speculative_tokens=8)
 
 
 def test_a_step_must_have_room_for_a_token_of_every_request() -> None:

@@ -19,5 +19,5 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def llm(ray_cluster: None, model_dir: Path) -> Iterator[LLM]:
-    with start(model_dir, tensor_parallel_size=2) as llm:
+    with start(model_dir, tensor_parallel_size=2, num_speculative_tokens=4) as llm:
         yield llm

@@ -95,6 +95,7 @@ def test_options_not_given_leave_the_dataclass_its_defaults(tmp_path: Path) -> N
         ("--top-k 5", "top_k", 5),
         ("--presence-penalty -0.5", "presence_penalty", -0.5),
         ("--max-tokens none", "max_tokens", None),
+        ("--max-tokens None", "max_tokens", None),
         ("--seed 7", "seed", 7),
         ("--ignore-eos", "ignore_eos", True),
         ("--no-skip-special-tokens", "skip_special_tokens", False),
