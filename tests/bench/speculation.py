@@ -1,9 +1,9 @@
 """What drafts by prompt lookup gain on texts that repeat themselves, and cost on those that do not.
 
-Three kinds of requests: code that is to be edited, a text that is to be quoted, and free writing; each kind alone and in
-a batch of 8, greedy, with and without drafts, in turn. Prints one JSON object per kind and batch: the ratio of the times,
-the share of drafted tokens that were accepted, how many tokens a request got for each of its steps, and whether all
-tokens were the same.
+Three kinds of requests: code that is to be edited, a text that is to be quoted, and free writing; each kind alone and
+in a batch of 8, greedy, with and without drafts, in turn. Prints one JSON object per kind and batch: the ratio of the
+times, the share of drafted tokens that were accepted, how many tokens a request got for each of its steps, and whether
+all tokens were the same.
 
 Usage: python tests/bench/speculation.py [--model DIR] [--tp N] [--num-speculative-tokens N] [--max-tokens N]
 """
