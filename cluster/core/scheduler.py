@@ -16,6 +16,7 @@ from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.core.oom_backoff import OomBackoff
 from eagleray.cluster.core.prompt_lookup import PromptLookup
 from eagleray.cluster.core.request import FrontEndId, Request
+from eagleray.cluster.core.speculation import Speculation
 from eagleray.cluster.core.step_plan import InFlight, StepPlan
 from eagleray.cluster.core.time_accounting import TimeAccounting
 from eagleray.cluster.errors import ALL_MASKED
@@ -69,9 +70,7 @@ class Scheduler:
         self._num_arrived = 0
         self._num_preemptions = 0
         self._num_prefix_hit_tokens = 0
-        self._num_speculative_tokens = num_speculative_tokens
-        self._num_draft_tokens = 0
-        self._num_accepted_tokens = 0
+        self._speculation = Speculation(num_speculative_tokens)
 
     @property
     def num_in_flight(self) -> int:
@@ -98,8 +97,8 @@ class Scheduler:
             num_blocks=self.kv_cache.num_blocks,
             num_preemptions=self._num_preemptions,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
-            num_draft_tokens=self._num_draft_tokens,
-            num_accepted_tokens=self._num_accepted_tokens,
+            num_draft_tokens=self._speculation.num_draft_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
             spent=self.clock.spent,
         )
 
@@ -120,7 +119,7 @@ class Scheduler:
         self._num_arrived += len(requests)
         for request in requests:
             self._requests[front_end, request.id] = request
-            request.lookup = PromptLookup() if self._num_speculative_tokens else None
+            request.lookup = self._speculation.new_lookup()
             self._fairness.wait(request)
 
     def abort(self, front_end: FrontEndId, request_id: int) -> Tokens | None:
@@ -242,35 +241,16 @@ class Scheduler:
         return with_more
 
     def _speculate(self, request: Request, lookup: PromptLookup, plan: StepPlan, num_quiet: int) -> None:
-        """Run a request's last token and a draft of what follows, or wait for the token in flight if one is due.
-
-        Ranks draw a token at every place, by the noise of that place, as they would without a draft. The draft's tokens
-        count as far as they are what was drawn, and so does the token drawn after them: nothing else comes out than
-        without it.
-        """
+        """Run a request's last token and a draft of what follows, or wait for the token in flight if one is due."""
         if request.awaits_tokens:
             if not lookup.is_due(request.token_ids):
                 self._grow_and_run(request, 1, plan)
             return
-        row, known = request.row, len(request.token_ids)
-        assert row is not None
-        if request.was_drafted:
-            plan.num_tokens[row] = known
-            request.was_drafted = False
-        left = request.max_computed_tokens - known
-        most = min(self._num_speculative_tokens, left, plan.num_draftable, plan.budget - num_quiet - len(self._running))
-        draft = lookup.draft(request.token_ids, max(0, most))
-        num_tokens = self._grow(request, 1 + len(draft), plan)
-        if num_tokens == 0:
-            return
-        self._run(request, 1, plan)
-        if num_drafted := num_tokens - 1:
-            request.num_drafted = num_drafted
-            request.num_computed_tokens += num_drafted
-            plan.budget -= num_drafted
-            plan.num_draftable -= num_drafted
-            plan.uneven[row] = num_tokens
-            plan.drafts[row] = draft[:num_drafted].tobytes()
+        draft = self._speculation.draft(request, lookup, plan.budget - num_quiet - len(self._running), plan)
+        if num_tokens := self._grow(request, 1 + len(draft), plan):
+            self._run(request, 1, plan)
+            if num_tokens > 1:
+                self._speculation.run(request, draft[: num_tokens - 1], plan)
 
     def _share(self, with_more: list[Request], plan: StepPlan) -> None:
         """Share what single tokens left of the budget among long chunks and newcomers.
@@ -459,16 +439,7 @@ class Scheduler:
 
     def _commit_drawn(self, request: Request, row: int, start: int, token_ids: list[int], tokens: Tokens) -> None:
         """Commit what was drawn after a draft: those of its tokens that came true, and one more."""
-        if request.row == row and request.num_drafted:  # and was not preempted meanwhile
-            self._num_draft_tokens += request.num_drafted
-            self._num_accepted_tokens += len(token_ids) - 1
-            if request.lookup is not None:
-                worth = min(len(self._running), 2)  # a request that waits for its tokens misses a step of the others
-                num_tokens = len(request.token_ids) + len(token_ids)
-                request.lookup.judge(request.num_drafted, len(token_ids) - 1, num_tokens, worth)
-            request.num_computed_tokens = start + len(token_ids)
-            request.num_drafted = 0
-            request.was_drafted = True
+        self._speculation.settle(request, row, start, len(token_ids), len(self._running))
         for token_id in token_ids:
             self._commit(request, token_id, tokens)
             if tokens.finish_reason:
