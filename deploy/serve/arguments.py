@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
 from eagleray.deploy.cli.arguments import add_engine, engine_config
-from eagleray.deploy.serve.config import ServeArgs, in_one_line, own_names
+from eagleray.deploy.serve.config import ServeArgs, choices_of, help_of, in_one_line, own_names
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +47,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
             flag = REPEATED.get(name, f"--{name.replace('_', '-')}")
             how: dict[str, Any] = {"action": "append", "metavar": "X"} if name in REPEATED else {"metavar": "X"}
             if field.annotation is bool:
-                how = {"action": "store_true"}
-            shown = field.default not in (None, (), False, PydanticUndefined)
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            text = f"{field.description}{f' (default: {default})' if shown else ''}"
+                how = {"action": argparse.BooleanOptionalAction}
+            if choices := choices_of(name):
+                how = {"choices": choices}
+            text = help_of(name).replace("%", "%%")
             server.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
     add_engine(parser, positional=True)
 

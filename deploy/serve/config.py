@@ -3,15 +3,21 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.options import options
 from eagleray.deploy.openai.middleware.api_keys import check_keys, key_digest, keys_of_file
 from eagleray.deploy.openai.middleware.cors import ANY, check_origin
 from eagleray.models.loading.model_dir import public_name
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+SECRET = ("api_keys",)
+BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most"}  # pydantic's
 SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
 
 
@@ -156,11 +162,49 @@ def _object(given: Any) -> dict[str, Any] | None:
 
 
 def in_one_line(error: ValidationError) -> str:
-    """Each fault with its option's name; pydantic's own words before those of ours are left out."""
-    names = [[str(part) for part in each["loc"] if part != "engine"] for each in error.errors()]  # options of one level
-    words = [each["msg"].removeprefix("Value error, ") for each in error.errors()]
-    faults = zip(map(".".join, names), words, strict=True)
-    return "; ".join(f"{name}: {message}" if name else message for name, message in faults)
+    """Each fault with its option's name; where the option says what it takes, that stands in for pydantic's words."""
+    return "; ".join(map(_fault, error.errors()))
+
+
+def _fault(fault: "ErrorDetails") -> str:
+    path = [str(part) for part in fault["loc"] if part != "engine"]  # options of one level
+    name = ".".join(path)
+    if fault["type"] == "value_error":  # our own words
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{name}: {message}" if name else message
+    values = values_of(name) if fault["type"] != "missing" and name not in SECRET else ""
+    return f"{name} is {fault['input']!r}; give {values}" if values else f"{name}: {fault['msg']}"
+
+
+def values_of(name: str) -> str:
+    """What an option takes, in words; nothing for texts and structures."""
+    if name in options(EngineConfig):
+        return options(EngineConfig)[name].values
+    field = ServeArgs.model_fields.get(name)
+    if field is not None and field.annotation is bool:
+        return "true or false"
+    if field is None or field.annotation not in (int, float):
+        return " or ".join(choices_of(name))
+    kind = {int: "a whole number", float: "a number"}[field.annotation]
+    bounds = {key: getattr(bound, key) for bound in field.metadata for key in BOUNDS if hasattr(bound, key)}
+    if bounds.keys() == {"ge", "le"}:
+        return f"{kind} from {bounds['ge']} to {bounds['le']}"
+    return f"{kind} {' and '.join(f'{BOUNDS[key]} {value:g}' for key, value in bounds.items())}"
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """The values of an option that has few."""
+    annotation = ServeArgs.model_fields[name].annotation if name in ServeArgs.model_fields else None
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def help_of(name: str) -> str:
+    """What an option does, and its default where that tells anything."""
+    field = ServeArgs.model_fields[name]
+    if field.default is None or field.default == () or field.default is False:
+        return str(field.description)
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f"{field.description} (default: {default})"
 
 
 def own_names() -> frozenset[str]:

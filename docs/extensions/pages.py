@@ -14,11 +14,10 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from pydantic_core import PydanticUndefined
 
 from eagleray.deploy.cli.arguments import Parser
 from eagleray.deploy.cli.main import COMMANDS, _named
-from eagleray.deploy.serve.config import ServeArgs, own_names
+from eagleray.deploy.serve.config import ServeArgs, help_of, own_names
 
 RESULTS = Path(__file__).parents[2] / "tests" / "bench" / "results"
 
@@ -54,13 +53,7 @@ def options(command: str, wanted: str | None) -> str:
 
 def server_options() -> str:
     """A table of what a server has beside its engine."""
-    rows = []
-    for name, field in ServeArgs.model_fields.items():
-        if name in own_names():
-            shown = not (field.default in (None, ()) or field.default is PydanticUndefined or field.default is False)
-            default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
-            rows.append((f"`{name}`", f"{field.description}{f' (default: {default})' if shown else ''}"))
-    return _table("option", rows)
+    return _table("option", [(f"`{name}`", help_of(name)) for name in ServeArgs.model_fields if name in own_names()])
 
 
 def results() -> str:
