@@ -185,7 +185,7 @@ def values_of(name: str) -> str:
         return "true or false"
     if field is None or field.annotation not in (int, float):
         return " or ".join(choices_of(name))
-    kind = {int: "a whole number", float: "a number"}[field.annotation]
+    kind = "a whole number" if field.annotation is int else "a number"
     bounds = {key: getattr(bound, key) for bound in field.metadata for key in BOUNDS if hasattr(bound, key)}
     if bounds.keys() == {"ge", "le"}:
         return f"{kind} from {bounds['ge']} to {bounds['le']}"
