@@ -78,7 +78,7 @@ class Places:
             except Exception as error:  # every file system has errors of its own
                 raise ValueError(
                     f"the output {self.output} cannot be written: {error or type(error).__name__}; all results are in "
-                    f"{partial}: mend it and run the same command again"
+                    f"{partial}: fix this and run the same command again"
                 ) from error
             partial.unlink()
             return
@@ -105,7 +105,7 @@ class Places:
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise ValueError(
-                f"the output {self.output} cannot be written: {error}; all results are in {partial}: mend it and run "
+                f"the output {self.output} cannot be written: {error}; all results are in {partial}: fix this and run "
                 "the same command again"
             ) from error
         partial.unlink()

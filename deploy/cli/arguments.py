@@ -143,8 +143,8 @@ def _add_sampling(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
-        help="whose sampling counts where no option says: auto is the model's generation_config.json, none the "
-        "defaults shown here (default: auto)",
+        help="which sampling defaults apply where no option is given: auto is the model's generation_config.json, "
+        "none those shown here (default: auto)",
     )
     add_options(sampling, SamplingParams, names, notes=SAMPLING_NOTES, defaults=defaults, model_first=fallback)
 

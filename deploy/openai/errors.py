@@ -12,7 +12,7 @@ from eagleray.deploy.openai.truncate import MAX_WORDS, truncate
 
 class ErrorDetail(BaseModel):
     message: str = Field(description="What is wrong, and what to do about it.")
-    type: str = Field(description="`invalid_request_error` is the client's to mend, `server_error` is not.")
+    type: str = Field(description="`invalid_request_error` is the client's to fix, `server_error` is not.")
     param: str | None = Field(description="The field of the request, where one is to blame.")
     code: str | None = Field(description="A name for programs, where the status code does not say it all.")
 

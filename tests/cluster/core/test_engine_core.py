@@ -135,7 +135,7 @@ def test_whoever_was_not_told_the_token_is_not_heard(core: Core, caplog: pytest.
         front_end.wait(lambda: front_end.ends.pop(2, None) is not None)
     assert front_end.tokens[1] == generate([1, 2], 100)
     assert len(caplog.messages) == 1
-    assert "none of ours" in caplog.messages[0]
+    assert "not one of ours" in caplog.messages[0]
     stranger.close()
 
 
