@@ -205,7 +205,7 @@ def test_a_request_that_is_sent_again_is_not_run_again(core: Core) -> None:
         ({"max_tokens": -(2**63)}, {}, "max_tokens is -9223372036854775808"),
         ({"max_tokens": 2**63}, {}, "max_tokens is 9223372036854775808"),
         ({"priority": 2**31}, {}, "priority is 2147483648"),
-        ({"seeds": [-1]}, {}, "seeds holds"),
+        ({"seeds": [-1]}, {}, "a seed does not fit in 64 bits"),
         ({}, {"temperature": float("nan")}, "temperature is nan"),
         ({}, {"temperature": -1.0}, "temperature is -1.0"),
         ({}, {"top_k": 2**40}, "top_k is"),
