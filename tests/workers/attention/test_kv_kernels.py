@@ -1,4 +1,4 @@
-"""The fused kernels against the layers in PyTorch: on a GPU where there is one, else in Triton's interpreter."""
+"""Kernels that write and clean the KV cache against PyTorch: on a GPU where there is one, else in the interpreter."""
 
 import pytest
 import torch
@@ -18,15 +18,6 @@ else:
     from support.kernel_cases import Cases
 
     CASES = Cases(DEVICE, torch.float32)
-
-    @pytest.mark.parametrize("size", [64, 96, 576, 5000])
-    @pytest.mark.parametrize("with_residual", [True, False])
-    def test_add_and_norm(size: int, with_residual: bool) -> None:
-        CASES.add_and_norm(5, size, with_residual)
-
-    @pytest.mark.parametrize("size", [48, 1024, 1500])
-    def test_silu_and_multiply(size: int) -> None:
-        CASES.silu_and_multiply(3, size)
 
     @pytest.mark.parametrize(("num_q", "num_k", "head_size"), [(9, 3, 64), (1, 1, 96), (16, 8, 128), (3, 1, 256)])
     @pytest.mark.parametrize("rotates", [True, False])
