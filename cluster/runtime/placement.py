@@ -232,7 +232,7 @@ def room_here(config: EngineConfig) -> Room:
     """The placement group that this process itself was put in, whose bundles must be those of the ranks."""
     group = get_current_placement_group()
     if group is None:
-        raise EngineStartError("this process is in no placement group, which is to hold the engine's ranks")
+        raise EngineStartError("this process is not in a placement group, which must hold the engine's ranks")
     if group.bundle_count != config.tensor_parallel_size:
         raise EngineStartError(
             f"the placement group has {group.bundle_count} bundles, but tensor_parallel_size is "

@@ -38,7 +38,7 @@ class Places:
         parents = [folder] if is_remote(output) else [folder, Path(output).absolute().parent]
         for parent in parents:
             if not parent.is_dir():
-                raise ValueError(f"there is no directory {parent} to keep results in; make it")
+                raise ValueError(f"there is no directory {parent} to keep results in; create it")
         for place in (input, output):
             if is_remote(place):
                 _open(place)  # what is missing is said before anything else is done

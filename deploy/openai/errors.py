@@ -61,7 +61,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "this server is ending; try again, at another one", "server_error", code="engine_closed")
+        return ApiError(
+            503, "this server is shutting down; try again, or use another one", "server_error", code="engine_closed"
+        )
     if isinstance(error, EngineDeadError):
         return ApiError(503, f"the engine is gone: {error}; try again later", "server_error", code="engine_dead")
     return ApiError(

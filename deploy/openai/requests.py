@@ -242,7 +242,7 @@ class Conversation(BaseModel):
     add_generation_prompt: bool | None = Field(
         None, description="Extension: let the assistant begin; true unless `continue_final_message`."
     )
-    continue_final_message: bool | None = Field(None, description="Extension: go on with the last message.")
+    continue_final_message: bool | None = Field(None, description="Extension: continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the template.")
 
 

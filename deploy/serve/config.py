@@ -56,7 +56,9 @@ class ServeArgs(BaseModel):
         description="let clients set a priority: lower goes first, and others wait while such requests keep arriving",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
-    drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")
+    drain_timeout_s: float = Field(
+        60.0, gt=0, description="seconds that running requests may take once a replica is to stop"
+    )
     stall_timeout_s: float = Field(
         300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
     )

@@ -281,14 +281,14 @@ def test_no_step_is_sent_until_every_rank_profiles(core: Core) -> None:
 
 def test_only_one_profile_runs_over_all_front_ends(core: Core) -> None:
     one, two = core.front_end(b"one"), core.front_end(b"two")
-    assert one.ask(Control(0, "stop_profile")).error == "no profile runs; start one first"
+    assert one.ask(Control(0, "stop_profile")).error == "no profile is running; start one first"
     assert one.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
     assert (
         two.ask(Control(1, "start_profile", {"directory": "/others"})).error
-        == "a profile into /traces runs already; stop it first"
+        == "a profile into /traces is already running; stop it first"
     )
     assert two.ask(Control(2, "stop_profile")).error is None
-    assert one.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
+    assert one.ask(Control(3, "stop_profile")).error == "no profile is running; start one first"
 
 
 def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
@@ -300,7 +300,7 @@ def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
     assert front_end.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
     core.executor.fault = "disk full"
     assert front_end.ask(Control(2, "stop_profile")).error == error
-    assert front_end.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
+    assert front_end.ask(Control(3, "stop_profile")).error == "no profile is running; start one first"
     assert core.executor.sent == ["start_profile", "drop_profile", "start_profile", "stop_profile"]
 
 

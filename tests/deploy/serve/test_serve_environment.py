@@ -172,11 +172,11 @@ def test_rays_files_are_put_where_nobody_else_looks(tmp_path: Path, monkeypatch:
         assert own.stat().st_mode & 0o777 == 0o700
     own.chmod(0o755)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(ValueError, match="is not a folder of this user's alone; take it away"):
+    with pytest.raises(ValueError, match="is not a folder that belongs to this user alone; remove it"):
         set_place()
     own.rmdir()
     own.symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder of this user's alone"):
+    with pytest.raises(ValueError, match="is not a folder that belongs to this user alone"):
         set_place()
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     with pytest.raises(ValueError, match=r"/proc/nowhere/eagleray-.* cannot be made for Ray's files"):
