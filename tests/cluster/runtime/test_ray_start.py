@@ -71,9 +71,9 @@ def test_what_fails_at_once_or_is_out_of_time_fails(seconds: float, timeout_s: f
 def test_only_what_would_help_is_advised(
     size: int, total: dict[str, float], asked: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement.ray, "cluster_resources", lambda: total)
-    monkeypatch.setattr(placement.ray, "available_resources", dict)
-    monkeypatch.setattr(placement.ray, "nodes", lambda: [{}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    monkeypatch.setattr("ray.available_resources", dict)
+    monkeypatch.setattr("ray.nodes", lambda: [{}])
     message = placement._no_room(EngineConfig(model="model", tensor_parallel_size=size), {"CPU": 1.0, "GPU": 1.0})
     assert asked in message
     assert "the cluster of 1 node has" in message
