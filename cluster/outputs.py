@@ -14,14 +14,14 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # all, once: at the end, or when a sequence fails
 
 
-class Later:
+class LazyFields:
     """Fields that are made when they are first read: outputs come with every token, and long lists take long."""
 
-    __slots__ = ("_later",)
+    __slots__ = ("_lazy",)
 
     def __getattr__(self, name: str) -> Any:
         """Of a field that has no value yet."""
-        later: dict[str, Callable[[], Any]] = object.__getattribute__(self, "_later")
+        later: dict[str, Callable[[], Any]] = object.__getattribute__(self, "_lazy")
         if name not in later:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         object.__setattr__(self, name, value := later[name]())
@@ -32,12 +32,12 @@ class Later:
         return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
 
     @classmethod
-    def made_later(cls, later: dict[str, Callable[[], Any]], **fields: Any) -> Any:
+    def made_lazily(cls, later: dict[str, Callable[[], Any]], **fields: Any) -> Any:
         """One whose other `fields` are there already."""
         made = cls.__new__(cls)
         for name, value in fields.items():
             object.__setattr__(made, name, value)
-        object.__setattr__(made, "_later", later)
+        object.__setattr__(made, "_lazy", later)
         return made
 
 
@@ -51,7 +51,7 @@ class Logprob:
 
 
 @dataclass(slots=True)
-class CompletionOutput(Later):
+class CompletionOutput(LazyFields):
     """One sequence so far."""
 
     index: int  # 0 up to n - 1
@@ -96,7 +96,7 @@ class RequestMetrics:
 
 
 @dataclass(slots=True)
-class RequestOutput(Later):
+class RequestOutput(LazyFields):
     """One request so far: cumulative, so that the last one says everything, unless `output_kind` says otherwise."""
 
     request_id: str

@@ -26,7 +26,7 @@ class SamplingParams:
     n: int = option(1, "answers to each prompt, each with draws of its own; greedy ones are all equal", (1, MAX_N))
     temperature: float = option(
         1.0,
-        "how far to stray from the likeliest token",
+        "how far to stray from the most likely token",
         (0, MAX_FACTOR),
         note="0 is greedy",
         example=0.7,
@@ -34,7 +34,7 @@ class SamplingParams:
     )
     top_p: float = option(
         1.0,
-        "draw from the likeliest tokens that together have this probability",
+        "draw from the most likely tokens that together have this probability",
         (0, 1),
         excluded=0,
         note="1 keeps every token",
@@ -44,7 +44,7 @@ class SamplingParams:
     )
     top_k: int = option(
         0,
-        "draw from so many of the likeliest tokens",
+        "draw from the N most likely tokens",
         (-1, MAX_COUNT),
         note="0 or -1 keeps every token",
         example=20,
@@ -53,7 +53,7 @@ class SamplingParams:
     )
     min_p: float = option(
         0.0,
-        "leave out tokens less likely than this share of the likeliest one",
+        "leave out tokens less likely than this share of the most likely one",
         (0, 1),
         note="0 keeps every token",
         example=0.1,
@@ -62,7 +62,7 @@ class SamplingParams:
     )
     top_n_sigma: float = option(
         0.0,
-        "leave out tokens whose logit is more than so many standard deviations of all logits below the highest",
+        "leave out tokens whose logit is more than N standard deviations of all logits below the highest",
         (0, MAX_FACTOR),
         note="0 keeps every token",
         example=1.0,
@@ -106,15 +106,15 @@ class SamplingParams:
     include_stop_str_in_output: bool = option(False, "leave the stop text, or token, at the end of the answer")
     skip_special_tokens: bool = option(True, "leave tokens such as the end-of-sequence out of the text")
     logprobs: int | None = option(
-        None, "report log-probabilities of so many of the likeliest tokens beside the one drawn", (0, MAX_LOGPROBS)
+        None, "report log-probabilities of the N most likely tokens beside the one drawn", (0, MAX_LOGPROBS)
     )
     prompt_logprobs: int | None = option(
-        None, "report log-probabilities of the prompt's tokens, and of so many of the likeliest", (0, MAX_LOGPROBS)
+        None, "report log-probabilities of the prompt's tokens, and of the N most likely ones", (0, MAX_LOGPROBS)
     )
     detokenize: bool = option(True, "make text of the answer's tokens")
     truncate_prompt_tokens: int | None = option(
         None,
-        "of a longer prompt take the last so many tokens; -1 for as many as fit",
+        "keep the last N tokens of a longer prompt; -1 for as many as fit",
         (-1, MAX_COUNT),
         excluded=0,
         allowed="a whole number from 1 to 2**31 - 1, or -1 for as many as fit",

@@ -120,7 +120,8 @@ class ModelConfig:
         )
         if config.num_heads % config.num_kv_heads:
             raise ValueError(
-                f"num_attention_heads is {config.num_heads}, no multiple of num_key_value_heads {config.num_kv_heads}"
+                f"num_attention_heads is {config.num_heads}, which is not a multiple of num_key_value_heads "
+                f"{config.num_kv_heads}"
             )
         return config
 
@@ -147,7 +148,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     if needed is not None and raw.get("model_type", needed) != needed:
         raise ValueError(
             f"model_type is {shown(raw['model_type'])}, but architectures is {shown(names)}, whose type is "
-            f"{needed!r}; mend the one that is wrong"
+            f"{needed!r}; fix the one that is wrong"
         )
     return known[0]
 
@@ -157,7 +158,7 @@ def _check_supported(name: str, architecture: Architecture, raw: Mapping[str, An
         if (value := raw.get(key)) is not None:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             kind = f" of kind {method!r}" if isinstance(method, str) else ""
-            raise ValueError(f"{key} is there: quantized weights{kind} are not supported; take the unquantized model")
+            raise ValueError(f"{key} is set, but quantized weights{kind} are not supported; use the unquantized model")
     for key in OPTIONS:
         off = raw.get(key) is None or (raw[key] is False and key not in _PARTS)
         if not off and key not in architecture.options:
@@ -172,7 +173,7 @@ def _check_supported(name: str, architecture: Architecture, raw: Mapping[str, An
 def _head_size(architecture: Architecture, raw: Mapping[str, Any], num_heads: int) -> int:
     hidden_size = whole(raw, "hidden_size", MAX_WIDTH)
     if architecture.heads_divide_hidden_size and hidden_size % num_heads:
-        raise ValueError(f"hidden_size is {hidden_size}, no multiple of num_attention_heads {num_heads}")
+        raise ValueError(f"hidden_size is {hidden_size}, which is not a multiple of num_attention_heads {num_heads}")
     absent = "head_dim" not in raw or (raw["head_dim"] is None and architecture.head_dim_may_be_null)
     if not absent:
         size = whole(raw, "head_dim", MAX_WIDTH)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 16 << 20  # of a small file: what JSON of this size holds takes at most some hundred megabytes
+KINDS = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
@@ -37,7 +38,8 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply; fetch the file again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds {type(content).__name__} and no object; fetch the file again")
+        kind = KINDS.get(type(content), "a number")
+        raise ValueError(f"{file} contains {kind}, not an object; fetch the file again")
     return content
 
 

@@ -222,7 +222,7 @@ def _add_up_cuda(x: Tensor, size: int, group: str) -> None:
 
 
 @torch.library.impl("eagleray::all_reduce_rms_norm", "cuda")
-def _sum_norm(
+def _all_reduce_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     symmetric = _links_of(group).symmetric
@@ -234,7 +234,7 @@ def _sum_norm(
 
 
 @torch.library.register_fake("eagleray::all_reduce_rms_norm")  # type: ignore[untyped-decorator]
-def _sum_norm_fake(
+def _all_reduce_rms_norm_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)

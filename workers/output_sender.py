@@ -23,7 +23,7 @@ class OutputSender:
     def __init__(self, endpoint: Endpoint) -> None:
         self._pending: SimpleQueue[tuple[Pending, float]] = SimpleQueue()
         self._failure: BaseException | None = None
-        Thread(target=self._run, args=(endpoint,), name="reporter", daemon=True).start()
+        Thread(target=self._run, args=(endpoint,), name="output sender", daemon=True).start()
 
     def report(self, pending: Pending, launched: float) -> None:
         """Send an output once it is there, after those before it. `launched` is `time.monotonic()` of its launch."""

@@ -64,7 +64,7 @@ class PendingOutput:
             self._output.not_finite = rows[is_not_finite].tolist()
             self._output.all_masked = rows[is_masked].tolist()
         for row, entries in self._prompt_logprobs.items():
-            self._output.prompt_logprobs[row] = entries.to_wire()
+            self._output.prompt_logprobs[row] = entries.to_messages()
             if row not in self._output.not_finite and not entries.logprobs.isfinite().all():
                 self._output.not_finite.append(row)
         return self._output

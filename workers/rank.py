@@ -39,7 +39,7 @@ CUDA_ENVIRONMENT = {
 }
 # Triton keeps what it has compiled in TRITON_CACHE_DIR, or else in ~/.triton/cache. Nothing here changes or clears it:
 # a folder that outlives the rank makes the next start some seconds shorter.
-REPORTER_CHECK_S = 0.5
+SENDER_CHECK_S = 0.5
 LOOPBACK = "127.0.0.1"
 LOAD_PARTS = (JOINING, WEIGHTS, MEMORY_PROFILE)
 
@@ -71,7 +71,7 @@ class Rank:
         self._config = config
         self._hub = hub
         self._heartbeat = Heartbeat(place.rank, hub)
-        self._teller = StartupReporter(place.rank, listener)
+        self._startup_reporter = StartupReporter(place.rank, listener)
         self._store: Any = None
         self._model: Any = None
         self._tp: Any = None
@@ -100,7 +100,7 @@ class Rank:
         from eagleray.workers.fit import memory_bytes, needed_bytes
 
         if is_of_hub(self._config.model):  # which others on this node may be fetching, too
-            self._teller.begin(FETCHING)
+            self._startup_reporter.begin(FETCHING)
         folder = model_dir(self._config.model, self._config.revision, weights=self._config.load_format != "dummy")
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
@@ -140,14 +140,14 @@ class Rank:
         from eagleray.workers.kv_capacity import num_blocks_that_fit
         from eagleray.workers.out_of_memory import explained
 
-        self._teller.begin(JOINING)
+        self._startup_reporter.begin(JOINING)
         times = [time.monotonic()]
         if store_port is not None and self._store is None:
             self._store = TCPStore(ip, store_port, self._size, is_master=False)
         name = f"tp{self._place.generation}"
         self._tp = init_tp_group(self._rank, self._size, self._store, self._device, name=name)
         times.append(time.monotonic())
-        self._teller.begin(WEIGHTS)
+        self._startup_reporter.begin(WEIGHTS)
         remedy = "raise tensor_parallel_size, or end what else runs there"
         with explained("the weights", remedy, self._device):
             self._model = load_model(
@@ -158,12 +158,12 @@ class Rank:
                 load_format=self._config.load_format,
                 seed=self._config.seed,
                 max_positions=self._config.max_model_len,
-                on_bytes=self._teller.count,
+                on_bytes=self._startup_reporter.count,
             )
             if self._device.type == "cuda":
                 torch.cuda.synchronize()  # dummy weights are still being made
         times.append(time.monotonic())
-        self._teller.begin(MEMORY_PROFILE)
+        self._startup_reporter.begin(MEMORY_PROFILE)
         num_blocks = num_blocks_that_fit(self._config, self._model, self._tp)
         times.append(time.monotonic())
         parts = zip(LOAD_PARTS, times, times[1:], strict=False)
@@ -188,32 +188,32 @@ class Rank:
         """Run the steps that arrive until told goodbye. Rank 0 answers each with its output."""
         from eagleray.workers.profiler import RankProfiler
 
-        self._teller.begin(GRAPHS)
+        self._startup_reporter.begin(GRAPHS)
         worker, ready = self._worker(num_blocks)
         profiler = RankProfiler(self._rank, self._device)
         decode = msgspec.msgpack.Decoder(RankMessage).decode
         hub = Peer(self._hub, b"rank %d" % self._rank)
         hub.send(msgspec.msgpack.encode(ready))  # the hub can only reach a peer that it has heard of
-        self._teller.close()
+        self._startup_reporter.close()
         freeze_startup()
-        reporter = OutputSender(self._hub) if self._rank == 0 else None
-        while not isinstance(message := decode(self._next_payload(hub, reporter)), Goodbye):
+        output_sender = OutputSender(self._hub) if self._rank == 0 else None
+        while not isinstance(message := decode(self._next_payload(hub, output_sender)), Goodbye):
             if isinstance(message, RankControl):
                 hub.send(msgspec.msgpack.encode(profiler.handle(message)))
                 continue
             begin = time.monotonic()
             pending = worker.launch(message)
             profiler.count_step()
-            if reporter is not None:
-                reporter.report(pending, begin)
+            if output_sender is not None:
+                output_sender.report(pending, begin)
         profiler.drop()
         hub.close()
         self._heartbeat.close()
 
     @staticmethod
-    def _next_payload(hub: Peer, reporter: OutputSender | None) -> bytes:
-        """The next message; meanwhile a failure of the reporter is noticed, too."""
-        while (payload := hub.receive(REPORTER_CHECK_S)) is None:
-            if reporter is not None:
-                reporter.check()
+    def _next_payload(hub: Peer, output_sender: OutputSender | None) -> bytes:
+        """The next message; meanwhile a failure of the sender is noticed, too."""
+        while (payload := hub.receive(SENDER_CHECK_S)) is None:
+            if output_sender is not None:
+                output_sender.check()
         return payload

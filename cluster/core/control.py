@@ -72,10 +72,10 @@ class Profiling:
     def begin(self, control: Control) -> RankControl:
         if control.verb == "stop_profile":
             if self._directory is None:
-                raise ValueError("no profile runs; start one first")
+                raise ValueError("no profile is running; start one first")
             return RankControl("stop_profile")
         if self._directory is not None:
-            raise ValueError(f"a profile into {self._directory} runs already; stop it first")
+            raise ValueError(f"a profile into {self._directory} is already running; stop it first")
         self._directory = control.arguments.get("directory", "")
         return RankControl("start_profile", {"directory": self._directory})
 

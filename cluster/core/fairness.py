@@ -33,7 +33,7 @@ class Tenant:
         """Of its groups that wait, the one that goes first."""
         return self.queue[0][-1]
 
-    def richest(self, priority: int, least: int) -> "Group | None":
+    def largest_holder(self, priority: int, least: int) -> "Group | None":
         """Of its groups whose priority is no better, the one with the most rows, if these are at `least` so many."""
         if self.num_rows - len(self.holding) + 1 < least:
             return None  # not even if all others held one
@@ -62,7 +62,7 @@ def _num_rows(of: Tenant | Group) -> int:
     return of.num_rows
 
 
-def standing(request: "Request") -> tuple[int, int, int, int]:
+def scheduling_key(request: "Request") -> tuple[int, int, int, int]:
     """The lowest is the next to be given something, the highest the next to lose it."""
     group = request.group
     return group.priority, group.tenant.num_rows, group.num_rows, request.arrival
@@ -136,7 +136,7 @@ class Fairness:
         """Whether another group waits, too."""
         return any(len(tenant.queue) > (tenant is group.tenant) for tenant in self._tenants.values())
 
-    def too_rich(self) -> Group | None:
+    def over_share(self) -> Group | None:
         """A group that is to give up a row, for one that waits and would hold no more than half as much with it.
 
         Half, so that rows do not go to and fro; those that become free make shares equal later. Between tenants it is
@@ -144,10 +144,13 @@ class Fairness:
         """
         waiting = [tenant for tenant in self._tenants.values() if tenant.queue]
         rich, poor = max(self._tenants.values(), key=_num_rows), min(waiting, key=_num_rows)
-        if rich.num_rows >= 2 * (poor.num_rows + 1) and (found := rich.richest(poor.next.priority, 1)) is not None:
+        if (
+            rich.num_rows >= 2 * (poor.num_rows + 1)
+            and (found := rich.largest_holder(poor.next.priority, 1)) is not None
+        ):
             return found
         for tenant in waiting:
-            if (found := tenant.richest(tenant.next.priority, 2 * (tenant.next.num_rows + 1))) is not None:
+            if (found := tenant.largest_holder(tenant.next.priority, 2 * (tenant.next.num_rows + 1))) is not None:
                 return found
         return None
 

@@ -43,7 +43,7 @@ def check_request(request: EngineRequest, limits: EngineLimits) -> None:
     if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
         raise ValueError(f"priority is {request.priority}; send one from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     if not all(0 <= seed <= MAX_SEED for seed in request.seeds):
-        raise ValueError("seeds holds one beyond 64 bits")
+        raise ValueError("a seed does not fit in 64 bits")
     token_ids = np.frombuffer(prompt, np.int32)
     _check_ids("the prompt", (int(token_ids.min()), int(token_ids.max())), limits)
     _check_sampling(request.sampling, limits)
@@ -60,7 +60,7 @@ def _check_sampling(sampling: Sampling, limits: EngineLimits) -> None:
     _check_ids("stop_token_ids", sampling.stop_token_ids, limits)
     for word in sampling.bad_words:
         if not word:
-            raise ValueError("bad_words holds a word of no token")
+            raise ValueError("bad_words holds an empty word")
         _check_ids("bad_words", word, limits)
     _check_ids("logit_bias", sampling.logit_bias, limits)
     if not all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()):

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import replace
 from operator import attrgetter, itemgetter
 
-from eagleray.cluster.core.fairness import Fairness, Group, standing
+from eagleray.cluster.core.fairness import Fairness, Group, scheduling_key
 from eagleray.cluster.core.kv_cache_manager import KVCacheManager, KVGroup, Prefix
 from eagleray.cluster.core.messages import EngineRequest, EngineStats, Tokens
 from eagleray.cluster.core.oom_backoff import OomBackoff
@@ -199,11 +199,11 @@ class Scheduler:
         """See to it that the next token of every row finds a block: who holds most gives up a row and its blocks."""
         while not self.kv_cache.fits_next_tokens(each for each in self._running if each.num_runnable_tokens > 0):
             plan.preempted = True
-            self._preempt(max(self._running, key=standing))
+            self._preempt(max(self._running, key=scheduling_key))
 
     def _make_way(self) -> None:
         """Let who holds far more than one that waits give up a row, where nothing is free."""
-        rich = self._fairness.too_rich()
+        rich = self._fairness.over_share()
         if rich is None:
             return
         request = self._fairness.first()
@@ -262,7 +262,7 @@ class Scheduler:
         newcomers = self._fairness.num_waiting > 0 and self._has_rows() and not plan.preempted
         for_others = plan.budget // 2 if newcomers or len(with_more) > 1 else 0
         cut: list[Request] = []
-        for request in sorted(with_more, key=standing):
+        for request in sorted(with_more, key=scheduling_key):
             num_tokens = self._longest_chunk(request)
             if not cut and num_tokens <= plan.budget - for_others:
                 self._grow_and_run(request, num_tokens, plan)

@@ -131,7 +131,8 @@ class Client:
     def start_profile(self, directory: str | Path) -> None:
         """From the next step on, every rank runs torch's profiler; waits until all have started.
 
-        Raises `ValueError` if a profile runs already or a rank cannot write into `directory`, which is made if need be.
+        Raises `ValueError` if a profile is already running or a rank cannot write into `directory`, which is made if
+        need be.
         """
         self._check_open()
         self._control(self._front_end.start_profile(directory))
@@ -139,7 +140,7 @@ class Client:
     def stop_profile(self) -> list[Path]:
         """Every rank writes a Chrome trace of the steps since `start_profile`: `rank0.json.gz`, … on its own node.
 
-        Waits for that and returns the files. Raises `ValueError` if no profile runs or one cannot be written.
+        Waits for that and returns the files. Raises `ValueError` if no profile is running or one cannot be written.
         """
         self._check_open()
         return [Path(file) for file in self._control(self._front_end.stop_profile())]

@@ -270,7 +270,7 @@ class FrontEnd:
         if not params.bad_words:
             return []
         if self.tokenizer is None:
-            raise ValueError(f"bad_words is {params.bad_words!r}, but there is no tokenizer to know them by")
+            raise ValueError(f"bad_words is {params.bad_words!r}, but there is no tokenizer to encode them")
         return bad_word_token_ids(params.bad_words, self.tokenizer)
 
     def _detokenizers(self, prompt_token_ids: list[int], compiled: Compiled) -> list[Detokenizer | None]:

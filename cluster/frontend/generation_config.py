@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 FILE = "generation_config.json"
 MAX_EOS = 1000  # ends of a sequence, which go with every request
 NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
-UNHELD: dict[str, tuple[Any, ...]] = {  # what would change answers and is not there, with values that ask for nothing
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # each with its values that ask for nothing
     **dict.fromkeys(
         (
             *("bad_words_ids", "begin_suppress_tokens", "constraints", "dola_layers", "epsilon_cutoff", "eta_cutoff"),
@@ -66,11 +66,11 @@ def sampling_defaults(model: str | Path) -> dict[str, Any]:
         found["temperature"] = 0.0
     try:
         SamplingParams(**found)
-        for name, nothing in UNHELD.items():
+        for name, nothing in UNSUPPORTED.items():
             if (value := said.get(name)) not in nothing:
-                raise ValueError(f"{name} is {shown(value)}, which Eagleray does not have; take it out")
+                raise ValueError(f"{name} is {shown(value)}, which Eagleray does not support; remove it")
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; mend the file, or leave it alone with generation_config 'none'") from None
+        raise ValueError(f"{file}: {error}; fix the file, or ignore it with generation_config 'none'") from None
     return found
 
 

@@ -16,7 +16,7 @@ from eagleray.workers.protocol.messages import Sampling
 
 MAX_TOKEN_ID = 2**31 - 1  # ids travel as int32
 _TOLD_HINTS = get_type_hints(Sampling)
-TOLD_AS_THEY_ARE = [  # options that have the same name and type on both sides
+PASSED_THROUGH = [  # options that have the same name and type on both sides
     option for name, option in options(SamplingParams).items() if _TOLD_HINTS.get(name) == option.hint
 ]
 
@@ -127,7 +127,7 @@ def sampling_of(params: SamplingParams, limits: ModelLimits, bad_words: list[lis
         for token_id in word:
             _check_token("bad_words", token_id, limits)
     _check_drawable(params, limits, stop_token_ids if params.min_tokens else set(), bad_words)
-    told = _told_as_they_are(params) | {
+    told = _passed_through(params) | {
         "top_k": 0 if params.greedy else max(params.top_k, 0),
         "logit_bias": {token_id: float(bias) for token_id, bias in (params.logit_bias or {}).items()},
         "bad_words": bad_words,
@@ -152,9 +152,9 @@ def _check_drawable(
     raise ValueError(f"{which} among {' or '.join(names)}, so that nothing could be drawn; leave one of them out")
 
 
-def _told_as_they_are(params: SamplingParams) -> dict[str, Any]:
+def _passed_through(params: SamplingParams) -> dict[str, Any]:
     """By name. Of a greedy request without those that matter only where chance decides, and its temperature is 0."""
-    told = [option for option in TOLD_AS_THEY_ARE if not (option.random and params.greedy)]
+    told = [option for option in PASSED_THROUGH if not (option.random and params.greedy)]
     values = {option.name: getattr(params, option.name) for option in told}
     values |= {option.name: float(values[option.name]) for option in told if option.hint is float}
     return values | {"temperature": 0.0} if params.greedy else values

@@ -150,7 +150,7 @@ class RequestState:
             )
         told, num_told = self.prompt_logprobs, len(self.prompt_logprobs)
         wanted = self.params.prompt_logprobs is not None
-        output: RequestOutput = RequestOutput.made_later(
+        output: RequestOutput = RequestOutput.made_lazily(
             {"prompt_logprobs": lambda: [None, *map(self.named, told[:num_told])] if wanted else None},
             request_id=self.request_id,
             prompt=self.prompt,
@@ -220,7 +220,7 @@ class RequestState:
         """The lists only grow, so that their beginnings can be copied later."""
         token_ids, end, logprobs = completion.token_ids, len(completion.token_ids), completion.logprobs
         num_logprobs, wanted = len(logprobs), self.params.logprobs is not None
-        output: CompletionOutput = CompletionOutput.made_later(
+        output: CompletionOutput = CompletionOutput.made_lazily(
             {
                 "text": _no_text if completion.detokenizer is None else completion.detokenizer.shown(),
                 "token_ids": lambda: token_ids[:end],

@@ -71,7 +71,7 @@ class CoreLink:
         self._awaits = False
         if self._warned:
             self._warned = False
-            logger.warning("the engine core goes on")
+            logger.warning("the engine core is responding again")
         news = self._decode(payload)
         self._num_news += 1
         is_next = news.number == self._num_news

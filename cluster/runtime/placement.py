@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 )
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.errors import EngineStartError
+from eagleray.cluster.errors import EngineStartError, counted
 from eagleray.cluster.runtime.process_state import descendants
 from eagleray.cluster.runtime.ray_address import LOCAL, answers, cluster_address, how_found, is_tcp
 from eagleray.cluster.runtime.ray_token import use_token
@@ -232,7 +232,7 @@ def room_here(config: EngineConfig) -> Room:
     """The placement group that this process itself was put in, whose bundles must be those of the ranks."""
     group = get_current_placement_group()
     if group is None:
-        raise EngineStartError("this process is in no placement group, which is to hold the engine's ranks")
+        raise EngineStartError("this process is not in a placement group, which must hold the engine's ranks")
     if group.bundle_count != config.tensor_parallel_size:
         raise EngineStartError(
             f"the placement group has {group.bundle_count} bundles, but tensor_parallel_size is "
@@ -256,13 +256,26 @@ def address_for(group: PlacementGroup) -> str | None:
 def _no_room(config: EngineConfig, bundle: Resources) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
     have = ", ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in bundle)
-    fits = min(int(total.get(name, 0) // amount) for name, amount in bundle.items())
+    size, num_nodes = config.tensor_parallel_size, len(ray.nodes())
+    fits = min((int(total.get(name, 0) // amount) for name, amount in bundle.items() if amount), default=size)
+    each = " each" if size > 1 else ""
     return (
-        f"tensor_parallel_size {config.tensor_parallel_size} asks for {config.tensor_parallel_size} ranks of "
-        f"{_text(bundle)} each, but after {config.placement_timeout_s:g} s the cluster of {len(ray.nodes())} node(s) "
-        f"has {have}; add nodes, free some by ending other jobs, or lower tensor_parallel_size"
-        + (f" to {fits} or less" if 0 < fits < config.tensor_parallel_size else "")
+        f"tensor_parallel_size {size} asks for {counted(size, 'rank')} of {_text(bundle)}{each}, but after "
+        f"{config.placement_timeout_s:g} s the cluster of {counted(num_nodes, 'node')} has {have}; "
+        f"{_room_remedy(size, fits, no_gpu='GPU' in bundle and not total.get('GPU'))}"
     )
+
+
+def _room_remedy(size: int, fits: int, *, no_gpu: bool) -> str:
+    """What makes room for `size` ranks, where a cluster with no other jobs has room for `fits`."""
+    if no_gpu:
+        return "add a node with GPUs, or run on CPU with --device cpu"
+    if fits == 0:
+        return "add nodes that are large enough for a rank, or lower cpus_per_rank"
+    ways = "add nodes" if fits < size else "add nodes, end other jobs"
+    if size == 1:
+        return ways.replace(", ", " or ")
+    return f"{ways}, or lower tensor_parallel_size" + (f" to {fits} or less" if fits < size else "")
 
 
 def _text(bundle: Resources) -> str:

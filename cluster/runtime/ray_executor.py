@@ -60,7 +60,7 @@ class RayExecutor:
     def start(self, size: int) -> int:
         """As `Executor.start`. Raises `EngineStartError` with a failing rank's own error, or when the time is over."""
         if self._ranks is not None:
-            raise RuntimeError("ranks run already; stop them first")
+            raise RuntimeError("ranks are already running; stop them first")
         if not 1 <= size <= self._group.bundle_count:
             raise ValueError(
                 f"size is {size}; the placement group has bundles for 1 to {self._group.bundle_count} ranks"

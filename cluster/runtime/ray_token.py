@@ -33,10 +33,10 @@ def use_token(address: str, found: str, loader: Loader, turn_on: Callable[[], No
     if mode is not None and mode.lower() != "token":
         raise EngineStartError(f"{asks}, but {MODE} is {mode!r}; set it to token, or unset it")
     if not loader.has_token(ignore_auth_mode=True):
-        raise EngineStartError(f"{asks}, and there is none in {WHERE}; put there the one of whoever started it")
+        raise EngineStartError(f"{asks}, and there is none in {WHERE}; use the token of the cluster's owner")
     turn_on()
     if _refuses(address, loader.get_raw_token()):
-        raise EngineStartError(f"{asks}, and it is not the one in {WHERE}; put there the one of whoever started it")
+        raise EngineStartError(f"{asks}, and it is not the one in {WHERE}; use the token of the cluster's owner")
 
 
 def _refuses(address: str, token: str | None) -> bool:

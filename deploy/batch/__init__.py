@@ -1,1 +1,1 @@
-"""`eagleray batch`: a file of requests, answered by replicas, over any kill."""
+"""`eagleray batch`: answers a file of requests with several replicas, and resumes after any crash."""

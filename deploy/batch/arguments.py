@@ -42,7 +42,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
-        help="whose sampling counts where rows do not say: auto is the model's, none OpenAI's (default: auto)",
+        help="which sampling defaults apply where rows set none: auto is the model's, none OpenAI's (default: auto)",
     )
     add_engine(parser)
 

@@ -65,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
                 asyncio.run(_run_rows(file, known, done, journal, progress, engine, arguments.replicas, err))
         except BaseException:
             if progress.num_done:
-                logger.info("%d of %d results are kept; the same command goes on", progress.num_done, known.num_rows)
+                logger.info(
+                    "%d of %d results are kept; run the same command to resume", progress.num_done, known.num_rows
+                )
             raise
         journal.finish(places.publish)
     places.clean()

@@ -113,7 +113,7 @@ class Journal:
 
     def _fault(self, error: OSError) -> OSError:
         """The same, saying what was done to which file."""
-        what = f"{error.strerror}; results cannot be written, so the job stops: make room or mend the disk that holds"
+        what = f"{error.strerror}; results cannot be written, so the job stops: make room or fix the disk that holds"
         return OSError(error.errno, what, str(self.partial))
 
     def finish(self, publish: Callable[[Path], None]) -> None:
@@ -147,7 +147,7 @@ def sidecar(partial: Path) -> Path:
 
 
 def read_identity(partial: Path) -> Identity | None:
-    """What the partial file belongs to, if that is known. Raises `ValueError` for a file that is none of ours."""
+    """What the partial file belongs to, if that is known. Raises `ValueError` for a file that is not one of ours."""
     file = sidecar(partial)
     try:
         return msgspec.json.decode(file.read_bytes(), type=Identity)

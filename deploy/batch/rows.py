@@ -156,10 +156,10 @@ def fatal(num_deaths: int, cause: str) -> Answer:
 
 
 def recorded(text: bytes) -> tuple[int, str | None, bool]:
-    """Line number, custom_id and success of a line of the output. Raises `ValueError` if it is none of ours."""
+    """Line number, custom_id and success of a line of the output. Raises `ValueError` if it is not one of ours."""
     known = _recorded.decode(text)
     if (found := ID.fullmatch(known.id)) is None:
-        raise ValueError(f"the id {excerpt(known.id)} is none of a batch")
+        raise ValueError(f"the id {excerpt(known.id)} is not a batch result id")
     return int(found[1]), known.custom_id, known.response.status_code == 200
 
 

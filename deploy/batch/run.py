@@ -123,11 +123,11 @@ class BatchRun:
         self._num_in_vain += 1
         if self._num_in_vain >= MAX_IN_VAIN:
             raise EngineDeadError(f"{self._num_in_vain} engines died one after the other, and answered no row: {death}")
-        logger.warning("an engine is gone, another is started: %s", death)
+        logger.warning("an engine died, another is starting: %s", death)
         try:
             await replica.restart()
         except EngineStartError as error:
-            logger.warning("no engine takes its place, and its rows go to others if there are any: %s", error)
+            logger.warning("the engine cannot be replaced; its rows go to the others, if there are any: %s", error)
             return f"{death}; then no other could start: {error}"
         return None
 
@@ -170,7 +170,7 @@ class BatchRun:
     def _give_up(self) -> None:
         """Rows that are to blame have their results once an engine has answered another: so it was not the engines."""
         for row, death in self._blamed:
-            logger.warning("line %d is given up: engines died of it", row.line.number)
+            logger.warning("line %d is given up, since engines died while they ran it", row.line.number)
             self._record(rows.result(row.line, rows.fatal(row.num_alone, death)), failed=True)
         self._blamed.clear()
 

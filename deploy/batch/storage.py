@@ -38,7 +38,7 @@ class Places:
         parents = [folder] if is_remote(output) else [folder, Path(output).absolute().parent]
         for parent in parents:
             if not parent.is_dir():
-                raise ValueError(f"there is no directory {parent} to keep results in; make it")
+                raise ValueError(f"there is no directory {parent} to keep results in; create it")
         for place in (input, output):
             if is_remote(place):
                 _open(place)  # what is missing is said before anything else is done
@@ -78,7 +78,7 @@ class Places:
             except Exception as error:  # every file system has errors of its own
                 raise ValueError(
                     f"the output {self.output} cannot be written: {error or type(error).__name__}; all results are in "
-                    f"{partial}: mend it and run the same command again"
+                    f"{partial}: fix this and run the same command again"
                 ) from error
             partial.unlink()
             return
@@ -105,7 +105,7 @@ class Places:
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise ValueError(
-                f"the output {self.output} cannot be written: {error}; all results are in {partial}: mend it and run "
+                f"the output {self.output} cannot be written: {error}; all results are in {partial}: fix this and run "
                 "the same command again"
             ) from error
         partial.unlink()

@@ -18,7 +18,7 @@ from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.cli.options import add_options, given
 
 SAMPLING_NOTES = {  # what is so on the command line alone
-    "max_tokens": "none lets it go on up to the model's limit",
+    "max_tokens": "none allows as many as the model holds",
     "seed": "without, one is drawn or made of --engine-seed",
     "bad_words": "give it again for another text",
     "stop": "give it again for another text",
@@ -143,8 +143,8 @@ def _add_sampling(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
-        help="whose sampling counts where no option says: auto is the model's generation_config.json, none the "
-        "defaults shown here (default: auto)",
+        help="which sampling defaults apply where no option is given: auto is the model's generation_config.json, "
+        "none those shown here (default: auto)",
     )
     add_options(sampling, SamplingParams, names, notes=SAMPLING_NOTES, defaults=defaults, model_first=fallback)
 

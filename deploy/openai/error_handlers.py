@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from eagleray.cluster.errors import EngineDeadError
+from eagleray.cluster.errors import EngineDeadError, counted
 from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
 from eagleray.deploy.openai.requests import CHAT_TAG, TEXT_TAG
 from eagleray.deploy.openai.truncate import MAX_SHOWN, excerpt, truncate
@@ -96,6 +96,8 @@ def _path(error: Any) -> str:
 
 
 def _wanted(error: Any) -> str:
+    if error["type"] == "too_short":  # pydantic's words are of a list "after validation"
+        return f"give at least {counted(error['ctx']['min_length'], 'item')}"
     message = str(error["msg"])
     return message[:1].lower() + message[1:]
 

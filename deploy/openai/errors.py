@@ -12,7 +12,7 @@ from eagleray.deploy.openai.truncate import MAX_WORDS, truncate
 
 class ErrorDetail(BaseModel):
     message: str = Field(description="What is wrong, and what to do about it.")
-    type: str = Field(description="`invalid_request_error` is the client's to mend, `server_error` is not.")
+    type: str = Field(description="`invalid_request_error` is the client's to fix, `server_error` is not.")
     param: str | None = Field(description="The field of the request, where one is to blame.")
     code: str | None = Field(description="A name for programs, where the status code does not say it all.")
 
@@ -61,7 +61,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineClosedError):
-        return ApiError(503, "this server is ending; try again, at another one", "server_error", code="engine_closed")
+        return ApiError(
+            503, "this server is shutting down; try again, or use another one", "server_error", code="engine_closed"
+        )
     if isinstance(error, EngineDeadError):
         return ApiError(503, f"the engine is gone: {error}; try again later", "server_error", code="engine_dead")
     return ApiError(

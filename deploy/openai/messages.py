@@ -64,9 +64,8 @@ def _message(tokenizer: Tokenizer, message: ChatMessage, where: str) -> Message:
         if name in others:  # one thing under two names, of which templates know either
             others.setdefault(other, others[name])
     if "audio" in others:
-        raise ApiError(
-            400, f"{where}.audio is a sound, but only text is supported; leave it out", param=f"{where}.audio"
-        )
+        param = f"{where}.audio"
+        raise ApiError(400, f"{param} is audio, but only text is supported; leave it out", param=param)
     for calls in CALLS:
         if calls in others and not tokenizer.chat_template_has(calls):
             why = f"but the model's chat template has no {calls}, and would leave them out"

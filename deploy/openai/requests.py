@@ -61,7 +61,7 @@ LOGGED = "Changes nothing: it goes to the server's log together with the answer'
 CACHED = "Changes nothing: prefixes are cached as long as there is room."
 
 
-class Known(BaseModel):
+class StrictModel(BaseModel):
     """An object all of whose fields are known: others that ask for something are errors, and so is a number as text."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -79,13 +79,13 @@ class Known(BaseModel):
         return schema
 
 
-class Asked(Known):
+class RequestBody(StrictModel):
     """A request's body."""
 
     model: str | None = Field(None, description="As `/v1/models` lists it; the one that is served if left out.")
 
 
-class StreamOptions(Known):
+class StreamOptions(StrictModel):
     include_usage: bool | None = Field(default=None, description="Send one more event before `[DONE]`, with `usage`.")
     continuous_usage_stats: bool | None = Field(
         default=None, description="Extension: every event has `usage`, of its choice and the choice's prompt so far."
@@ -130,7 +130,7 @@ def with_sampling(request: type[T]) -> type[T]:
 
 
 @with_sampling
-class GenerationRequest(Asked):
+class GenerationRequest(RequestBody):
     """What both ways to generate share. Options with a meaning of their own here, or that others depend on, are
     declared; the rest is as `SamplingParams` has it.
     """
@@ -142,7 +142,7 @@ class GenerationRequest(Asked):
         description="Choices for each prompt, 1 by default; each draws by a seed of its own, the first by `seed`. At "
         "`temperature` 0 they are all equal.",
     )
-    max_tokens: MaxTokens | None = Field(None, description="At most so many tokens are generated for each choice.")
+    max_tokens: MaxTokens | None = Field(None, description="Maximum number of tokens generated for each choice.")
     stop: str | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
@@ -163,7 +163,7 @@ class GenerationRequest(Asked):
     truncate_prompt_tokens: Truncation | None = Field(None, description=sampling_description("truncate_prompt_tokens"))
     prompt_logprobs: NumLogprobs | None = Field(
         None,
-        description="Extension: log-probabilities of the prompt's tokens, with so many likely ones; not in streams.",
+        description="Extension: log-probabilities of the prompt's tokens, with the N most likely ones; not in streams.",
     )
     return_token_ids: bool | None = Field(None, description="Extension: return the ids of prompt and answer, too.")
     return_tokens_as_token_ids: bool | None = Field(
@@ -185,9 +185,9 @@ class CompletionRequest(GenerationRequest):
     prompt: SomeText | SomeIds | SomeTexts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
     echo: bool | None = Field(None, description="Put the prompt before the answer, in `logprobs`, too.")
     max_tokens: MaxTokensOrNone | None = Field(
-        None, description="At most so many tokens are generated for each choice; 0 only with `echo`. 16 by default."
+        None, description="Maximum number of tokens generated for each choice; 0 only with `echo`. 16 by default."
     )
-    logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, with those of so many likely tokens.")
+    logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, also of the N most likely tokens.")
     add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
     best_of: int | None = Field(None, description="1 or `n`, which ask for nothing: no choices are ranked.")
 
@@ -242,7 +242,7 @@ class Conversation(BaseModel):
     add_generation_prompt: bool | None = Field(
         None, description="Extension: let the assistant begin; true unless `continue_final_message`."
     )
-    continue_final_message: bool | None = Field(None, description="Extension: go on with the last message.")
+    continue_final_message: bool | None = Field(None, description="Extension: continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the template.")
 
 
@@ -260,7 +260,7 @@ class ChatRequest(GenerationRequest, Conversation):
 
     max_completion_tokens: MaxTokens | None = Field(None, description="The new name of `max_tokens`.")
     logprobs: bool | None = Field(None, description="Return log-probabilities of the tokens.")
-    top_logprobs: NumLogprobs | None = Field(None, description="With so many of the most likely tokens.")
+    top_logprobs: NumLogprobs | None = Field(None, description="Also those of the N most likely tokens.")
     reasoning_effort: Effort | None = Field(
         None, description="A variable of the model's chat template; where that has no such variable, only `none`."
     )
@@ -269,7 +269,7 @@ class ChatRequest(GenerationRequest, Conversation):
     )
 
 
-class Tokenize(Asked):
+class Tokenize(RequestBody):
     return_token_strs: bool | None = Field(None, description="Return each token as the vocabulary spells it, too.")
 
 
@@ -300,7 +300,7 @@ TokenizeRequest = Annotated[
 ]
 
 
-class DetokenizeRequest(Asked):
+class DetokenizeRequest(RequestBody):
     """Token ids."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [72, 101]}]})

@@ -42,7 +42,7 @@ class Choice(BaseModel):
     index: int = Field(description="Choice i of prompt p is number p * n + i.")
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: FinishReason | None = Field(description="null while it goes on.")
+    finish_reason: FinishReason | None = Field(description="null until the choice has ended.")
     stop_reason: int | str | None = Field(description="The stop text or stop token id; null for end of sequence.")
     token_ids: list[int] | None = Field(None, description=NEW_IDS)
     prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)

@@ -25,12 +25,12 @@ class UnsupportedField:
 
 
 TOOLS = "this server does not call tools"
-GUIDES = "this server does not hold answers to a form"
+GUIDES = "this server does not constrain output (JSON, grammar)"
 PROMPTS = "this server makes prompts by the model's own chat template alone"
 AUDIO = "this server answers with text alone"
 SEARCH = "this server does not search"
 BEAMS = "this server does not search by beams"
-TRANSFER = "this server does not move caches"
+TRANSFER = "this server does not transfer KV caches"
 
 EVERYWHERE: dict[str, UnsupportedField] = {
     "response_format": UnsupportedField(GUIDES, ({"type": "text"},)),
@@ -42,11 +42,11 @@ EVERYWHERE: dict[str, UnsupportedField] = {
     "early_stopping": UnsupportedField(BEAMS, (False,)),
     "length_penalty": UnsupportedField(BEAMS, (1, 1.0)),
     "spaces_between_special_tokens": UnsupportedField("this server writes tokens as the tokenizer does", (True,)),
-    "thinking_token_budget": UnsupportedField("this server does not tell thoughts from answers"),
-    "include_reasoning": UnsupportedField("this server does not tell thoughts from answers", (True,)),
+    "thinking_token_budget": UnsupportedField("this server does not separate reasoning from answers"),
+    "include_reasoning": UnsupportedField("this server does not separate reasoning from answers", (True,)),
     "stream_interval": UnsupportedField("this server sends news as soon as it is there", (1,)),
     "truncation_side": UnsupportedField("this server leaves out the beginnings of prompts", ("left",)),
-    "logprob_token_ids": UnsupportedField("this server has log-probabilities of the likeliest tokens"),
+    "logprob_token_ids": UnsupportedField("this server reports log-probabilities of the most likely tokens"),
     "return_prompt_text": UnsupportedField("`/tokenize` and `/detokenize` tell a conversation's text", (False,)),
     "return_token_offsets": UnsupportedField("this server has no such offsets", (False,)),
     "repetition_detection": UnsupportedField("this server does not look for repetitions"),
@@ -85,7 +85,7 @@ UNKNOWN = UnsupportedField("this server has no such field")
 
 
 def without_neutral(body: dict[str, Any], fields: object, absent: Mapping[str, UnsupportedField]) -> dict[str, Any]:
-    """A body without what asks for nothing and is none of `fields`, a container of names."""
+    """A body without what asks for nothing and is not one of `fields`, a container of names."""
     left_out = [name for name in body if name not in fields and _is_nothing(body[name], absent.get(name, UNKNOWN))]  # type: ignore[operator]
     return {name: value for name, value in body.items() if name not in left_out} if left_out else body
 
@@ -101,5 +101,5 @@ def describe(schema: dict[str, Any], absent: Mapping[str, UnsupportedField]) -> 
     """Let a body's JSON schema say all this."""
     schema["additionalProperties"] = {"enum": list(NOTHING), "description": "Nothing else is known."}
     for name, each in absent.items():
-        description = f"Not there: {each.lack}. These values ask for nothing."
+        description = f"Not supported: {each.lack}. These values ask for nothing."
         schema["properties"][name] = {"enum": list(each.accepted), "description": description}

@@ -37,7 +37,7 @@ from eagleray.deploy.openai.request_context import RETRY_AFTER_S
 from eagleray.deploy.openai.served_model import ServedModel
 from eagleray.deploy.serve.config import ServeArgs, in_one_line
 from eagleray.deploy.serve.metrics import Metrics
-from eagleray.deploy.serve.progress import Teller
+from eagleray.deploy.serve.progress import ProgressReporter
 from eagleray.deploy.serve.startup import BEFORE_ENGINE
 from eagleray.workers.protocol.garbage import freeze_startup
 
@@ -108,7 +108,7 @@ class Replica:
         self._defaults = chosen_defaults(folder_of(args.engine), args.generation_config)
         here = serve.get_replica_context()
         launched = partial(_launch, args.engine, room_here(args.engine), self._metrics)
-        engine, front_end = await asyncio.to_thread(launched, Teller(here.app_name), here.rank.rank)
+        engine, front_end = await asyncio.to_thread(launched, ProgressReporter(here.app_name), here.rank.rank)
         self._info = engine.info
         before = time.monotonic() - begin - sum(engine.info.start.seconds.values())
         self._metrics.start({BEFORE_ENGINE: before} | engine.info.start.seconds)
@@ -179,13 +179,13 @@ class Replica:
 
 
 def _launch(
-    config: EngineConfig, room: Room, metrics: Metrics, teller: Teller, replica: int
+    config: EngineConfig, room: Room, metrics: Metrics, reporter: ProgressReporter, replica: int
 ) -> tuple[EngineClient, FrontEnd]:
     return launch(
         config,
         room=room,
         on_end=metrics.end,
-        on_progress=teller,
+        on_progress=reporter,
         replica=replica,
         generation_config="none",  # the replica asks for the model's itself
     )

@@ -5,6 +5,7 @@ they take seconds, which what is refused need not wait for.
 """
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -265,7 +266,7 @@ def _check_site(site: Site) -> bool:
 
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
-        _check_free(site)
+        check_free(site)
         return True
     options = client.http_config
     if (options.host, options.port) != (site.host, site.port):
@@ -278,14 +279,20 @@ def _check_site(site: Site) -> bool:
     return False
 
 
-def _check_free(site: Site) -> None:
+def check_free(site: Site) -> None:
+    """Raise `ValueError` with the remedy where nobody can listen there."""
     family = socket.AF_INET6 if ":" in site.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((site.host, site.port))
         except OSError as error:
-            raise ValueError(f"cannot listen at {site.host}:{site.port} ({error}); choose another --port") from None
+            remedy = "choose another --port"
+            if error.errno == errno.EADDRNOTAVAIL:
+                remedy = "that address is not this machine's: give --host one that is, or 0.0.0.0 for all of them"
+            elif isinstance(error, socket.gaierror):
+                remedy = "give --host an address of this machine, or 0.0.0.0 for all of them"
+            raise ValueError(f"cannot listen at {site.host}:{site.port} ({error}); {remedy}") from None
 
 
 def _here(site: Site, private: bool) -> str | None:

@@ -30,7 +30,7 @@ class ServeArgs(BaseModel):
     served_model_name: str | None = Field(None, description="the model's name to clients; its directory's if not given")
     generation_config: Literal["auto", "none"] = Field(
         "auto",
-        description="whose sampling counts where requests do not say: auto is the model's, none OpenAI's",
+        description="which sampling defaults apply where requests set none: auto is the model's, none OpenAI's",
     )
     num_replicas: int = Field(1, ge=1, description="engines, each with ranks of its own")
     autoscaling_config: dict[str, Any] | None = Field(
@@ -58,14 +58,19 @@ class ServeArgs(BaseModel):
         "of a request beyond its first have as many places of their own",
     )
     allow_priority: bool = Field(
-        False, description="let clients set a priority: lower goes first, and others may wait as long as such come"
+        False,
+        description="let clients set a priority: lower goes first, and others wait while such requests keep arriving",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
-    drain_timeout_s: float = Field(60.0, gt=0, description="seconds that requests may go on once a replica is to stop")
+    drain_timeout_s: float = Field(
+        60.0, gt=0, description="seconds that running requests may take once a replica is to stop"
+    )
     stall_timeout_s: float = Field(
         300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
     )
-    health_check_period_s: float = Field(2.0, gt=0, description="seconds between Serve's looks; the third failure ends")
+    health_check_period_s: float = Field(
+        2.0, gt=0, description="seconds between health checks; three failures replace the replica"
+    )
 
     @model_validator(mode="before")
     @classmethod

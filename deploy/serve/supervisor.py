@@ -141,7 +141,7 @@ class _Watch:
     def _hear_silence(self, watched: Watched) -> None:
         """From a probe's thread."""
         if self._told is None and self._code is None:
-            logger.error("%s (process %d) answers no more; the server ends", watched.name, watched.pid)
+            logger.error("%s (process %d) no longer responds; the server ends", watched.name, watched.pid)
         self._code = FAILED
         os.write(self._wake, b"\0")
 
@@ -174,7 +174,7 @@ class _Watch:
         }
         for process in processes:
             if now - self._stopped.get(process.pid, now) >= STOPPED_S:
-                logger.warning("%s (process %d) was stopped, and goes on", process.name(), process.pid)
+                logger.warning("%s (process %d) was stopped; resumed", process.name(), process.pid)
                 os.kill(process.pid, signal.SIGCONT)
                 del self._stopped[process.pid]
             elif process.state == ZOMBIE and process.parent == os.getpid() and process.pid != self._server:

@@ -116,14 +116,14 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise ValueError(
-            f"{what} is only for those whom its owner lets have it: ask for that on its page, and give a token of your "
-            "account in HF_TOKEN or with `hf auth login`, on every node"
+            f"{what} is gated: request access on its page, and give a token of your account in HF_TOKEN or with "
+            "`hf auth login`, on every node"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{what} does not exist, though the model does; give another revision, or none") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"there is no directory {repository}, and no {what}, or it is private: mend the name, or give a token in "
+            f"there is no directory {repository}, and no {what}, or it is private: fix the name, or give a token in "
             "HF_TOKEN or with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # the first is a FileNotFoundError, too

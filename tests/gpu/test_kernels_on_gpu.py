@@ -1,7 +1,7 @@
 """The kernels on CUDA in bfloat16, in real shapes and odd ones, against plain versions of higher precision.
 
 The same kernels run in Triton's interpreter, in float32, in `tests/models/test_kernels.py` and in
-`tests/workers/attention/test_decode.py` and `test_varlen.py` beside it; it multiplies no bfloat16.
+`tests/workers/attention`: `test_kv_kernels.py`, `test_decode.py` and `test_varlen.py`; it multiplies no bfloat16.
 """
 
 from typing import Any

@@ -27,12 +27,3 @@ else:
     @pytest.mark.parametrize("size", [48, 1024, 1500])
     def test_silu_and_multiply(size: int) -> None:
         CASES.silu_and_multiply(3, size)
-
-    @pytest.mark.parametrize(("num_q", "num_k", "head_size"), [(9, 3, 64), (1, 1, 96), (16, 8, 128), (3, 1, 256)])
-    @pytest.mark.parametrize("rotates", [True, False])
-    def test_rotation_and_slots(num_q: int, num_k: int, head_size: int, rotates: bool) -> None:
-        CASES.rotation_and_slots(num_q, num_k, head_size, rotates)
-
-    @pytest.mark.parametrize(("num_k", "head_size"), [(1, 96), (8, 128)])
-    def test_blocks_with_odd_numbers_are_marked_and_cleaned(num_k: int, head_size: int) -> None:
-        CASES.marked_and_cleaned_blocks(num_k, head_size)

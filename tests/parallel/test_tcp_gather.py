@@ -1,4 +1,4 @@
-"""Connections between ranks, here between threads: what happens when one is slow, gone, or none of ours."""
+"""Connections between ranks, here between threads: what happens when one is slow, gone, or not one of ours."""
 
 import socket
 from collections.abc import Callable, Iterator

@@ -125,7 +125,7 @@ class Kernels:
         vocab = raw.shape[1]
         asking = [line for line, each in enumerate(self.lines) if each.sampling.logprobs is not None]
         num_top = [min(self.lines[line].sampling.logprobs or 0, vocab) for line in asking]
-        wire = logprobs.of(torch.tensor(asking, dtype=torch.int64, device=DEVICE)).to_wire(num_top)
+        wire = logprobs.of(torch.tensor(asking, dtype=torch.int64, device=DEVICE)).to_messages(num_top)
         edited = self.sampler._work[: len(self.lines)].cpu()
         by_line = dict(zip(asking, wire, strict=True))
         return Drawn(ids.tolist(), not_finite.tolist(), all_masked.tolist(), edited, by_line)

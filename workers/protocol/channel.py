@@ -97,7 +97,7 @@ class Hub:
         self.num_dropped += 1
         if self.num_dropped == 1:
             logger.warning(
-                "a message of %d frames at %s is none of ours; it and further ones are dropped",
+                "a message of %d frames at %s is not one of ours; it and further ones are dropped",
                 num_frames,
                 self.endpoint.address,
             )

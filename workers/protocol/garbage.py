@@ -1,4 +1,4 @@
-"""Spares Python's garbage collector what a process has made while it started."""
+"""Freezes startup objects out of the garbage collector (`gc.freeze`)."""
 
 import gc
 

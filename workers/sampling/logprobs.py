@@ -37,7 +37,7 @@ class LogprobTensors:
         """The same with other tensors."""
         return LogprobTensors(change(self.token_ids), change(self.logprobs), change(self.ranks))
 
-    def to_wire(self, num_top: list[int] | None = None) -> list[TokenLogprobs]:
+    def to_messages(self, num_top: list[int] | None = None) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens, or all of them."""
         num_top = num_top or [self.token_ids.shape[1] - 1] * len(self.token_ids)
         lines = zip(self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), num_top, strict=True)

@@ -135,7 +135,7 @@ def test_whoever_was_not_told_the_token_is_not_heard(core: Core, caplog: pytest.
         front_end.wait(lambda: front_end.ends.pop(2, None) is not None)
     assert front_end.tokens[1] == generate([1, 2], 100)
     assert len(caplog.messages) == 1
-    assert "none of ours" in caplog.messages[0]
+    assert "not one of ours" in caplog.messages[0]
     stranger.close()
 
 
@@ -205,7 +205,7 @@ def test_a_request_that_is_sent_again_is_not_run_again(core: Core) -> None:
         ({"max_tokens": -(2**63)}, {}, "max_tokens is -9223372036854775808"),
         ({"max_tokens": 2**63}, {}, "max_tokens is 9223372036854775808"),
         ({"priority": 2**31}, {}, "priority is 2147483648"),
-        ({"seeds": [-1]}, {}, "seeds holds"),
+        ({"seeds": [-1]}, {}, "a seed does not fit in 64 bits"),
         ({}, {"temperature": float("nan")}, "temperature is nan"),
         ({}, {"temperature": -1.0}, "temperature is -1.0"),
         ({}, {"top_k": 2**40}, "top_k is"),
@@ -281,14 +281,14 @@ def test_no_step_is_sent_until_every_rank_profiles(core: Core) -> None:
 
 def test_only_one_profile_runs_over_all_front_ends(core: Core) -> None:
     one, two = core.front_end(b"one"), core.front_end(b"two")
-    assert one.ask(Control(0, "stop_profile")).error == "no profile runs; start one first"
+    assert one.ask(Control(0, "stop_profile")).error == "no profile is running; start one first"
     assert one.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
     assert (
         two.ask(Control(1, "start_profile", {"directory": "/others"})).error
-        == "a profile into /traces runs already; stop it first"
+        == "a profile into /traces is already running; stop it first"
     )
     assert two.ask(Control(2, "stop_profile")).error is None
-    assert one.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
+    assert one.ask(Control(3, "stop_profile")).error == "no profile is running; start one first"
 
 
 def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
@@ -300,7 +300,7 @@ def test_if_one_rank_cannot_profile_none_does(core: Core) -> None:
     assert front_end.ask(Control(1, "start_profile", {"directory": "/traces"})).error is None
     core.executor.fault = "disk full"
     assert front_end.ask(Control(2, "stop_profile")).error == error
-    assert front_end.ask(Control(3, "stop_profile")).error == "no profile runs; start one first"
+    assert front_end.ask(Control(3, "stop_profile")).error == "no profile is running; start one first"
     assert core.executor.sent == ["start_profile", "drop_profile", "start_profile", "stop_profile"]
 
 

@@ -42,21 +42,21 @@ class Slow:
 
 
 class ReportingExecutor:
-    """A toy rank behind the reporter and the channel of real ones."""
+    """A toy rank behind the output sender and the channel of real ones."""
 
     def __init__(self, num_blocks: int, step_s: float, send_s: float) -> None:
         self.num_blocks = num_blocks
         self._hub = Hub()
         self.pollable: Sequence[Any] = (self._hub.socket,)
         self._rank = ToyRank(num_blocks, BLOCK_SIZE)
-        self._reporter = OutputSender(self._hub.endpoint)
+        self._output_sender = OutputSender(self._hub.endpoint)
         self._step_s, self._send_s = step_s, send_s
 
     def send(self, message: Step | RankControl) -> None:
         assert isinstance(message, Step)
         time.sleep(self._send_s)
         launched = time.monotonic()
-        self._reporter.report(Slow(self._rank.run(message), self._step_s), launched)
+        self._output_sender.report(Slow(self._rank.run(message), self._step_s), launched)
 
     def receive(self) -> StepOutput | None:
         message = self._hub.receive()

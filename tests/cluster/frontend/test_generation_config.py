@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from eagleray.cluster.frontend.generation_config import (
     DEFAULTED,
-    UNHELD,
+    UNSUPPORTED,
     chosen_defaults,
     default_params,
     drawable,
@@ -69,16 +69,16 @@ SAME_ANSWER = {  # how fast it comes, what comes with it, and what is for other 
 
 
 def test_whatever_transformers_reads_is_held_refused_or_changes_no_answer() -> None:
-    known = {*DEFAULTED, *UNHELD, "do_sample", "eos_token_id", *LENGTHS, *WITH_BEAMS, *SAME_ANSWER}
+    known = {*DEFAULTED, *UNSUPPORTED, "do_sample", "eos_token_id", *LENGTHS, *WITH_BEAMS, *SAME_ANSWER}
     assert vars(GenerationConfig()).keys() <= known
 
 
-@pytest.mark.parametrize("name", UNHELD)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_there_is_refused_unless_it_asks_for_nothing(tmp_path: Path, name: str) -> None:
-    for nothing in UNHELD[name]:
+    for nothing in UNSUPPORTED[name]:
         assert sampling_defaults(written(tmp_path, json.dumps({name: nothing}))) == {}
     model = written(tmp_path, json.dumps({name: [[5]]}))
-    words = rf"generation_config\.json: {name} is \[\[5\]\], which Eagleray does not have; take it out; .* 'none'$"
+    words = rf"generation_config\.json: {name} is \[\[5\]\], which Eagleray does not support; remove it; .* 'none'$"
     with pytest.raises(ValueError, match=words):
         default_params(model)
     assert default_params(model, "none") == SamplingParams()
@@ -124,11 +124,11 @@ def test_a_default_that_is_no_number_is_refused(tmp_path: Path, name: str, value
     [
         (
             '{"temperature": -1}',
-            "temperature is -1; .*; mend the file, or leave it alone with generation_config 'none'",
+            "temperature is -1; .*; fix the file, or ignore it with generation_config 'none'",
         ),
         ('{"top_k": "many"}', "top_k is 'many'"),
         ("{", "is not valid JSON"),
-        ("[]", "holds list and no object"),
+        ("[]", "contains a list, not an object"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:

@@ -136,7 +136,7 @@ def test_a_core_that_was_only_stopped_for_a_while_goes_on(caplog: pytest.LogCapt
         link.look()
     core = Core(hub=hub)
     assert until_end(link) == generate(PROMPT, 20)
-    assert caplog.messages[1] == "the engine core goes on"
+    assert caplog.messages[1] == "the engine core is responding again"
     link.close()
     core.close()
 

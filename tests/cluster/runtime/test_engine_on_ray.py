@@ -104,7 +104,7 @@ def test_ranks_start_again_in_another_number(model_dir: Path) -> None:
     try:
         for size in (2, 1, 2):
             assert executor.start(size) > len(blocks)
-            with pytest.raises(RuntimeError, match="ranks run already"):
+            with pytest.raises(RuntimeError, match="ranks are already running"):
                 executor.start(size)
             executor.send(Step(1, start=[row], chunks={0: len(PROMPT)}))
             while (output := executor.receive()) is None:
@@ -316,13 +316,13 @@ def test_a_forked_process_has_no_engine_and_harms_none(llm: LLM) -> None:
 
 def test_every_rank_writes_a_profile_of_the_steps_in_between(llm: LLM, tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    with pytest.raises(ValueError, match="no profile runs; start one first"):
+    with pytest.raises(ValueError, match="no profile is running; start one first"):
         llm.stop_profile()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written to .*/file/x: rank 0: .*Not a directory.*; rank 1: "):
         llm.start_profile(tmp_path / "file" / "x")
     llm.start_profile(tmp_path)
-    with pytest.raises(ValueError, match="runs already"):
+    with pytest.raises(ValueError, match="is already running"):
         llm.start_profile(tmp_path)
     llm.generate([PROMPT, PROMPT], params, use_tqdm=False)
     files = llm.stop_profile()
@@ -395,7 +395,7 @@ async def test_requests_go_on_over_a_profile_and_get_their_tokens(async_llm: Asy
     await async_llm.start_profile(tmp_path)
     await asyncio.sleep(0.01)
     assert await async_llm.stop_profile() == [tmp_path / "rank0.json.gz"]
-    with pytest.raises(ValueError, match="no profile runs"):
+    with pytest.raises(ValueError, match="no profile is running"):
         await async_llm.stop_profile()
     assert await running == expected
 

@@ -60,7 +60,7 @@ def test_a_core_that_is_stopped_is_named_and_goes_on_once_continued(llm: LLM) ->
     expected = token_ids(llm)
     pid = info(llm).core_pid
     results: list[list[int]] = []
-    with Told(stopped=f"(process {pid} is stopped); waiting for it", on="the engine core goes on") as told:
+    with Told(stopped=f"(process {pid} is stopped); waiting for it", on="the engine core is responding again") as told:
         os.kill(pid, signal.SIGSTOP)
         thread = threading.Thread(target=lambda: results.append(token_ids(llm)))
         thread.start()

@@ -1,9 +1,10 @@
-"""How long and how often Ray's start is tried."""
+"""How long and how often Ray's start is tried, and what is said when a cluster has no room for the ranks."""
 
 import time
 
 import pytest
 
+from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.runtime import placement
 from eagleray.cluster.runtime.placement import start_patiently
 
@@ -50,3 +51,30 @@ def test_what_fails_at_once_or_is_out_of_time_fails(seconds: float, timeout_s: f
     with pytest.raises(RuntimeError, match="timed out during startup"):
         start_patiently(ray.start, ray.clear, timeout_s)
     assert ray.did == ["start", "clear"]
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "asked", "remedy"),
+    [
+        (1, {"CPU": 8.0}, "for 1 rank of 1 CPU + 1 GPU, but", "add a node with GPUs, or run on CPU with --device cpu"),
+        (
+            2,
+            {"CPU": 8.0},
+            "for 2 ranks of 1 CPU + 1 GPU each, but",
+            "add a node with GPUs, or run on CPU with --device cpu",
+        ),
+        (1, {"CPU": 8.0, "GPU": 1.0}, "for 1 rank of", "add nodes or end other jobs"),
+        (4, {"CPU": 8.0, "GPU": 2.0}, "for 4 ranks of", "add nodes, or lower tensor_parallel_size to 2 or less"),
+        (2, {"CPU": 8.0, "GPU": 2.0}, "for 2 ranks of", "add nodes, end other jobs, or lower tensor_parallel_size"),
+    ],
+)
+def test_only_what_would_help_is_advised(
+    size: int, total: dict[str, float], asked: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    monkeypatch.setattr("ray.available_resources", dict)
+    monkeypatch.setattr("ray.nodes", lambda: [{}])
+    message = placement._no_room(EngineConfig(model="model", tensor_parallel_size=size), {"CPU": 1.0, "GPU": 1.0})
+    assert asked in message
+    assert "the cluster of 1 node has" in message
+    assert message.endswith(f"; {remedy}")

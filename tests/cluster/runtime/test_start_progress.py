@@ -55,10 +55,10 @@ def test_bytes_are_those_of_all_ranks_once_all_have_counted() -> None:
 
 def test_counts_are_told_seldom_but_for_the_last() -> None:
     hub = Hub()
-    teller = StartupReporter(1, hub.endpoint)
-    teller.begin(WEIGHTS)
+    reporter = StartupReporter(1, hub.endpoint)
+    reporter.begin(WEIGHTS)
     for done in range(10_001):
-        teller.count(done, 10_000)
+        reporter.count(done, 10_000)
     told: list[Progress] = []
     while Progress(WEIGHTS, 10_000, 10_000) not in told:
         assert hub.socket.poll(5000)
@@ -67,7 +67,7 @@ def test_counts_are_told_seldom_but_for_the_last() -> None:
             told.append(msgspec.msgpack.decode(news[1], type=Progress))
     assert told[:2] == [Progress(WEIGHTS), Progress(WEIGHTS, 0, 10_000)]
     assert len(told) < 1000
-    teller.close()
+    reporter.close()
     hub.close()
 
 

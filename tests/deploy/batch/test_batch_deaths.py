@@ -67,7 +67,7 @@ def test_a_row_that_kills_every_engine_fails_alone_with_the_cause(
     batch = Batch(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), model, cluster.environment)
     code, err = batch.run()
     assert (code, f"{NUM_ROWS + 1} rows · 1 failed" in err) == (0, True), err
-    assert err.count("an engine is gone, another is started") == 3, err  # beside others, and twice alone
+    assert err.count("an engine died, another is starting") == 3, err  # beside others, and twice alone
     assert "sampling defaults of the model's generation_config.json: temperature 0" in err
     results = read_results(tmp_path / "out.jsonl")
     (failed,) = [result for result in results if result["custom_id"] == "deadly"]

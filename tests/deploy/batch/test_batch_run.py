@@ -323,7 +323,7 @@ def test_results_that_an_object_store_refuses_are_kept(tmp_path: Path) -> None:
 
 
 def test_directories_are_there_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no directory .*/none to keep results in; make it"):
+    with pytest.raises(ValueError, match=r"there is no directory .*/none to keep results in; create it"):
         Places.of("in.jsonl", str(tmp_path / "none" / "out.jsonl"), tmp_path)
 
 

@@ -65,7 +65,7 @@ def refusal(server: Server, path: str, **body: Any) -> dict[str, Any]:
         ({"far": 10**9}, "Range too big"),
     ],
 )
-def test_what_a_template_cannot_do_is_the_clients_to_mend(server: Server, variables: dict[str, Any], why: str) -> None:
+def test_what_a_template_cannot_do_is_the_clients_to_fix(server: Server, variables: dict[str, Any], why: str) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         assert why in refusal(server, path, messages=MESSAGES, chat_template_kwargs=USUAL | variables)["message"]
         assert post(server, path, messages=MESSAGES, chat_template_kwargs=USUAL).status_code == 200

@@ -207,6 +207,11 @@ def test_a_body_that_is_no_request_is_refused(tiny: Server, path: str, body: byt
     refused(tiny, path, body)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_conversation_without_messages_is_refused_in_plain_words(tiny: Server, path: str) -> None:
+    assert refused(tiny, path, {"messages": []})["message"] == "messages is []; give at least 1 item"
+
+
 def test_not_a_number_is_refused(tiny: Server) -> None:
     for number in (b"NaN", b"Infinity", b"1e999"):
         refused(tiny, "/v1/completions", b'{"prompt": "a", "temperature": ' + number + b"}")

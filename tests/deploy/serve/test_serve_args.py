@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import socket
 from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
@@ -17,7 +18,8 @@ from ray.serve.exceptions import RayServeException
 
 from eagleray.deploy.cli.arguments import Parser
 from eagleray.deploy.serve.app import build
-from eagleray.deploy.serve.arguments import add_serve, serve_args
+from eagleray.deploy.serve.arguments import Site, add_serve, serve_args
+from eagleray.deploy.serve.command import check_free
 from eagleray.deploy.serve.config import ServeArgs, in_one_line
 from support.tiny_model import write_tiny_model
 
@@ -205,6 +207,27 @@ def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
         serve_args(parsed(str(model_dir), "--api-keys-file", "/nowhere/keys"))
     with pytest.raises(SystemExit):
         parsed(str(model_dir), "--port", "70000")
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("192.0.2.1", "that address is not this machine's: give --host one that is, or 0.0.0.0"),  # RFC 5737: nobody's
+        ("nobody.invalid", "; give --host an address of this machine, or 0.0.0.0"),
+    ],
+)
+def test_an_address_of_another_machine_is_not_a_matter_of_ports(host: str, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^cannot listen at {re.escape(host)}:8000 ") as caught:
+        check_free(Site(host, 8000, "eagleray", "/"))
+    assert words in str(caught.value)
+    assert "--port" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^cannot listen at 127\.0\.0\.1:{port} .*; choose another --port$"):
+            check_free(Site("127.0.0.1", port, "eagleray", "/"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
 from eagleray.deploy.serve import environment
 from eagleray.deploy.serve.environment import FASTER_STREAMS, FILES, HAPROXY, ONE_SERVER, PORTS, set_environment
-from eagleray.deploy.serve.haproxy import COMMAND, mended
+from eagleray.deploy.serve.haproxy import COMMAND, fixed
 from eagleray.deploy.serve.private_ray import set_place
 from support.free_port import free_port
 
@@ -115,7 +115,7 @@ def test_haproxys_socket_is_its_owners_and_its_figures_stay_on_the_machine(host:
         "frontend_port": 81,
     }
     config = environment.from_string(HAPROXY_CONFIG_TEMPLATE).render(config=about, route_info={"status": 200})
-    lines = [line.strip() for line in mended(config, hide_routes=hide_routes).splitlines()]
+    lines = [line.strip() for line in fixed(config, hide_routes=hide_routes).splitlines()]
     assert [line for line in lines if line.startswith("stats socket")] == [
         "stats socket /tmp/x/admin.sock mode 600 level admin expose-fd listeners"
     ]
@@ -172,11 +172,11 @@ def test_rays_files_are_put_where_nobody_else_looks(tmp_path: Path, monkeypatch:
         assert own.stat().st_mode & 0o777 == 0o700
     own.chmod(0o755)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(ValueError, match="is not a folder of this user's alone; take it away"):
+    with pytest.raises(ValueError, match="is not a folder that belongs to this user alone; remove it"):
         set_place()
     own.rmdir()
     own.symlink_to(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder of this user's alone"):
+    with pytest.raises(ValueError, match="is not a folder that belongs to this user alone"):
         set_place()
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
     with pytest.raises(ValueError, match=r"/proc/nowhere/eagleray-.* cannot be made for Ray's files"):

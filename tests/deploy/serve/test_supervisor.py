@@ -139,7 +139,7 @@ def test_what_is_stopped_goes_on(tmp_path: Path) -> None:
     until(lambda: psutil.Process(command.helper).status() == psutil.STATUS_STOPPED)
     until(lambda: psutil.Process(command.helper).status() == psutil.STATUS_SLEEPING)
     os.kill(command.pid, signal.SIGTERM)
-    assert command.end()[::2] == (0, f"sleep (process {command.helper}) was stopped, and goes on\n")
+    assert command.end()[::2] == (0, f"sleep (process {command.helper}) was stopped; resumed\n")
 
 
 def test_a_command_that_is_killed_takes_all_with_it(tmp_path: Path) -> None:

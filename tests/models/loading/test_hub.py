@@ -199,7 +199,7 @@ def test_a_gated_model_needs_a_token(
     hub: HubServer, node: Node, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repositories[NAME].token = "hf_right"
-    refusal = f"^model {NAME} at {hub.url} is only for those whom its owner lets have it.*HF_TOKEN"
+    refusal = f"^model {NAME} at {hub.url} is gated: request access.*HF_TOKEN"
     with pytest.raises(ValueError, match=refusal):
         node.find()
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

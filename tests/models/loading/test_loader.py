@@ -306,7 +306,7 @@ def test_the_command_that_converts_them_does(path: Path, tensors: dict[str, Tens
         ({"weight_map": {UP: "../secret.safetensors"}}, "weight_map has '../secret.safetensors'"),
         ({"weight_map": {UP: "/etc/passwd"}}, "weight_map has '/etc/passwd'"),
         ({"weight_map": {UP: "x" * 300}}, "cannot be read|is missing"),
-        ([], "holds list and no object"),
+        ([], "contains a list, not an object"),
     ],
 )
 def test_an_index_that_is_none(path: Path, index: object, words: str) -> None:

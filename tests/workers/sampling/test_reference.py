@@ -564,7 +564,7 @@ def test_prompt_logprobs_equal_the_log_softmax_of_the_whole_vocabulary(size: int
         sampler = ReferenceSampler(SamplingTable(1, shard, torch.device("cpu")), shard, VOCAB, tp)
         whole = torch.from_numpy(logits)
         scored = sampler.prompt_logprobs(whole[:, shard.start : shard.stop], torch.from_numpy(targets), num)
-        return scored.to_wire()
+        return scored.to_messages()
 
     results = on_ranks(size, work)
     assert all(result == results[0] for result in results)
