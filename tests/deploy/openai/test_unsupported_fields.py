@@ -116,7 +116,7 @@ async def test_null_and_neutral_values_ask_for_nothing(ask: Ask, path: str, fiel
         neutral += EMPTY
     body = {name: value for name, value in BODIES[path].items() if name != "max_tokens" or "max" not in field}
     if "max" in field:
-        body |= {"min_tokens": 5, "stop_token_ids": [*range(1, VOCAB_SIZE)]}  # else it would run on and on
+        body["stop_token_ids"] = [*range(0, VOCAB_SIZE, 8)]  # else it might run as long as the model allows
     _, plain = await ask(path, **body)
     for value in neutral:
         status, answer = await ask(path, **body | {field: value})
