@@ -94,9 +94,7 @@ def test_sigterm_lets_a_stream_end_whole_and_then_ends_everything(model_dir: Pat
         family = psutil.Process(process.pid).children(recursive=True)
         ranks = [each for each in family if is_rank(each)]
         until_ranks = max(rank.create_time() for rank in ranks) - min(each.create_time() for each in family)
-        assert (
-            until_ranks - 0.1 < total < passed + 0.1
-        )  # it is rounded to a tenth, and a rank is not ready when it begins
+        assert until_ranks - 0.1 < total < passed + 0.1  # which is rounded; a rank is not ready when it begins
         assert list(parts) == ["imports", "Ray", "Serve", "replica process", "engine", "first answer"]
         assert sum(parts.values()) == pytest.approx(total, abs=0.05 * (len(parts) + 1))  # all are rounded
         assert "weights" in of_engine
