@@ -40,7 +40,6 @@ CUDA_ENVIRONMENT = {
 # Triton keeps what it has compiled in TRITON_CACHE_DIR, or else in ~/.triton/cache. Nothing here changes or clears it:
 # a folder that outlives the rank makes the next start some seconds shorter.
 SENDER_CHECK_S = 0.5
-LOOPBACK = "127.0.0.1"
 LOAD_PARTS = (JOINING, WEIGHTS, MEMORY_PROFILE)
 
 
@@ -96,7 +95,7 @@ class Rank:
         import eagleray.models.loading.loader
         import eagleray.workers.kv_capacity
         import eagleray.workers.oom_guard  # noqa: F401
-        from eagleray.parallel.network import open_store
+        from eagleray.parallel.network import LOOPBACK, open_store
         from eagleray.workers.fit import memory_bytes, needed_bytes
 
         if is_of_hub(self._config.model):  # which others on this node may be fetching, too

@@ -9,7 +9,6 @@ import msgspec
 from eagleray.deploy.openai.truncate import excerpt
 
 URLS = ("/v1/chat/completions", "/v1/completions")
-NULL = msgspec.Raw(b"null")
 ID = re.compile(r"batch_req_([1-9][0-9]*)")
 
 

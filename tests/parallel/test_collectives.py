@@ -27,6 +27,7 @@ def test_sums_maxima_and_gathering(size: int, run_ranks: RunRanks) -> None:
             assert torch.equal(result["gathered"], inputs)
 
 
+@pytest.mark.slow
 def test_collectives_are_traced_into_one_graph(run_ranks: RunRanks) -> None:
     for compiled, eager in run_ranks("compiled_collectives", 2):
         assert torch.equal(compiled, eager)

@@ -26,8 +26,11 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
 from eagleray.workers.attention.context import AttentionMetadata, ForwardContext, PagedKVLayer, forward_context
 from eagleray.workers.attention.reference import ReferenceBackend
+from eagleray.workers.protocol.channel import Hub
+from eagleray.workers.rank import Place, Rank
 from support.attention_requests import paged
 from support.sink_llama import run_worker  # and its family
+from support.worker_config import worker_config
 
 Tasks = dict[str, Callable[..., Any]]
 
@@ -109,6 +112,35 @@ def collectives(tp: TPGroup, numel: list[int]) -> list[dict[str, Tensor]]:
         assert torch.equal(tp.add_up(x), results[-1]["sum"])
         assert torch.equal(x, results[-1]["sum"])
     return results
+
+
+def two_generations(tp: TPGroup, folder: str) -> tuple[str, Tensor]:
+    """A rank whose engine starts twice: what its first group says once it is in the second, and a sum in the second."""
+    config = worker_config(
+        model=folder, max_model_len=64, block_size=4, max_num_seqs=2, max_num_batched_tokens=32, kv_cache_bytes=10**6
+    )
+    listener, hub = Hub(), Hub()
+    places = [Place(tp.rank, tp.size, generation, "here", "127.0.0.1") for generation in range(2)]
+    first, second = (Rank(place, config, listener.endpoint, hub.endpoint) for place in places)
+    hosts = [rank.prepare(one_node=True) for rank in (first, second)]
+    ports = tp.all_gather(torch.tensor([host.store_port or 0 for host in hosts]))[0].tolist()
+    destroy_tp_group(tp)
+    first.load(hosts[0].store_ip, ports[0])
+    destroy_tp_group(first._tp)
+    second.load(hosts[1].store_ip, ports[1])
+    x = torch.tensor([tp.rank + 1.0])
+    try:
+        said = f"they meet: {first._tp.all_reduce(x)}"
+    except RuntimeError as error:
+        said = str(error)
+    total = second._tp.all_reduce(x)
+    destroy_tp_group(second._tp)
+    for rank in (first, second):
+        rank._heartbeat.close()
+        rank._teller.close()
+    listener.close()
+    hub.close()
+    return said, total
 
 
 def compiled_collectives(tp: TPGroup) -> tuple[Tensor, Tensor]:
@@ -293,7 +325,8 @@ ALTERATIONS: dict[str, Callable[[CausalLM], None]] = {
     "silu for gelu": _silu,
 }
 TASKS: Tasks = {
-    task.__name__: task for task in (collectives, compiled_collectives, logits, greedy, compile_counts, run_worker)
+    task.__name__: task
+    for task in (collectives, compiled_collectives, two_generations, logits, greedy, compile_counts, run_worker)
 }
 
 

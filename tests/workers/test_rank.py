@@ -15,6 +15,7 @@ from eagleray.workers.protocol.messages import Beat, Goodbye, RankReport, RowSta
 from eagleray.workers.protocol.startup import PHASES, Progress, Ready
 from eagleray.workers.rank import Place, Rank
 from eagleray.workers.worker import Worker
+from support.rank_pool import RunRanks
 from support.tiny_model import write_tiny_model
 from support.worker_config import worker_config
 
@@ -85,3 +86,9 @@ def test_a_rank_starts_runs_steps_and_ends(tmp_path: Path) -> None:
     assert len(told) >= 3
     hub.close()
     listener.close()
+
+
+def test_a_group_of_an_earlier_start_never_meets_that_of_a_later_one(run_ranks: RunRanks, tmp_path: Path) -> None:
+    for said, total in run_ranks("two_generations", 2, folder=str(write_tiny_model(tmp_path))):
+        assert "no process group 'tp0' in this process" in said
+        assert total.tolist() == [3.0]

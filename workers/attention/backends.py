@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.platform import HAS_TRITON, runs_triton
-from eagleray.workers.attention.context import AttentionBackend, PagedKVLayer
+from eagleray.workers.attention.context import KERNEL_HEAD_SIZES, AttentionBackend, PagedKVLayer
 from eagleray.workers.attention.flash import FlashBackend
 from eagleray.workers.attention.reference import ReferenceBackend
 
@@ -16,7 +16,6 @@ if HAS_TRITON:
     from eagleray.workers.attention.decode import allocate_workspace, attend_planned, plan_decode
     from eagleray.workers.attention.varlen import VarlenBackend
 
-HEAD_SIZES = (64, 96, 128, 256)  # of the decode kernel
 BACKENDS: list[AttentionBackend] = [FlashBackend(), *([VarlenBackend()] if HAS_TRITON else []), ReferenceBackend()]
 
 
@@ -41,7 +40,7 @@ class DecodeBackend:
     def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernel computes decodes of such a layer here: in 16 bits, or, in the interpreter, in float32."""
         dtypes = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
-        return runs_triton(device) and dtype in dtypes and spec.head_size in HEAD_SIZES
+        return runs_triton(device) and dtype in dtypes and spec.head_size in KERNEL_HEAD_SIZES
 
     def plan(self, seq_lens: Tensor) -> None:
         """Share out the work of a step, whose requests have `seq_lens` [n] int32 tokens."""

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 
+KERNEL_HEAD_SIZES = (64, 96, 128, 256)  # of the attention kernels in Triton
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:

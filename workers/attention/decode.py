@@ -12,7 +12,7 @@ window share it. No launch depends on a value on the GPU, so all of it can stand
 """
 
 from dataclasses import dataclass
-from math import log2
+from math import e, log2
 
 import torch
 import triton
@@ -34,7 +34,6 @@ SECTION = 2048  # keys, at most until there are `MAX_SECTIONS`
 COMBINING_PROGRAMS = 1024
 FEW_PAIRS = 64  # of request and KV head
 LARGE_TILES = 160 << 10  # bytes of shared memory that a processor must have for them
-_LOG2_E = log2(2.718281828459045)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +175,8 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         workspace.work,
         workspace.partial,
         workspace.partial_ml,
-        spec.scale * _LOG2_E,
-        (spec.logits_soft_cap or 1.0) * _LOG2_E,
+        spec.scale * log2(e),
+        (spec.logits_soft_cap or 1.0) * log2(e),
         q.stride(0),
         q.stride(1),
         block_table.stride(0),

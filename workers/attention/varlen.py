@@ -11,7 +11,7 @@ attention kernel.
 
 from dataclasses import dataclass
 from functools import cache
-from math import log2
+from math import e, log2
 
 import torch
 import triton
@@ -19,11 +19,8 @@ from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
 from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
-from eagleray.workers.attention.context import PagedKVLayer
+from eagleray.workers.attention.context import KERNEL_HEAD_SIZES, PagedKVLayer
 from eagleray.workers.attention.varlen_kernels import varlen_attend_kernel
-
-HEAD_SIZES = (64, 96, 128, 256)
-_LOG2_E = log2(2.718281828459045)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,9 @@ class VarlenBackend:
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernel computes chunks of such a layer on this device: on CUDA, in 16 bits."""
-        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in HEAD_SIZES
+        return (
+            device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in KERNEL_HEAD_SIZES
+        )
 
     def __call__(self, q: Tensor, layer: PagedKVLayer) -> Tensor:
         """`q` is of any strides with the last one 1. Blocks are of a power of two.
@@ -88,8 +87,8 @@ class VarlenBackend:
             out,
             n,
             num_tokens,
-            spec.scale * _LOG2_E,
-            (spec.logits_soft_cap or 1.0) * _LOG2_E,
+            spec.scale * log2(e),
+            (spec.logits_soft_cap or 1.0) * log2(e),
             q.stride(0),
             q.stride(1),
             metadata.block_table.stride(0),

@@ -275,6 +275,7 @@ def test_an_odd_end_of_sequence_is_refused(tmp_path: Path) -> None:
         eos_token_ids(tmp_path, None)
 
 
+@pytest.mark.slow
 def test_the_driver_needs_no_torch(demo_model_dir: Path) -> None:
     program = (
         "import sys, eagleray.cluster.llm, eagleray.cluster.async_llm\n"

@@ -387,13 +387,20 @@ def test_an_engine_can_be_used_from_one_event_loop_after_the_other(async_llm: As
 async def test_requests_go_on_over_a_profile_and_get_their_tokens(async_llm: AsyncLLM, tmp_path: Path) -> None:
     params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
 
+    seen: list[list[int]] = []
+
     async def token_ids() -> list[int]:
-        return [output.outputs[0].token_ids async for output in async_llm.generate(PROMPT, params)][-1]
+        async for output in async_llm.generate(PROMPT, params):
+            last = output.outputs[0].token_ids
+            seen.append(last)
+        return last
 
     expected = await token_ids()
     running = asyncio.create_task(token_ids())
     await async_llm.start_profile(tmp_path)
-    await asyncio.sleep(0.01)
+    before = len(seen)
+    while len(seen) == before and not running.done():
+        await asyncio.sleep(0)
     assert await async_llm.stop_profile() == [tmp_path / "rank0.json.gz"]
     with pytest.raises(ValueError, match="no profile is running"):
         await async_llm.stop_profile()
@@ -406,17 +413,17 @@ async def test_who_waits_for_a_profile_hears_of_a_dead_rank(async_llm: AsyncLLM,
     (pid,) = async_llm._engine.info.rank_pids  # type: ignore[attr-defined]
     os.kill(pid, signal.SIGSTOP)
     stopping = asyncio.create_task(async_llm.stop_profile())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # it asks before it waits, and the rank cannot answer
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError, match="rank 0: its process is gone"):
         await asyncio.wait_for(stopping, 20)
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
-async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
-    model_dir: Path, blow: signal.Signals
-) -> None:
-    config = EngineConfig(model=str(model_dir), tensor_parallel_size=2, load_format="dummy", step_timeout_s=1.0)
+async def test_a_rank_lost_while_requests_run_ends_them_all(model_dir: Path, blow: signal.Signals) -> None:
+    """One that is gone ends them long before a step is late; a stuck one when its step is."""
+    timeout_s = 1000.0 if blow == signal.SIGKILL else 2.0
+    config = EngineConfig(model=str(model_dir), tensor_parallel_size=2, load_format="dummy", step_timeout_s=timeout_s)
     engine = EngineClient.start(config)
     llm = AsyncClient(
         engine, FrontEnd(None, ModelLimits(max_model_len=4096, vocab_size=120, eos_token_ids=frozenset()))
@@ -424,7 +431,7 @@ async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
     pids = engine.info.rank_pids
     received: list[int] = []
 
-    async def consume(index: int) -> tuple[str, float]:
+    async def consume(index: int) -> str:
         stream = llm.generate([index], SamplingParams(max_tokens=4000, ignore_eos=True))
         last: RequestOutput | None = None
         try:
@@ -432,19 +439,16 @@ async def test_a_rank_lost_while_requests_run_ends_them_all_within_two_seconds(
                 received.append(index)
                 last = output
         except EngineDeadError as error:
-            return str(error), time.monotonic()
+            return str(error)
         assert last is not None
         assert last.outputs[0].finish_reason == "error", last
-        return last.outputs[0].error or "", time.monotonic()
+        return last.outputs[0].error or ""
 
     consumers = [asyncio.create_task(consume(index)) for index in range(8)]
     while len(set(received)) < 8:
         await asyncio.sleep(0.02)
-    struck = time.monotonic()
     os.kill(pids[1], blow)
-    ends = await asyncio.wait_for(asyncio.gather(*consumers), 20)
-    assert max(when for _, when in ends) - struck < 2.0
-    for cause, _ in ends:
+    for cause in await asyncio.wait_for(asyncio.gather(*consumers), 60):
         assert ("rank 1: its process is gone" if blow == signal.SIGKILL else "step_timeout_s") in cause
     with pytest.raises(EngineDeadError):
         await anext(llm.generate(PROMPT, SamplingParams(max_tokens=2)))

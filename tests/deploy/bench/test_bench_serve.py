@@ -1,6 +1,7 @@
 """`eagleray bench serve` against a server whose delays are known, and that notes what it did."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from support.slow_server import SlowServer
 
 pytestmark = pytest.mark.slow
 
-ON_THE_WAY_S = 0.25  # a crowded machine may take so long from the server's note to the client's
-
 
 def bench(url: str, words: str, output: Path, code: int = 0) -> dict[str, Any]:
     """Run to the end; what it measured."""
@@ -33,7 +32,9 @@ def test_figures_are_those_of_what_the_server_did(tmp_path: Path, capsys: pytest
     server = SlowServer(first_s=0.2, next_s=0.05)
     words = "--num-prompts 4 --input-len 7 --output-len 5 --num-warmups 1 --goodput ttft:100000 tpot:0.001"
     with asgi_server(server) as url:
+        begin = time.monotonic()
         case = bench(url, words, tmp_path / "serve.json")
+        passed = time.monotonic() - begin
     warm_up, *measured = server.seen
     assert (case["num_requests"], case["num_failed"], case["errors"]) == (4, 0, {})
     assert (case["num_input_tokens"], case["num_output_tokens"], case["num_events"]) == (28, 20, 20)
@@ -41,13 +42,14 @@ def test_figures_are_those_of_what_the_server_did(tmp_path: Path, capsys: pytest
     as_sent = serving_figures(
         RequestTimes(due=each.sent[0] - 0.2, num_input_tokens=7, tokens=each.sent) for each in measured
     )
-    for name in ("time_to_first_token_s", "time_per_output_token_s", "latency_s"):
-        assert case[name]["mean"] == pytest.approx(getattr(as_sent, name).mean, abs=ON_THE_WAY_S)
-    assert case["time_to_first_token_s"]["p50"] >= 0.2
-    assert case["latency_s"]["p50"] >= 0.2 + 4 * 0.05
-    assert case["inter_token_latency_s"]["mean"] == pytest.approx(0.05, abs=ON_THE_WAY_S / 4)
+    first, each, every = case["time_to_first_token_s"], case["time_per_output_token_s"], case["latency_s"]
+    for name in ("time_to_first_token_s", "latency_s"):  # what was sent has yet to arrive
+        assert case[name]["mean"] >= getattr(as_sent, name).mean
+    assert 0 <= case["send_lag_s"]["mean"] <= first["mean"] - 0.2
+    assert 0 < each["mean"] == pytest.approx((every["mean"] - first["mean"]) / 4)
+    assert case["inter_token_latency_s"]["mean"] == pytest.approx(each["mean"])
+    assert every["p99"] <= case["duration_s"] <= passed
     assert case["goodput_requests_per_s"] == 0
-    assert 0 <= case["send_lag_s"]["mean"] < ON_THE_WAY_S
     assert 0 < case["client_busy_share"] < 1.5
     shown = capsys.readouterr().out
     assert "4 of 4" in shown
@@ -123,20 +125,23 @@ def test_no_more_than_the_limit_run_and_waiting_for_room_is_no_delay(tmp_path: P
         )
     assert server.most_running == 2
     assert case["duration_s"] >= 3 * 0.3
-    assert 0.3 <= case["time_to_first_token_s"]["p99"] < 0.3 + ON_THE_WAY_S
+    assert case["time_to_first_token_s"]["p50"] >= 0.3
+    # At most two run at any time, so two times the duration is all that they take: a third of it each. If their
+    # waiting counted, it would be two thirds.
+    assert case["time_to_first_token_s"]["mean"] < case["duration_s"] / 2
 
 
-def test_requests_arrive_when_they_are_due(tmp_path: Path) -> None:
+def test_requests_do_not_arrive_before_they_are_due(tmp_path: Path) -> None:
     server = SlowServer(first_s=0, next_s=0)
     words = "--num-prompts 6 --input-len 2 --output-len 1 --request-rate 5 --num-warmups 0"
+    begin = time.monotonic()
     with asgi_server(server) as url:
         bench(url, words, tmp_path / "x")
     parser = Parser()
     add_serve(parser)
     due = [ask.due for ask in plan(parser.parse_args(["--model", "tiny", *words.split()]))]
-    arrived = [each.sent[0] - server.seen[0].sent[0] for each in server.seen]
     assert due[-1] > 0.3
-    assert arrived == pytest.approx(due, abs=ON_THE_WAY_S)
+    assert all(each.sent[0] - begin >= after for each, after in zip(server.seen, due, strict=True))
 
 
 def test_failures_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from support.http_server import Server
 from support.other_stream import another_streams
 
@@ -17,7 +16,6 @@ COMPLETION: dict[str, Any] = {"prompt": "To be", "max_tokens": 2}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
-MODELS: dict[str, type[GenerationRequest]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 UNKNOWN = {  # of other servers and of the other endpoint
     "/v1/completions": {"invented", "top_logprobs", "messages", "max_completion_tokens", "grammar"},
     "/v1/chat/completions": {"invented", "prompt", "grammar"},

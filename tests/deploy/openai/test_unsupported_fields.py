@@ -111,17 +111,17 @@ def test_every_field_is_known_here() -> None:
 
 @pytest.mark.parametrize(("path", "field"), FIELDS)
 async def test_null_and_neutral_values_ask_for_nothing(ask: Ask, path: str, field: str) -> None:
-    _, plain = await ask(path, **BODIES[path])
     neutral = [None, *(THERE[field][0] if field in THERE else NOT_THERE.get(field, []))]
     if field in NOT_THERE and field not in ("web_search_options", "reasoning_effort", "verbosity"):
         neutral += EMPTY
     body = {name: value for name, value in BODIES[path].items() if name != "max_tokens" or "max" not in field}
     if "max" in field:
-        body["stop_token_ids"] = [*range(VOCAB_SIZE)]
+        body["stop_token_ids"] = [*range(0, VOCAB_SIZE, 8)]  # else it might run as long as the model allows
+    _, plain = await ask(path, **body)
     for value in neutral:
         status, answer = await ask(path, **body | {field: value})
         assert status == 200, answer
-        assert "max" in field or answer["choices"] == plain["choices"]
+        assert answer["choices"] == plain["choices"]
 
 
 @pytest.mark.parametrize("field", sorted(BOOKKEEPING))

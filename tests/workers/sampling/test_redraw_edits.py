@@ -152,13 +152,22 @@ else:
         ]
         lines = [Line(kind, each) for each in logits for kind in kinds]
         lines.append(Line(kinds[1], noise(2, dtype=torch.bfloat16).float()))
-        for soft_cap in (None, 5.0):
-            ours, theirs = Kernels(lines, soft_cap).draw().logprobs, by_reference(lines, soft_cap).logprobs
-            assert list(ours) == list(theirs) == list(range(len(lines)))
-            for line in ours:
-                assert ours[line].token_ids == theirs[line].token_ids or soft_cap  # which may make or undo ties
-                assert ours[line].rank == theirs[line].rank or soft_cap
-                np.testing.assert_allclose(ours[line].logprobs, theirs[line].logprobs, rtol=1e-5, atol=1e-5)
+        order = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(4))
+        spread = [Line(kind, torch.linspace(-4, 4, VOCAB)[order]) for kind in kinds]
+        ours, theirs = Kernels(lines).draw().logprobs, by_reference(lines).logprobs
+        assert_same_logprobs(ours, theirs, ranked=range(len(lines)))
+        capped = [*lines, *spread]  # a cap may make ties or undo them, but not where logits lie so far apart
+        ours, theirs = Kernels(capped, 5.0).draw().logprobs, by_reference(capped, 5.0).logprobs
+        assert_same_logprobs(ours, theirs, ranked=range(len(lines), len(capped)))
+
+    def assert_same_logprobs(ours: dict[int, Any], theirs: dict[int, Any], ranked: range) -> None:
+        """Ids and ranks are compared for the lines that are `ranked`."""
+        assert list(ours) == list(theirs) == list(range(ranked.stop))
+        for line in ours:
+            np.testing.assert_allclose(ours[line].logprobs, theirs[line].logprobs, rtol=1e-5, atol=1e-5)
+        for line in ranked:
+            assert ours[line].token_ids == theirs[line].token_ids
+            assert ours[line].rank == theirs[line].rank
 
     def random_line(rng: np.random.Generator) -> Line:
         """A request with every option on or off by chance."""
