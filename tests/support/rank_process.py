@@ -137,7 +137,7 @@ def two_generations(tp: TPGroup, folder: str) -> tuple[str, Tensor]:
     destroy_tp_group(second._tp)
     for rank in (first, second):
         rank._heartbeat.close()
-        rank._teller.close()
+        rank._startup_reporter.close()
     listener.close()
     hub.close()
     return said, total
