@@ -9,6 +9,7 @@ from array import array
 SIZE = 3  # of the n-grams that are looked up
 FIRST_LENGTH = 4
 LONGEST_WAIT = 64  # tokens between two tries where none succeeds
+MAX_INDEXED = 256  # tokens of a request in one step: a long prompt is learnt over many, and holds nobody up
 
 
 class PromptLookup:
@@ -40,7 +41,7 @@ class PromptLookup:
     def judge(self, num_drafted: int, num_accepted: int, num_tokens: int, worth: int) -> None:
         """Of a draft so many tokens came true, and the request has `num_tokens` now. Fewer than `worth` are too few."""
         if num_accepted == num_drafted:
-            self._length *= 2  # the caller has an end
+            self._length = max(FIRST_LENGTH, 2 * num_drafted)
         else:
             self._length = max(FIRST_LENGTH, num_accepted + 1)
         if num_accepted >= min(worth, num_drafted):
@@ -51,7 +52,8 @@ class PromptLookup:
 
     def _find(self, token_ids: "array[int]") -> int | None:
         """Where the token lies that followed the last tokens of `token_ids` when they were read before."""
-        for end in range(max(self._num_indexed, SIZE), len(token_ids)):
+        begin = max(self._num_indexed, SIZE)
+        self._num_indexed = max(begin, min(begin + MAX_INDEXED, len(token_ids)))
+        for end in range(begin, self._num_indexed):
             self._follows[hash(token_ids[end - SIZE : end].tobytes())] = end  # two of one hash make a poor draft
-        self._num_indexed = len(token_ids)
         return self._follows.get(hash(token_ids[-SIZE:].tobytes()))

@@ -72,11 +72,13 @@ def variables(host: str = "127.0.0.1", folder: str | None = None) -> dict[str, s
 
 def _haproxy(folder: str | None) -> dict[str, str]:
     """Nothing where there is none: Serve's proxy in Python does the same, slower, and at more cost to the replicas."""
+    if bundled() is None:
+        return {}
     here = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     command = shutil.which(COMMAND, path=os.pathsep.join(here))
     if command is None and folder is not None:
         command = _write_command(Path(folder) / COMMAND)
-    if bundled() is None or command is None:
+    if command is None:
         return {}
     ports = map(str, free_ports(len(PORTS)))
     return HAPROXY | {"RAY_SERVE_HAPROXY_BINARY_PATH": command} | dict(zip(PORTS, ports, strict=True))

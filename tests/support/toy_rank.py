@@ -103,6 +103,8 @@ class ToyRank:
                 if number in step.drafts:
                     output.num_drawn[number] = len(drawn)
                 sampled.extend(drawn)
+                if row.start.sampling.logprobs is not None:
+                    output.logprobs[number] = [TokenLogprobs([token_id], [-1.0], 1) for token_id in drawn]
                 num_drawn += 1 + len(step.drafts.get(number, b"")) // 4
         self.most_drawn = max(self.most_drawn, num_drawn)
         output.token_ids = sampled.tobytes()

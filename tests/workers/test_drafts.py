@@ -44,7 +44,7 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0, "logprobs": 1, "prompt_logprobs": 1},
     {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "frequency_penalty": 0.1} | FEW,
     {"temperature": 1.0, "seed": 4, "bad_words": [[20, 21, 20], [22, 22]]} | FEW,
-    {"temperature": 1.0, "seed": 5, "min_tokens": 12, "stop_token_ids": [22]} | FEW,
+    {"temperature": 1.0, "seed": 5, "min_tokens": 12, "stop_token_ids": [22], "logprobs": 1} | FEW,
     {"temperature": 1.0, "seed": 6, "logprobs": 25} | FEW,  # more than the kernels give
 ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eagleray.cluster.core.prompt_lookup import PromptLookup
+from eagleray.cluster.core.prompt_lookup import MAX_INDEXED, PromptLookup
 from eagleray.cluster.core.scheduler import Scheduler
 from support.inline_engine import InlineEngine
 from support.toy_rank import VOCAB_SIZE, ToyRank, generate, next_token, repeating_token
@@ -69,15 +69,16 @@ def test_tokens_are_those_without_a_draft(depth: int, options: dict[str, Any]) -
 
 
 def test_a_stop_token_within_an_accepted_draft_ends_the_request(depth: int) -> None:
-    engine = Engine(depth)
-    for index, prompt in enumerate(prompts(12)):
-        stop = generate(prompt, 60, draw=repeating_token)[25 + index]
-        engine.add(index, prompt, max_tokens=80, stop_token_ids=[stop])
+    """Only the prompt had it before, so it comes where the prompt's text is drafted again."""
+    engine = Engine(depth, draw=lambda token_ids: (token_ids[-1] + 1) % 16)
+    for stop in range(16):
+        engine.add(stop, list(range(16)) * 3, max_tokens=80, stop_token_ids=[stop], logprobs=0)
     engine.run()
-    for index, prompt in enumerate(prompts(12)):
-        stop = generate(prompt, 60, draw=repeating_token)[25 + index]
-        assert engine.token_ids(index) == generate(prompt, 80, [stop], draw=repeating_token)
-        assert engine.finish_reason(index) == "stop"
+    for stop in range(16):
+        assert engine.token_ids(stop) == list(range(stop + 1))
+        assert engine.finish_reason(stop) == "stop"
+        named = [entry.token_ids[0] for tokens in engine.news[stop] for entry in tokens.logprobs]
+        assert named == engine.token_ids(stop)
 
 
 def test_prefixes_that_drafts_left_in_the_cache_are_right(depth: int) -> None:
@@ -164,3 +165,17 @@ def test_drafts_grow_where_they_come_true_and_wait_where_they_do_not() -> None:
         waits.append(len(text) - before)
     assert waits == sorted(waits)
     assert waits[-1] == 64
+
+
+def test_a_long_prompt_is_learnt_a_little_in_every_step() -> None:
+    """Its end is like its beginning, which is known from the first step on, and like its middle, which is not."""
+    beginning, middle = array("i", [1, 2, 3, 4]), array("i", [5, 6, 7, 8])
+    rest = array("i", range(100, 100 + 4 * MAX_INDEXED))
+    lookup = PromptLookup()
+    assert lookup.is_due(beginning + rest + middle + beginning[:3])
+    late = PromptLookup()
+    text = rest + middle + rest[:1] + middle[:3]
+    steps = 0
+    while not late.is_due(text):
+        steps += 1
+    assert steps == 4
