@@ -32,11 +32,15 @@ from eagleray.workers.protocol.messages import StepOutput
 
 logger = logging.getLogger(__name__)
 
+LEAD_S = 0.005  # before the ranks are done with a step they need the next, to lay it out and start it
 MAX_MESSAGES = 1000  # of front ends in one turn, so that a flood leaves time for steps
 
 
 class EngineCore:
-    """Owns the scheduler. While a step runs, the next is scheduled and sent, up to `steps_in_flight` of them."""
+    """Owns the scheduler. While a step runs, the next is scheduled and sent, up to `steps_in_flight` of them.
+
+    Not at once: a step that is scheduled just before the ranks need it has in it who arrived meanwhile.
+    """
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class EngineCore:
         self._steps_in_flight = steps_in_flight
         self._step_timeout_s = step_timeout_s
         self._step_due = 0.0  # when the oldest step in flight is late
+        self._next_at = 0.0  # when the next step is to be scheduled
         self._num_heard: dict[FrontEndId, int] = defaultdict(int)
         self._pinged: dict[FrontEndId, str] = {}  # front ends that wait for a sign, and what was lost of theirs
         self._num_refused = 0
@@ -145,7 +150,7 @@ class EngineCore:
 
     def _send_step(self) -> bool:
         in_flight = self._scheduler.num_in_flight
-        if in_flight >= self._steps_in_flight or self._controls.waits:
+        if in_flight >= self._steps_in_flight or self._controls.waits or not self._is_time():
             return False
         step = self._scheduler.schedule()
         if step is None:
@@ -157,8 +162,14 @@ class EngineCore:
         self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
         return True
 
+    def _is_time(self) -> bool:
+        """Whether the ranks may soon have nothing to do."""
+        self._next_at = self._scheduler.busy_until - LEAD_S
+        return self._next_at <= time.monotonic()
+
     def _wait(self) -> None:
-        """Sleep until something arrives, or it is time to look after the ranks, which `Executor.receive` does.
+        """Sleep until something arrives, or it is time for the next step, or to look after the ranks, which
+        `Executor.receive` does.
 
         If a step is in flight, no longer than it may take. A control takes as long as it takes.
         """
@@ -170,6 +181,8 @@ class EngineCore:
             raise RankFailedError(
                 f"a step's output did not come within step_timeout_s, {self._step_timeout_s:g} s: {reason}"
             )
+        if (early := self._next_at - time.monotonic()) > 0:
+            left = min(left, early)
         self._poller.poll(milliseconds(left))
 
     def _tell(self, news: Iterable[News]) -> None:

@@ -17,6 +17,7 @@ from eagleray.cluster.core.oom_backoff import OomBackoff
 from eagleray.cluster.core.prompt_lookup import PromptLookup
 from eagleray.cluster.core.request import FrontEndId, Request
 from eagleray.cluster.core.speculation import Speculation
+from eagleray.cluster.core.step_forecast import StepForecast
 from eagleray.cluster.core.step_plan import InFlight, StepPlan
 from eagleray.cluster.core.time_accounting import TimeAccounting
 from eagleray.cluster.errors import ALL_MASKED
@@ -71,11 +72,19 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prefix_hit_tokens = 0
         self._speculation = Speculation(num_speculative_tokens)
+        self._forecast = StepForecast()
 
     @property
     def num_in_flight(self) -> int:
         """Steps scheduled and not yet updated."""
         return len(self._in_flight)
+
+    @property
+    def busy_until(self) -> float:
+        """As of `time.monotonic()`, how long the steps in flight will keep the ranks busy at least; 0 without any."""
+        if not self._in_flight:
+            return 0.0
+        return self.clock.time + sum(self._forecast.at_least(due.num_tokens) for due in self._in_flight)
 
     @property
     def num_unfinished(self) -> int:
@@ -381,6 +390,7 @@ class Scheduler:
         self._end_window(due, output.gpu_seconds)
         if output.out_of_memory:
             return self._begin_anew(due, output.out_of_memory)
+        self._forecast.learn(due.num_tokens, output.gpu_seconds)
         sampled = iter(array("i", output.token_ids))
         news: list[News] = []
         for request, row, start, samples in due.chunks:

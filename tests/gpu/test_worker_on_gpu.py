@@ -94,15 +94,21 @@ def config_of(dtype: str) -> WorkerConfig:
 class Ahead(InlineEngine):
     """Launches a step while those before it still run, as a rank actor does."""
 
+    watching = False  # whether torch raises where a launch would make the processor wait for the GPU
+
     def __init__(self, scheduler: Scheduler, worker: Worker, depth: int) -> None:
         super().__init__(scheduler, worker, depth)
         self._worker = worker
 
     def _launch(self, step: Step) -> Callable[[], StepOutput]:
-        return self._worker.launch(step).wait
+        torch.cuda.set_sync_debug_mode("error" if self.watching else "default")
+        try:
+            return self._worker.launch(step).wait
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
-def make_engine(model: CausalLM, *, depth: int = 1, capture: bool = False) -> InlineEngine:
+def make_engine(model: CausalLM, *, depth: int = 1, capture: bool = False, drafts: int = 0) -> Ahead:
     """With room for all requests, so that steps after the first are decodes only."""
     config = config_of("bfloat16")
     scheduler = Scheduler(
@@ -111,6 +117,7 @@ def make_engine(model: CausalLM, *, depth: int = 1, capture: bool = False) -> In
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         enable_prefix_caching=False,
+        num_speculative_tokens=drafts,
     )
     return Ahead(scheduler, Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=None if capture else []), depth)
 
@@ -206,6 +213,37 @@ def test_steps_ahead_give_the_same_tokens(model: CausalLM) -> None:
     assert [len(line) for line in tokens[0]] == [10 + index % 7 for index in range(NUM_REQUESTS)]
 
 
+@pytest.mark.parametrize("capture", [True, False])
+def test_places_of_drafts_are_as_exact_as_tokens_of_their_own(
+    model: CausalLM, exact_logprobs: Tensor, eager_error: float, capture: bool, say: Callable[[str], None]
+) -> None:
+    """A forced token repeats itself, so nearly all but the first are drafted, at several places of a step."""
+    engine = make_engine(model, depth=2, capture=capture, drafts=4)
+    errors = forced(engine, together=True) - exact_logprobs
+    error, accepted = root_mean_square(errors), engine.scheduler.stats().num_accepted_tokens
+    say(f"error rms {error:.4f}, max {errors.abs().max():.3f}, {accepted} accepted; eagerly {eager_error:.4f}")
+    assert accepted > NUM_REQUESTS
+    assert error <= RATIO * eager_error + SLACK
+    assert errors.abs().max() <= 6 * eager_error + SLACK
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_no_launch_waits_for_the_gpu_whatever_the_options_are(model: CausalLM, drafts: int) -> None:
+    """Rows with all options, with log-probabilities of tokens and of prompts, which come in chunks."""
+    engine = make_engine(model, depth=3, capture=True, drafts=drafts)
+    kinds = [each for name, each in SAMPLINGS.items() if name not in ("bias", "bad words", "no stop yet")]
+    kinds += [{"logprobs": 5}, {"prompt_logprobs": 3}, {"temperature": 0.0, "logprobs": 30}]
+    kinds += [{"logit_bias": {5: 8.0}}, {"bad_words": [[7, 8], [9]]}, {"min_tokens": 9, "stop_token_ids": [1]}]
+    for again in range(2):
+        engine.watching = again == 1  # once all has been compiled
+        for index in range(32):
+            allowed = {"allowed_token_ids": [1, 2, 3]} if index % 3 == 0 else {}
+            options = {"temperature": 1.0, "seed": index} | allowed | kinds[index % len(kinds)]
+            engine.add(32 * again + index, [1, 2, 3, 1, 2] * (1 + 80 * (index % 5)), 10 + index, **options)
+        engine.run()
+        assert all(engine.finish_reason(32 * again + index) == "length" for index in range(32))
+
+
 VOCAB = 32000
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -217,7 +255,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "all of them": {"temperature": 1.3, "top_k": 1000, "top_p": 0.95, "min_p": 0.001},
     "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "presence_penalty": -0.3},
     "bias": {"logit_bias": {5: 8.0, 31999: 7.0}},
-    "allowed": {"allowed_token_ids": [1, 77, 31998]},
+    "allowed": {"allowed_token_ids": [1, 77, 3199]},
     "bad words": {"bad_words": [[token_id] for token_id in range(0, 32000, 3)] + [[7, 7, 8], [8, 9]]},
     "no stop yet": {"min_tokens": 50, "stop_token_ids": list(range(100, 30000))},
 }

@@ -16,6 +16,7 @@ from eagleray.cluster.core.messages import (
     EngineOutputs,
     EngineRequest,
     FrontEndMessage,
+    Ping,
     Shutdown,
     Submit,
     Tokens,
@@ -43,6 +44,8 @@ class ToyExecutor:
         self._rank = ToyRank(NUM_BLOCKS, BLOCK_SIZE)
         self._messages: deque[Step | RankControl] = deque()
         self.sent: list[str] = []  # step, or what a profile is to do
+        self.seconds = 0.0  # that a step is said to take
+        self.steps: list[Step] = []
         self.fault: str | None = None  # why the second of two ranks cannot profile
 
     def send(self, message: Step | RankControl) -> None:
@@ -57,7 +60,8 @@ class ToyExecutor:
         if not self._messages:
             os.eventfd_read(self._fd)
         if isinstance(message, Step):
-            return self._rank.run(message)
+            self.steps.append(message)
+            return msgspec.structs.replace(self._rank.run(message), gpu_seconds=self.seconds)
         file = "trace" if message.verb == "stop_profile" else ""
         fault = None if message.verb == "drop_profile" else self.fault
         return [RankReply(0, file), RankReply(1, file, fault)]
@@ -84,8 +88,11 @@ class FrontEnd:
         self.ends: dict[int, Tokens] = {}
         self.replies: list[ControlReply] = []
         self.num_messages = 0
+        self._num_sent = 0
+        self._num_answers = 0
 
     def send(self, message: FrontEndMessage) -> None:
+        self._num_sent += 1
         self.peer.send(msgspec.msgpack.encode(message))
 
     def submit(self, request_id: int, prompt: list[int], max_tokens: int = 8) -> None:
@@ -100,6 +107,12 @@ class FrontEnd:
         assert self.replies[-1].id == message.id
         return self.replies[-1]
 
+    def wait_for_answer(self) -> None:
+        """Until the core has taken all that was sent before."""
+        before = self._num_answers
+        self.send(Ping(self._num_sent + 1))
+        self.wait(lambda: self._num_answers > before)
+
     def has_ended(self) -> bool:
         return bool(self.ends)
 
@@ -110,7 +123,9 @@ class FrontEnd:
             news = msgspec.msgpack.decode(payload, type=EngineOutputs)
             self.num_messages += 1
             assert news.number == self.num_messages
+            assert news.lost == ""
             self.replies += news.replies
+            self._num_answers += not news.outputs and not news.replies
             for tokens in news.outputs:
                 self.tokens[tokens.id] += tokens.token_ids
                 if tokens.finish_reason:

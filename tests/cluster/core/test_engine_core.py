@@ -54,6 +54,35 @@ def test_an_abort_ends_one_request_and_no_other(core: Core) -> None:
     assert front_end.tokens[1] == generate([2], 20)
 
 
+def test_who_arrives_during_a_long_step_is_in_the_next_one(core: Core) -> None:
+    """And not in the one after it, since that is not sent long before the ranks need it."""
+    front_end, executor = core.front_end(b"one"), core.executor
+    executor.seconds = 1000.0
+    front_end.submit(0, [1], max_tokens=20)  # after which it is known how long steps of a token take
+    front_end.wait(front_end.has_ended)
+    executor.gate.clear()
+    num_ran = len(executor.steps)
+    for request_id in (1, 2):
+        front_end.submit(request_id, [request_id], max_tokens=5)
+        front_end.wait_for_answer()
+    assert len(executor.sent) == num_ran + 1
+    executor.open()
+    front_end.send(Abort([]))  # wakes the core
+    front_end.wait(lambda: len(front_end.ends) == 3)
+    assert [len(step.start) for step in executor.steps[num_ran : num_ran + 2]] == [1, 1]
+    assert all(front_end.tokens[request_id] == generate([request_id], 5) for request_id in (1, 2))
+
+
+def test_a_forecast_that_is_far_too_long_delays_nobody_for_ever(core: Core) -> None:
+    """The step is there earlier, and then the next one is scheduled."""
+    front_end = core.front_end(b"one")
+    core.executor.seconds = 1000.0
+    for request_id in range(4):
+        front_end.submit(request_id, [request_id, 1], max_tokens=30)
+    front_end.wait(lambda: len(front_end.ends) == 4)
+    assert all(front_end.tokens[request_id] == generate([request_id, 1], 30) for request_id in range(4))
+
+
 def test_a_request_that_cannot_run_fails_alone(core: Core) -> None:
     front_end = core.front_end(b"one")
     front_end.submit(0, [1, 2, 3], max_tokens=20)

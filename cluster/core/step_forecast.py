@@ -1,0 +1,34 @@
+"""Foretells how long a step runs at least, from what steps of about its size took before.
+
+The engine core uses it to schedule a step no earlier than the ranks need it: whoever arrives while a long step runs is
+in the next one, and not in the one after that.
+"""
+
+from collections import defaultdict, deque
+from functools import partial
+
+NUM_KEPT = 16  # lately measured steps of a size: what they took also depends on how much context they read
+SURE = 0.9  # of the least of them, since the next may be quicker still
+NUM_NEEDED = 3  # before which nothing is foretold: the first of a size may compile something
+
+
+class StepForecast:
+    """Keeps what the last steps of each size took; sizes that differ by less than a fourth or so count as one."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, deque[float]] = defaultdict(partial(deque, maxlen=NUM_KEPT))
+
+    def learn(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long."""
+        self._seconds[_size(num_tokens)].append(seconds)
+
+    def at_least(self, num_tokens: int) -> float:
+        """Seconds that a step of so many tokens will take at least; 0 if too little is known."""
+        seconds = self._seconds.get(_size(num_tokens), ())
+        return SURE * min(seconds) if len(seconds) >= NUM_NEEDED else 0.0
+
+
+def _size(num_tokens: int) -> int:
+    """The number with all but its first three binary digits cleared."""
+    shift = max(0, num_tokens.bit_length() - 3)
+    return num_tokens >> shift << shift

@@ -1,0 +1,34 @@
+"""What steps are foretold to take, beside what they took."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eagleray.cluster.core.step_forecast import NUM_KEPT, NUM_NEEDED, StepForecast
+
+
+@given(st.lists(st.floats(0.001, 100.0), min_size=NUM_NEEDED, max_size=3 * NUM_KEPT), st.integers(1, 100_000))
+def test_no_step_is_foretold_to_take_longer_than_the_last_ones_of_its_size(seconds: list[float], size: int) -> None:
+    forecast = StepForecast()
+    for each in seconds:
+        forecast.learn(size, each)
+    least = min(seconds[-NUM_KEPT:])
+    assert 0.8 * least < forecast.at_least(size) < least
+
+
+def test_sizes_that_are_far_apart_are_told_apart() -> None:
+    forecast = StepForecast()
+    sizes = [1, 2, 3, 4, 8, 10, 64, 100, 1000, 2000, 8192]
+    for size in sizes:
+        for _ in range(NUM_NEEDED):
+            forecast.learn(size, float(size))
+    for size in sizes:
+        assert 0.8 * size < forecast.at_least(size) < size
+    assert forecast.at_least(1900) > 0, "a step of nearly the same size is known"
+
+
+def test_little_knowledge_foretells_nothing() -> None:
+    forecast = StepForecast()
+    for _ in range(NUM_NEEDED - 1):
+        forecast.learn(100, 1.0)
+    assert forecast.at_least(100) == 0.0
+    assert forecast.at_least(5000) == 0.0
