@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -133,12 +133,13 @@ def _deployed(
     ours = _check_site(site)
     mute = served = False  # Serve hears nothing any more; there may be requests
     try:
-        if ours:
-            serve.start(http_options={"host": site.host, "port": site.port})
+        serving = _begin_serving(site) if ours else None
         laps.end(SERVE)
         _check_told(link)
         show(Progress(REPLICA))
         _run(build(args), site, link, show)
+        if serving is not None:
+            serving.result()
         laps.end(REPLICA)
         yield site.url(_here(site, private))
         served = True
@@ -150,6 +151,24 @@ def _deployed(
             _drain(site.name, args.drain_timeout_s + DELETE_S if served else 0.0)
         if not mute and ours and not private:
             serve.shutdown()
+
+
+def _begin_serving(site: Site) -> "Future[None]":
+    """Start Serve, as far as it can be told what to run; its proxies are on their way then, and here once this is done.
+
+    Raises what keeps Serve's controller from starting.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    thread = ThreadPoolExecutor(1, "Serve")
+    serving = thread.submit(lambda: serve.start(http_options={"host": site.host, "port": site.port}))
+    thread.shutdown(wait=False)
+    while not serving.done() and _get_global_client(raise_if_no_controller_running=False) is None:
+        wait([serving], POLL_S)
+    if serving.done():
+        serving.result()
+    return serving
 
 
 def _check_told(link: ServerEnd) -> None:

@@ -1,9 +1,9 @@
 """What drafts by prompt lookup gain on texts that repeat themselves, and cost on those that do not.
 
-Three kinds of requests: code that is to be edited, a text that is to be quoted, and free writing; each kind alone and
-in a batch of 8, greedy, with and without drafts, in turn. Prints one JSON object per kind and batch: the ratio of the
-times, the share of drafted tokens that were accepted, how many tokens a request got for each of its steps, and whether
-all tokens were the same.
+Three kinds of requests: code that is to be edited, a text that is to be quoted, and free writing; and code in a batch
+whose others write freely. Each at several batch sizes, greedy, first without drafts and then with them. Prints one JSON
+object per kind and batch: the ratio of the times, the share of drafted tokens that were accepted, how many tokens a
+request got for each of its steps, and whether all tokens were the same.
 
 Usage: python tests/bench/speculation.py [--model DIR] [--tp N] [--num-speculative-tokens N] [--max-tokens N]
 """
@@ -40,6 +40,12 @@ KINDS = {
 }
 
 
+BATCHES = (1, 8, 32)
+ONE = "one"  # of the batch is code; the others are free writing
+
+Figures = dict[tuple[str, int], dict[str, Any]]  # by kind and batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
@@ -48,44 +54,48 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
     settings = parser.parse_args()
+    plain, drafting = (measure(most, settings) for most in (0, settings.num_speculative_tokens))
+    for (kind, batch), ours in drafting.items():
+        theirs = plain[kind, batch]
+        accepted, drafted = ours["accepted"], ours["drafted"]
+        total = settings.rounds * batch * settings.max_tokens
+        figures = {
+            "time_ratio": round(ours["seconds"] / theirs["seconds"], 3),
+            "plain_tokens_per_s": round(batch * settings.max_tokens / theirs["seconds"], 1),
+            "accepted": round(accepted / drafted, 3) if drafted else None,
+            "tokens_per_step": round(total / (total - accepted), 2),
+            "equal": ours["tokens"] == theirs["tokens"],
+        }
+        print(json.dumps({"kind": kind, "batch": batch} | figures), flush=True)
+
+
+def measure(num_speculative_tokens: int, settings: argparse.Namespace) -> Figures:
+    """Every case of one engine, each at the best of several rounds."""
     options: dict[str, Any] = {"enable_prefix_caching": False, "max_model_len": 2048, "seed": 1}
     if not os.path.exists("/dev/nvidia0"):
         options |= {"threads_per_rank": 1, "kv_cache_bytes": 400_000_000}
-    most = settings.num_speculative_tokens
-    with (
-        LLM(settings.model, settings.tp, cpus_per_rank=0.1, **options) as plain,
-        LLM(settings.model, settings.tp, cpus_per_rank=0.1, num_speculative_tokens=most, **options) as drafting,
-    ):
-        for kind in KINDS:
-            for batch in (1, 8):
-                print(json.dumps({"kind": kind, "batch": batch} | compare(plain, drafting, kind, batch, settings)))
+    options["num_speculative_tokens"] = num_speculative_tokens
+    with LLM(settings.model, settings.tp, cpus_per_rank=0.1, **options) as llm:
+        return {(kind, batch): run(llm, kind, batch, settings) for kind in (*KINDS, ONE) for batch in BATCHES}
 
 
-def compare(plain: LLM, drafting: LLM, kind: str, batch: int, settings: argparse.Namespace) -> dict[str, Any]:
-    """The best of several rounds on each side, in turn."""
+def run(llm: LLM, kind: str, batch: int, settings: argparse.Namespace) -> dict[str, Any]:
+    kinds = ["code", *["free"] * (batch - 1)] if kind == ONE else [kind] * batch
     messages: Any = [
-        [{"role": "user", "content": f"{KINDS[kind]}\n{'' if batch == 1 else f'This is request {number}.'}"}]
-        for number in range(batch)
+        [{"role": "user", "content": f"{KINDS[each]}\n{'' if number == 0 else f'This is request {number}.'}"}]
+        for number, each in enumerate(kinds)
     ]
     params = SamplingParams(temperature=0, max_tokens=settings.max_tokens, ignore_eos=True)
-    seconds: dict[str, list[float]] = {"plain": [], "drafting": []}
-    tokens = {}
-    before = drafting.stats
+    seconds, before = [], llm.stats
     for _ in range(settings.rounds):
-        for name, llm in (("plain", plain), ("drafting", drafting)):
-            begin = time.perf_counter()
-            outputs = llm.chat(messages, params, use_tqdm=False)
-            seconds[name].append(time.perf_counter() - begin)
-            tokens[name] = [output.outputs[0].token_ids for output in outputs]
-    drafted = drafting.stats.num_draft_tokens - before.num_draft_tokens
-    accepted = drafting.stats.num_accepted_tokens - before.num_accepted_tokens
-    total = settings.rounds * batch * settings.max_tokens
+        begin = time.perf_counter()
+        outputs = llm.chat(messages, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - begin)
     return {
-        "time_ratio": round(min(seconds["drafting"]) / min(seconds["plain"]), 3),
-        "plain_tokens_per_s": round(batch * settings.max_tokens / min(seconds["plain"]), 1),
-        "accepted": round(accepted / drafted, 3) if drafted else None,
-        "tokens_per_step": round(total / (total - accepted), 2),
-        "equal": tokens["plain"] == tokens["drafting"],
+        "seconds": min(seconds),
+        "tokens": [output.outputs[0].token_ids for output in outputs],
+        "drafted": llm.stats.num_draft_tokens - before.num_draft_tokens,
+        "accepted": llm.stats.num_accepted_tokens - before.num_accepted_tokens,
     }
 
 
