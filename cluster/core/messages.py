@@ -54,6 +54,7 @@ class Tokens(msgspec.Struct, omit_defaults=True):
     token_ids: list[int] = []
     finish_reason: str | None = None  # stop (a stop token was drawn), length, abort, error
     error: str | None = None  # the cause, when finish_reason is error
+    all_masked: bool = False  # whether that is the request's own: it left no token to draw
     logprobs: list[TokenLogprobs] = []  # one for each of token_ids, when asked for
     prompt_logprobs: list[TokenLogprobs] = []  # for prompt tokens 1, 2, … as their chunks run, when asked for
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once, with the first news
