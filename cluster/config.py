@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eagleray.cluster.options import check, described, option, options
+from eagleray.cluster.sampling_params import MAX_SEED
 
 MAX_COUNT = 2**63 - 1
 MAX_AMOUNT = 1e6  # of seconds, or CPUs
@@ -40,7 +41,7 @@ class EngineConfig:
     seed: int | None = option(
         None,
         "of requests without one of their own, and of dummy weights; a fresh one at every start if not given",
-        (0, 2**64 - 1),
+        (0, MAX_SEED),
         none="for a fresh one",
     )
     max_model_len: int | None = option(

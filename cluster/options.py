@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 KEY = "option"  # in a field's metadata
+NULL = "null"  # None, to whoever writes JSON or YAML
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Option:
     min_length: int = 0  # of a text or a list
     max_length: int | None = None  # of a list
     allowed: str = ""  # in words, after "give", where type and bounds do not say it well
-    none: str = ""  # what None stands for, after "or None"
+    none: str = ""  # what None stands for, after "or None", or the reader's own word for it
     note: str = ""  # what some value means
     example: Any = None  # a value that shows what it does; the HTTP schema tells it, and a test sees its effect
     of_model: bool = False  # a sampling option that the model's generation_config.json may set
@@ -51,16 +52,14 @@ class Option:
         name = self.hint.__name__ if isinstance(self.hint, type) else str(self.hint)
         return name.removesuffix(" | None")
 
-    @property
-    def values(self) -> str:
-        """Which values it takes, in words."""
+    def values(self, none: str = "None") -> str:
+        """Which values it takes, in words, for a reader who writes None as `none`."""
         words = self.allowed or ", ".join(self.choices) or _bounds(self) or _KINDS[self.kind][1]
-        return f"{words}, or None{self.none and f' {self.none}'}" if self.optional else words
+        return f"{words}, or {none}{self.none and f' {self.none}'}" if self.optional else words
 
-    @property
-    def remedy(self) -> str:
-        """What to do about another value."""
-        return f"{'choose one of' if self.choices else 'give'} {self.values}{self.note and f'; {self.note}'}"
+    def remedy(self, none: str = "None") -> str:
+        """What to do about another value, for such a reader."""
+        return f"{'choose one of' if self.choices else 'give'} {self.values(none)}{self.note and f'; {self.note}'}"
 
     @property
     def text(self) -> str:
@@ -108,11 +107,27 @@ def options(owner: type[Any]) -> Mapping[str, Option]:
 _OPTIONS: dict[type[Any], dict[str, Option]] = {}  # made once
 
 
+class OptionError(ValueError):
+    """An option has a value that it does not take."""
+
+    def __init__(self, option: Option, value: object) -> None:
+        super().__init__(option, value)
+        self.option = option
+        self.value = value
+
+    def words(self, none: str) -> str:
+        """Name, value and remedy, for a reader who writes None as `none`."""
+        return f"{self.option.name} is {self.value!r}; {self.option.remedy(none)}"
+
+    def __str__(self) -> str:
+        return self.words("None")
+
+
 def check(instance: Any) -> None:
     """Raise `ValueError`, naming field, value and remedy, for the first option that may not be what it is."""
     for name, each in options(type(instance)).items():
         if not each.holds(value := getattr(instance, name)):
-            raise ValueError(f"{name} is {value!r}; {each.remedy}")
+            raise OptionError(each, value)
         if each.max_length is not None and value is not None and len(value) > each.max_length:
             raise ValueError(f"{name} has {len(value)} items; give at most {each.max_length}")
 

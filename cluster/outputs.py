@@ -62,6 +62,7 @@ class CompletionOutput(LazyFields):
     finish_reason: str | None = None  # stop, length, abort or error; None while it runs
     stop_reason: int | str | None = None  # the stop token or stop string; None for the end of sequence
     error: str | None = None  # the cause, when finish_reason is error
+    all_masked: bool = False  # whether that is the request's own: its parameters left no token to draw
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from eagleray.cluster.frontend.prompts import check_text
 from eagleray.cluster.options import check, option, options
+from eagleray.workers.protocol.messages import GREEDY_BELOW, MAX_LOGPROBS
 
-MAX_LOGPROBS = 20
-GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same
 MAX_COUNT = 2**31 - 1  # what the ranks' int32 tables hold
 MAX_N = 4096
 MAX_BAD_WORDS, MAX_BAD_CHARACTERS = 1024, 16_384
+MAX_BIAS = 100
 MAX_FACTOR = 1e6  # of temperature and repetition: beyond it nothing changes, and float32 ends
 
 
@@ -151,8 +151,10 @@ class SamplingParams:
                 if token_id < 0:
                     raise ValueError(f"{name} holds the token id {token_id}; token ids start at 0")
         for token_id, bias in (self.logit_bias or {}).items():
-            if not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias of token {token_id} is {bias!r}; give a number from -100 to 100")
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ValueError(
+                    f"logit_bias of token {token_id} is {bias!r}; give a number from -{MAX_BIAS} to {MAX_BIAS}"
+                )
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eagleray.workers.arrays import BoolArray, IntArray
 from eagleray.workers.protocol.messages import StepOutput
-from eagleray.workers.rows import IntArray
 from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.packed_pairs import unpack_host
 from eagleray.workers.sampling.reference import SampleOutput
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class PendingOutput:

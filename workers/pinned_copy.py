@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from eagleray.workers.arrays import IntArray
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -25,7 +26,7 @@ class PinnedCopy:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def send(self, arrays: Sequence[npt.NDArray[np.int64]]) -> list[Tensor]:
+    def send(self, arrays: Sequence[IntArray]) -> list[Tensor]:
         """The arrays as int32 tensors on the device. Values must fit."""
         if self._device.type == "cpu":
             return [torch.from_numpy(array.astype(np.int32)) for array in arrays]

@@ -4,19 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from eagleray.parallel.platform import HAS_TRITON
+from eagleray.workers.arrays import BoolArray, IntArray
 from eagleray.workers.attention.context import AttentionMetadata
 from eagleray.workers.pinned_copy import PinnedCopy
 from eagleray.workers.protocol.messages import RowStart, Step
 
 if HAS_TRITON:
     from eagleray.workers import row_kernels
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,7 @@ class Chunks:
     rows: IntArray  # those that run one token first, each kind in ascending order
     starts: IntArray  # first position of each
     ends: IntArray
-    samples: npt.NDArray[np.bool_]  # whether the row reaches its last known token
+    samples: BoolArray  # whether the row reaches its last known token
     is_decode: bool  # every row runs and samples one token, and none has just started
     drafts: Mapping[int, IntArray]  # by row, the tokens of a draft with which its chunk ends
 

@@ -5,6 +5,8 @@ import msgspec
 from eagleray.cluster.core.time_accounting import Begun, Spent
 from eagleray.workers.protocol.messages import Sampling, TokenLogprobs
 
+MAX_PRIORITY = 2**31 - 1
+
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="request"):
     """One prompt's sequences. Their ids are unique within the front end that sends them."""
@@ -13,7 +15,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="request"):
     prompt_token_ids: bytes  # int32
     sampling: Sampling  # of the first sequence
     max_tokens: int  # at least 1; prompt and output together fit the model
-    priority: int = 0  # lower runs first
+    priority: int = 0  # lower runs first; `MAX_PRIORITY` at most, either way
     seeds: list[int] = []  # of further sequences, for which no prompt log-probabilities are wanted
     group: str = ""  # names what a client asked for at once, of which this is all if it is empty
     tenant: str = ""  # on whose account it runs
@@ -52,6 +54,7 @@ class Tokens(msgspec.Struct, omit_defaults=True):
     token_ids: list[int] = []
     finish_reason: str | None = None  # stop (a stop token was drawn), length, abort, error
     error: str | None = None  # the cause, when finish_reason is error
+    all_masked: bool = False  # whether that is the request's own: it left no token to draw
     logprobs: list[TokenLogprobs] = []  # one for each of token_ids, when asked for
     prompt_logprobs: list[TokenLogprobs] = []  # for prompt tokens 1, 2, … as their chunks run, when asked for
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache, once, with the first news

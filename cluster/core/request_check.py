@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eagleray.cluster.core.messages import EngineRequest
+from eagleray.cluster.core.messages import MAX_PRIORITY, EngineRequest
 from eagleray.cluster.options import options
-from eagleray.cluster.sampling_params import MAX_SEED, SamplingParams
+from eagleray.cluster.sampling_params import MAX_BIAS, MAX_SEED, SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
-MAX_PRIORITY = 2**31 - 1
 ITEM = 4  # bytes of an int32
 _BOUNDS = {
     name: option.bounds
@@ -63,8 +62,8 @@ def _check_sampling(sampling: Sampling, limits: EngineLimits) -> None:
             raise ValueError("bad_words holds an empty word")
         _check_ids("bad_words", word, limits)
     _check_ids("logit_bias", sampling.logit_bias, limits)
-    if not all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()):
-        raise ValueError("logit_bias holds a number beyond 100")
+    if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in sampling.logit_bias.values()):
+        raise ValueError(f"logit_bias holds a number beyond {MAX_BIAS}")
 
 
 def _check_ids(where: str, token_ids: "tuple[int, ...] | list[int] | dict[int, float]", limits: EngineLimits) -> None:

@@ -404,7 +404,7 @@ class Scheduler:
                 news.append((request.front_end, self._end_not_finite(request)))
                 continue
             if output.all_masked and row in output.all_masked:
-                tokens = Tokens(request.id, finish_reason="error", error=ALL_MASKED)
+                tokens = Tokens(request.id, finish_reason="error", error=ALL_MASKED, all_masked=True)
                 news.append((request.front_end, self._end(request, tokens)))
                 continue
             tokens = Tokens(request.id)

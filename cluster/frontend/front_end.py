@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.cluster.core.messages import (
+    MAX_PRIORITY,
     Control,
     ControlReply,
     EngineOutputs,
@@ -27,7 +28,6 @@ from eagleray.cluster.outputs import RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
-MAX_PRIORITY = 2**31 - 1
 OnEnd = Callable[[RequestState], None]
 
 

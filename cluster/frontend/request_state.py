@@ -34,6 +34,7 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    all_masked: bool = False
     begun: Begun | None = None
     num_told: int = 0  # tokens that an output of kind DELTA has had
     num_characters_told: int = 0
@@ -58,6 +59,7 @@ class Completion:
                 return
         if news.finish_reason is not None:
             self.end(news.finish_reason, news.error)
+            self.all_masked = news.all_masked
             if drawn_stop and (params.ignore_eos or self.token_ids[-1] not in eos_token_ids):
                 self.stop_reason = self.token_ids[-1]
 
@@ -207,6 +209,7 @@ class RequestState:
                 completion.finish_reason,
                 completion.stop_reason,
                 completion.error,
+                completion.all_masked,
             )
             for copy in range(self.params.n // self.params.num_distinct)
         ]
@@ -231,6 +234,7 @@ class RequestState:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             error=completion.error,
+            all_masked=completion.all_masked,
         )
         return output
 

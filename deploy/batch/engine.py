@@ -5,9 +5,9 @@ import time
 from collections.abc import Mapping
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.core.messages import MAX_PRIORITY
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.frontend.async_client import AsyncClient
-from eagleray.cluster.frontend.front_end import MAX_PRIORITY
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.batch.rows import Answer

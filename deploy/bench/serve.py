@@ -22,7 +22,7 @@ from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks
 from eagleray.deploy.bench.metrics import serving_figures, spread
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table
-from eagleray.deploy.bench.workload import due_times, random_prompts
+from eagleray.deploy.bench.workload import due_times, random_prompts, warm_up_lengths
 from eagleray.deploy.cli.prompts import Task, in_chat
 from eagleray.models.loading.demo_model import NAME
 from eagleray.models.loading.model_dir import DEMO
@@ -30,7 +30,6 @@ from eagleray.models.loading.model_dir import DEMO
 KEY_VARIABLE = "OPENAI_API_KEY"
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 MAX_BUSY = 0.8  # of a core, above which a client is likely to keep events waiting
-WARM_UP_LEN = 32  # tokens, in place of a prompt that is text
 WORDS = (  # a token each in most vocabularies
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work number night point home water room mother area money "
@@ -101,8 +100,7 @@ def warm_ups(arguments: argparse.Namespace, asks: Sequence[Ask]) -> list[Ask]:
     """The first requests, with other tokens: none that is measured may find its prefix already there."""
     rng = np.random.default_rng()
     prompts = [ask.body.get("prompt") for ask in asks[: arguments.num_warmups]]
-    lengths = [len(prompt) if isinstance(prompt, list) else WARM_UP_LEN for prompt in prompts]
-    drawn = _drawn(arguments, lengths, rng)
+    drawn = _drawn(arguments, warm_up_lengths(prompts), rng)
     return [Ask(_body(arguments, p, ask.body["max_tokens"])) for p, ask in zip(drawn, asks, strict=False)]
 
 

@@ -17,12 +17,10 @@ from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks
 from eagleray.deploy.bench.metrics import RequestTimes, serving_figures
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table
-from eagleray.deploy.bench.workload import due_times, random_prompts
+from eagleray.deploy.bench.workload import due_times, random_prompts, warm_up_lengths
 from eagleray.deploy.cli.arguments import engine_config
 from eagleray.deploy.cli.engine import chat_templates, measured_engine
 from eagleray.deploy.cli.prompts import in_chat
-
-WARM_UP_LEN = 32  # tokens, in place of a prompt that is text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,7 +81,7 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
 def _warm_ups(planned: list[Planned], count: int, vocab_size: int) -> list[Planned]:
     """The first requests, with other tokens: none that is measured may find its prefix already there."""
     alike = planned[:count]
-    lengths = [len(each.prompt) if isinstance(each.prompt, list) else WARM_UP_LEN for each in alike]
+    lengths = warm_up_lengths([each.prompt for each in alike])
     prompts = random_prompts(lengths, vocab_size, np.random.default_rng())
     return [replace(each, prompt=prompt, due=0.0) for each, prompt in zip(alike, prompts, strict=True)]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WARM_UP_LEN = 32  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
@@ -43,6 +45,11 @@ class Lengths:
 def random_prompts(lengths: Sequence[int], vocab_size: int, rng: np.random.Generator) -> list[list[int]]:
     """Prompts of these lengths, every token drawn on its own, so that they share no prefix."""
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def warm_up_lengths(prompts: Sequence[object]) -> list[int]:
+    """How long prompts in place of these are: as long as one of token ids, and `WARM_UP_LEN` for a text."""
+    return [len(prompt) if isinstance(prompt, list) else WARM_UP_LEN for prompt in prompts]
 
 
 def due_times(count: int, rate: float, rng: np.random.Generator) -> list[float]:

@@ -79,6 +79,7 @@ _READERS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     int | None: {"type": optional(int), "metavar": "N"},
     float: {"type": float, "metavar": "X"},
+    str: {"metavar": "TEXT"},
     list[int] | None: {"type": token_ids, "metavar": "ID,ID,…"},
     str | None: {"metavar": "TEXT"},
     list[str] | None: {"action": "append", "metavar": "TEXT"},

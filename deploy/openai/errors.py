@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import ContextLengthError, EngineClosedError, EngineDeadError
+from eagleray.cluster.options import NULL, OptionError
 from eagleray.deploy.openai.truncate import MAX_WORDS, truncate
 
 
@@ -77,7 +78,7 @@ def bad_requests(fields: frozenset[str] = frozenset()) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = truncate(str(error), MAX_WORDS)
+        message = truncate(error.words(NULL) if isinstance(error, OptionError) else str(error), MAX_WORDS)
         if isinstance(error, ContextLengthError):
             raise too_long(message) from error
         name = message.partition(" ")[0]

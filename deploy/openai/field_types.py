@@ -5,14 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, WithJsonSchema, WrapValidator
 from pydantic.config import JsonDict
 
-from eagleray.cluster.frontend.front_end import MAX_PRIORITY
+from eagleray.cluster.core.messages import MAX_PRIORITY
 from eagleray.cluster.options import Option, options
-from eagleray.cluster.sampling_params import SamplingParams
+from eagleray.cluster.sampling_params import MAX_BIAS, SamplingParams
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 16_384  # of all of them: a table of so many states is made for each prompt
-MAX_EXACT = 2**53  # FastAPI writes bounds as floats, which have no 2**64 - 1
+MAX_EXACT = 2**53  # bounds beyond it are no floats, as which FastAPI and pages have them
 SAMPLING = options(SamplingParams)
+DEFAULT_MAX_TOKENS: int = SAMPLING["max_tokens"].default  # of completions, as OpenAI's
 
 
 def number_schema(option: Option, **others: Any) -> dict[str, Any]:
@@ -57,7 +58,7 @@ Stops = Annotated[list[SomeText], Field(fail_fast=True, json_schema_extra={"maxI
 BIASES = {
     "type": "object",
     "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
 }
 Biases = Annotated[dict[str, float], WithJsonSchema(BIASES)]
 

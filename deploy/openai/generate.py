@@ -6,7 +6,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from uuid import uuid4
 
-from eagleray.cluster.errors import ALL_MASKED
 from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.prompts import TokensPrompt
 from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
@@ -111,8 +110,8 @@ async def _outputs(
 
 
 def _check(sequence: CompletionOutput) -> None:
-    if sequence.error == ALL_MASKED:
-        raise ApiError(400, ALL_MASKED)
+    if sequence.all_masked:
+        raise ApiError(400, f"{sequence.error}")
     if sequence.finish_reason == "error":
         raise ApiError(500, f"the engine failed: {sequence.error}", "server_error", code="engine_error")
     if sequence.finish_reason == "abort":

@@ -25,7 +25,7 @@ MAX_CHARACTERS = 1_000_000  # of a text that is only to be counted: a second or 
 MAX_TOKENIZED = 500_000  # tokens of one
 MAX_LISTED = 1_000_000  # token ids, biases and letters of bad words that ranks are told, for each choice anew
 MAX_ECHOED = 1_000_000  # tokens of prompts in an answer
-MAX_LOGPROBS = 1_000_000  # in an answer: 20 beside a token's own for each of 47,000 tokens
+MAX_ANSWER_LOGPROBS = 1_000_000  # in an answer: as many as there can be of 47,000 tokens
 MAX_ECHOED_LOGPROBS = 100_000  # of prompts in a stream, whose events are written at one go
 CHARACTERS_A_TOKEN = 32  # that a longer text than that may have for each token of a prompt, on average
 NFC_FACTOR = 4  # characters that normalization makes one of, at most (Unicode's stability limits: U+1F82 is four)
@@ -110,10 +110,12 @@ class Limits:
         if num_at_once > MAX_ECHOED_LOGPROBS:
             message = f"echo with logprobs would put {num_at_once} log-probabilities of prompts into a stream"
             raise ApiError(400, f"{message}, {MAX_ECHOED_LOGPROBS} at most; set stream to false", param="echo")
-        if num_logprobs > MAX_LOGPROBS:
+        if num_logprobs > MAX_ANSWER_LOGPROBS:
             asked = f"{num_logprobs} log-probabilities may be in the answer, of all choices and tokens"
             raise ApiError(
-                400, f"{asked}; ask for at most {MAX_LOGPROBS}: lower n, max_tokens or logprobs", param="logprobs"
+                400,
+                f"{asked}; ask for at most {MAX_ANSWER_LOGPROBS}: lower n, max_tokens or logprobs",
+                param="logprobs",
             )
 
     def _check_prompt(self, prompt: object, truncates: bool) -> None:

@@ -21,7 +21,9 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from eagleray.cluster.sampling_params import MAX_BIAS
 from eagleray.deploy.openai.field_types import (
+    DEFAULT_MAX_TOKENS,
     MAX_STOP_STRINGS,
     SAMPLING,
     Biases,
@@ -146,7 +148,9 @@ class GenerationRequest(RequestBody):
     stop: str | Stops | None = Field(
         None, description=f"Up to {MAX_STOP_STRINGS} texts that end a choice; they are not part of it."
     )
-    logit_bias: Biases | None = Field(None, description="Token ids, as text, to numbers from -100 to 100.")
+    logit_bias: Biases | None = Field(
+        None, description=f"Token ids, as text, to numbers from -{MAX_BIAS} to {MAX_BIAS}."
+    )
 
     user: str | None = Field(None, description=f"Who asks. {LOGGED}")
     safety_identifier: str | None = Field(None, description=f"The new name of `user`. {LOGGED}")
@@ -185,7 +189,9 @@ class CompletionRequest(GenerationRequest):
     prompt: SomeText | SomeIds | SomeTexts | ListsOfIds = Field(description="Text, token ids, or a list of either.")
     echo: bool | None = Field(None, description="Put the prompt before the answer, in `logprobs`, too.")
     max_tokens: MaxTokensOrNone | None = Field(
-        None, description="Maximum number of tokens generated for each choice; 0 only with `echo`. 16 by default."
+        None,
+        description="Maximum number of tokens generated for each choice; 0 only with `echo`. "
+        f"{DEFAULT_MAX_TOKENS} by default.",
     )
     logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, also of the N most likely tokens.")
     add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")

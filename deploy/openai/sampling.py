@@ -1,11 +1,13 @@
 """Converts a request's fields to `SamplingParams`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from eagleray.cluster.options import NULL, Option
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
-from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SAMPLING
+from eagleray.deploy.openai.field_types import DEFAULT_MAX_TOKENS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SAMPLING
 from eagleray.deploy.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 from eagleray.deploy.openai.truncate import excerpt
 
@@ -13,7 +15,6 @@ OTHERWISE = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias"}  # whose
 SAME_NAME = tuple(name for name in SAMPLING if name in GenerationRequest.model_fields and name not in OTHERWISE)
 Defaults = Mapping[str, float]
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 FIELDS = frozenset({*CompletionRequest.model_fields, *ChatRequest.model_fields})
 
 
@@ -36,6 +37,7 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
             message = f"min_tokens is {excerpt(request.min_tokens)}, more than max_tokens 0; leave one of them out"
             raise ApiError(400, message, param="min_tokens")
         max_tokens = 1
+    _check("max_tokens", max_tokens, replace(SAMPLING["max_tokens"], none=f"for {DEFAULT_MAX_TOKENS}"))
     wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
     most = max((each for each in wanted if each is not None), default=None)
     return _params(request, defaults, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=most)
@@ -49,19 +51,21 @@ def prompt_only(request: CompletionRequest) -> bool:
 def chat_params(request: ChatRequest, defaults: Defaults) -> SamplingParams:
     """Without a limit of the client's, the model's room is the limit; of two, that under the new name."""
     for name in ("max_completion_tokens", "max_tokens"):
-        limit = getattr(request, name)
-        if not SAMPLING["max_tokens"].holds(limit):
-            raise ApiError(400, f"{name} is {excerpt(limit)}; {SAMPLING['max_tokens'].remedy}", param=name)
+        _check(name, getattr(request, name), SAMPLING["max_tokens"])
     if request.top_logprobs and not request.logprobs:
         message = f"top_logprobs is {excerpt(request.top_logprobs)} without logprobs; set logprobs to true"
         raise ApiError(400, message, param="top_logprobs")
-    if not SAMPLING["logprobs"].holds(request.top_logprobs):
-        message = f"top_logprobs is {excerpt(request.top_logprobs)}; {SAMPLING['logprobs'].remedy}"
-        raise ApiError(400, message, param="top_logprobs")
+    _check("top_logprobs", request.top_logprobs, SAMPLING["logprobs"])
     old, new = request.max_tokens, request.max_completion_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = old if new is None else new
     return _params(request, defaults, max_tokens=limit, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
+
+
+def _check(name: str, value: object, option: Option) -> None:
+    """Raise `ApiError` for a value that `option` does not take, which is called `name` here."""
+    if not option.holds(value):
+        raise ApiError(400, f"{name} is {excerpt(value)}; {option.remedy(NULL)}", param=name)
 
 
 def _params(request: GenerationRequest, defaults: Defaults, **others: Any) -> SamplingParams:

@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from eagleray.cluster.options import check, option
 from eagleray.deploy.cli.arguments import add_engine, engine_config
+from eagleray.deploy.cli.options import add_options, given
 from eagleray.deploy.serve.config import ServeArgs, choices_of, help_of, in_one_line, own_names
 
 logger = logging.getLogger(__name__)
@@ -19,12 +21,19 @@ REPEATED = {"api_keys": "--api-key"}  # options that are given once for each val
 
 @dataclass(frozen=True)
 class Site:
-    """Where Ray Serve offers the application, and under which name."""
+    """Where Ray Serve offers the application, and under which name. Raises `ValueError` as `EngineConfig` does."""
 
-    host: str
-    port: int
-    name: str
-    route_prefix: str
+    host: str = option("127.0.0.1", "where to listen; 0.0.0.0 is everywhere")
+    port: int = option(8000, "where to listen", (1, 65535))
+    name: str = option("eagleray", "of the application on Ray Serve")
+    route_prefix: str = option("/", "what all its paths begin with")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.route_prefix.startswith("/") or (self.route_prefix.endswith("/") and self.route_prefix != "/"):
+            raise ValueError(
+                f"route_prefix is {self.route_prefix!r}; give one that begins with / and does not end with it"
+            )
 
     def url(self, address: str | None = None) -> str:
         """Where the application is, seen from here or from `address`."""
@@ -34,13 +43,7 @@ class Site:
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray serve`."""
-    site = parser.add_argument_group("site")
-    site.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0 is everywhere (default: 127.0.0.1)")
-    site.add_argument("--port", type=_port, default=8000, metavar="N", help="where to listen (default: 8000)")
-    site.add_argument("--name", default="eagleray", help="of the application on Ray Serve (default: eagleray)")
-    site.add_argument(
-        "--route-prefix", type=_route, default="/", metavar="PATH", help="what all its paths begin with (default: /)"
-    )
+    add_options(parser.add_argument_group("site"), Site)
     server = parser.add_argument_group("server")
     for name, field in ServeArgs.model_fields.items():
         if name in own_names():
@@ -58,7 +61,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def serve_args(arguments: argparse.Namespace) -> tuple[ServeArgs, Site]:
     """The server's options, and where it is to be. Raises `ValueError` for what cannot be, in one line."""
     own = {name: getattr(arguments, name) for name in own_names() if hasattr(arguments, name)}
-    site = Site(arguments.host, arguments.port, arguments.name, arguments.route_prefix)
+    site = Site(**given(Site, arguments))
     try:
         args = ServeArgs(engine=engine_config(arguments), **own | _keys(own))
     except ValidationError as error:
@@ -69,23 +72,11 @@ def serve_args(arguments: argparse.Namespace) -> tuple[ServeArgs, Site]:
 
 def _keys(own: dict[str, Any]) -> dict[str, Any]:
     """Those of the environment, from where no process that this one starts gets them, beside those of the flag."""
-    given = own.get("api_keys", [])
-    if given:
+    by_flag = own.get("api_keys", [])
+    if by_flag:
         logger.warning(
             "--api-key shows in `ps` to every user of this machine; %s or --api-keys-file does not", VARIABLE
         )
     named = os.environ.pop(VARIABLE, None)
-    keys = [*given, *([] if named is None else named.split(","))]
+    keys = [*by_flag, *([] if named is None else named.split(","))]
     return {"api_keys": keys} if keys else {}
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; give a number from 1 to 65535")
-    return int(text)
-
-
-def _route(text: str) -> str:
-    if not text.startswith("/") or (text.endswith("/") and text != "/"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a prefix; begin it with / and do not end it with one")
-    return text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.options import options
+from eagleray.cluster.options import NULL, OptionError, options
 from eagleray.deploy.openai.middleware.api_keys import check_keys, key_digest, keys_of_file
 from eagleray.deploy.openai.middleware.cors import ANY, check_origin
 from eagleray.models.loading.model_dir import public_name
@@ -175,7 +175,8 @@ def _fault(fault: "ErrorDetails") -> str:
     path = [str(part) for part in fault["loc"] if part != "engine"]  # options of one level
     name = ".".join(path)
     if fault["type"] == "value_error":  # our own words
-        message = fault["msg"].removeprefix("Value error, ")
+        error = fault["ctx"]["error"]
+        message = error.words(NULL) if isinstance(error, OptionError) else str(error)
         return f"{name}: {message}" if name else message
     values = values_of(name) if fault["type"] != "missing" and name not in SECRET else ""
     return f"{name} is {fault['input']!r}; give {values}" if values else f"{name}: {fault['msg']}"
@@ -184,7 +185,7 @@ def _fault(fault: "ErrorDetails") -> str:
 def values_of(name: str) -> str:
     """What an option takes, in words; nothing for texts and structures."""
     if name in options(EngineConfig):
-        return options(EngineConfig)[name].values
+        return options(EngineConfig)[name].values(NULL)
     field = ServeArgs.model_fields.get(name)
     if field is not None and field.annotation is bool:
         return "true or false"

@@ -34,7 +34,7 @@ def _help(attr: Attribute) -> str:
     option = None if owner is None else options(owner).get(attr.name)
     if option is None:
         return ""
-    return "\n\n".join(text for text in (_sentence(option.text), _sentence(option.values)) if text)
+    return "\n\n".join(text for text in (_sentence(option.text), _sentence(option.values())) if text)
 
 
 def _comment(attr: Attribute) -> str:

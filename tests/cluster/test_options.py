@@ -1,12 +1,13 @@
 """What is said of an option once, and what is made of it."""
 
+import pickle
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 import pytest
 
 from eagleray.cluster.frontend.inputs import ModelLimits, sampling_of
-from eagleray.cluster.options import check, described, option, options
+from eagleray.cluster.options import OptionError, check, described, option, options
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.workers.protocol.messages import Sampling
 
@@ -24,7 +25,7 @@ class Sea:
 def test_a_field_keeps_its_default_and_says_the_rest() -> None:
     assert Sea(name="Red") == Sea(name="Red", depth=10.0, rays=None, water="salt", islands=None)
     assert list(options(Sea)) == ["name", "depth", "rays", "water", "islands"]
-    assert {name: (each.required, each.optional, each.kind, each.values) for name, each in options(Sea).items()} == {
+    assert {name: (each.required, each.optional, each.kind, each.values()) for name, each in options(Sea).items()} == {
         "name": (True, False, "str", "a text"),
         "depth": (False, False, "float", "a number above 0, up to 100"),
         "rays": (False, True, "int", "a whole number from 0 to 2**31 - 1, or None to count them"),
@@ -52,6 +53,13 @@ def test_a_value_that_it_does_not_take_is_refused(given: dict[str, Any], words: 
     with pytest.raises(ValueError) as refusal:  # noqa: PT011
         check(Sea(**{"name": "Red"} | given))
     assert str(refusal.value).startswith(words)
+
+
+def test_a_refusal_can_be_put_in_the_words_of_its_reader() -> None:
+    with pytest.raises(OptionError) as refusal:
+        check(Sea(name="Red", rays=-1))
+    assert refusal.value.words("null") == "rays is -1; give a whole number from 0 to 2**31 - 1, or null to count them"
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)
 
 
 def test_limits_themselves_are_taken() -> None:

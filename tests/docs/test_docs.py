@@ -352,7 +352,7 @@ def test_the_parts_of_a_requests_time_are_those_that_are_measured() -> None:
         ("stop texts", [field_types.MAX_STOP_STRINGS, field_types.MAX_STOP_CHARACTERS]),
         ("bad words", [MAX_BAD_WORDS]),
         ("logit biases", [limits.MAX_LISTED]),
-        ("log-probabilities", [limits.MAX_LOGPROBS, limits.MAX_ECHOED_LOGPROBS]),
+        ("log-probabilities", [limits.MAX_ANSWER_LOGPROBS, limits.MAX_ECHOED_LOGPROBS]),
         ("prompts that `echo`", [limits.MAX_ECHOED]),
         ("bytes of an `X-Request-Id`", [field_types.MAX_REQUEST_ID]),
     ],

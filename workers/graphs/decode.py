@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from eagleray.parallel.platform import HAS_TRITON
+from eagleray.workers.arrays import IntArray
 from eagleray.workers.graphs.capture import Replay, capture
-from eagleray.workers.rows import IntArray, Rows
+from eagleray.workers.rows import Rows
 
 if HAS_TRITON:
     from eagleray.workers.graphs.compile_ahead import compile_ahead

@@ -10,12 +10,14 @@ import msgspec
 from eagleray.workers.protocol.startup import Ready
 
 TRACE_NUM_STEPS = "eagleray_num_steps"  # top-level key of a profile's trace
+GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow; vLLM draws the same line
+MAX_LOGPROBS = 20  # at one position, beside the token's own
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one request's tokens are drawn. Values are checked where users give them (`SamplingParams`)."""
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # greedy below `GREEDY_BELOW`
     top_k: int = 0  # 0 keeps every token
     top_p: float = 1.0
     min_p: float = 0.0

@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from eagleray.parallel.platform import OVERLAP
-from eagleray.workers.protocol.messages import Sampling
-from eagleray.workers.rows import IntArray
+from eagleray.workers.arrays import IntArray
+from eagleray.workers.protocol.messages import MAX_LOGPROBS, Sampling
 from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.masses import MAX_VOCAB
 from eagleray.workers.sampling.redraw.arithmetic import EXACT
@@ -24,7 +24,7 @@ from eagleray.workers.sampling.redraw.fields import NUM_STATES
 from eagleray.workers.sampling.redraw.logprob_kernel import logprob_kernel
 from eagleray.workers.sampling.redraw.narrow_kernels import begin_kernel, gather_kernel, narrow_kernel
 from eagleray.workers.sampling.redraw.penalty_kernels import count_kernel, penalise_kernel
-from eagleray.workers.sampling.redraw.row_lists import MAX_LOGPROBS, RowLists, asks_for_redraw
+from eagleray.workers.sampling.redraw.row_lists import RowLists, asks_for_redraw
 from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
 from eagleray.workers.sampling.table import Feature, SamplingTable
 

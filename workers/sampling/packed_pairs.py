@@ -10,10 +10,10 @@ the maximum over all ranks' pairs says it, too, and costs nothing more. The id b
 
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from eagleray.workers.arrays import BoolArray, IntArray
 
 PAD = -(1 << 63)  # below the pair of every token
 NOT_FINITE = 0x7FFFFFFF  # the upper half of a pair that stands for a line which nothing can be drawn from
@@ -58,8 +58,8 @@ def find_marks(logits: Tensor, first_id: int) -> Tensor:
 
 
 def unpack_host(
-    pairs: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    pairs: IntArray,
+) -> tuple[IntArray, BoolArray, BoolArray]:
     """The token ids of lines' best pairs on the host, which of these are marks, and which are of masked tokens."""
     values = pairs >> 32
     return _LOW - (pairs & _LOW), values == NOT_FINITE, values <= MASKED

@@ -8,7 +8,7 @@ does not have, top-n-sigma, stands where llama.cpp has it:
  3. `stop_token_ids` are masked until `min_tokens` tokens were generated;
  4. `logit_bias` is added;
  5. penalties: repetition over prompt and output, then frequency and presence over the output;
- 6. a row with a temperature below 1e-5 takes the arg-max, equal logits going to the lower id, and is done;
+ 6. a row with a temperature below `GREEDY_BELOW` takes the arg-max, equal logits going to the lower id, and is done;
  7. top-n-sigma (arXiv:2411.07641) drops tokens whose logit is below the row's highest less `top_n_sigma` standard
     deviations of all its logits but the masked ones, as in llama.cpp: of the population, not of a sample. The cut is a
     distance in units of the deviation, so that a temperature would not move it (`top_n_sigma.py`);
@@ -35,11 +35,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from eagleray.parallel.group import TPGroup
+from eagleray.workers.arrays import IntArray
 from eagleray.workers.pinned_copy import to_device
 from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling.gumbel import add_gumbel_, row_keys
@@ -50,8 +50,6 @@ from eagleray.workers.sampling.penalties import penalise
 from eagleray.workers.sampling.table import NO_TOP_K, Feature, SamplingTable
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, draw_top_k_top_p
 from eagleray.workers.sampling.top_n_sigma import drop_below_n_sigma
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

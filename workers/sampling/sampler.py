@@ -13,8 +13,9 @@ from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import HAS_TRITON, runs_triton
 from eagleray.parallel.sharding import shard_columns
+from eagleray.workers.arrays import IntArray
 from eagleray.workers.protocol.messages import RowStart
-from eagleray.workers.rows import Chunks, IntArray, Rows
+from eagleray.workers.rows import Chunks, Rows
 from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.packed_pairs import marks_of
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput

@@ -7,15 +7,14 @@ from math import inf, log
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from eagleray.workers.arrays import IntArray
 from eagleray.workers.pinned_copy import to_device
-from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.protocol.messages import GREEDY_BELOW, Sampling
 from eagleray.workers.sampling.bad_words import BadWords
 from eagleray.workers.sampling.gumbel import mixed_seed
 
-MIN_TEMPERATURE = 1e-5  # below, a request is greedy
 NO_TOP_K = (1 << 31) - 1  # more than any vocabulary holds
 
 
@@ -56,7 +55,7 @@ class SamplingTable:
     def __init__(self, max_rows: int, vocab_shard: range, device: torch.device) -> None:
         self.vocab_shard = vocab_shard
         self.device = device
-        self.features: NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
+        self.features: IntArray = np.zeros(max_rows, dtype=np.int64)  # of `Feature`; on the host
         self.host: dict[int, Sampling] = {}
         self.sparse: dict[int, SparseEdits] = {}
         self.bad_words: dict[int, BadWords] = {}
@@ -99,11 +98,11 @@ class SamplingTable:
         for column, values in zip(columns, to_device(reals.t().contiguous(), self.device), strict=True):
             column[rows] = values.to(column.dtype)
 
-    def lines_not_plain(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def lines_not_plain(self, rows: IntArray) -> IntArray:
         """The places of those `rows` [n] that ask for more than a kernel that draws `PLAIN` ones gives."""
         return self.lines(rows, ~PLAIN)
 
-    def lines(self, rows: NDArray[np.int64], features: int) -> NDArray[np.int64]:
+    def lines(self, rows: IntArray, features: int) -> IntArray:
         """The places of those `rows` [n] that ask for any of `features`."""
         return np.flatnonzero(self.features[rows] & int(features))
 
@@ -133,7 +132,7 @@ class SamplingTable:
 def _reals(sampling: Sampling) -> tuple[float, ...]:
     """Temperature (0 if greedy), log of min-p, top-p, top-n-sigma; repetition, frequency and presence penalties."""
     return (
-        sampling.temperature if sampling.temperature >= MIN_TEMPERATURE else 0.0,
+        sampling.temperature if sampling.temperature >= GREEDY_BELOW else 0.0,
         log(sampling.min_p) if sampling.min_p > 0 else -inf,
         sampling.top_p if sampling.top_p < 1 else inf,
         sampling.top_n_sigma,
@@ -145,7 +144,7 @@ def _reals(sampling: Sampling) -> tuple[float, ...]:
 
 def features_of(sampling: Sampling) -> Feature:
     """The features that `sampling` asks for."""
-    is_random = sampling.temperature >= MIN_TEMPERATURE
+    is_random = sampling.temperature >= GREEDY_BELOW
     penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
     asked = {
         Feature.RANDOM: is_random,

@@ -1,9 +1,13 @@
 """Serves a page at `/` for talking with the model. It needs no API key itself; what is asked from it does."""
 
+import re
 from importlib.resources import files
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from eagleray.deploy.openai.field_types import MAX_EXACT, SAMPLING
+
+NUMBER = re.compile(r'<input name="(\w+)" type="number"')  # an option of `SamplingParams`
 HEADERS = [
     (b"content-type", b"text/html; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -20,7 +24,8 @@ class Playground:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._page = files("eagleray.deploy.openai.middleware").joinpath("playground.html").read_bytes()
+        text = files("eagleray.deploy.openai.middleware").joinpath("playground.html").read_text("utf-8")
+        self._page = NUMBER.sub(_with_bounds, text).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _is_root(scope):
@@ -29,6 +34,14 @@ class Playground:
         length = (b"content-length", str(len(self._page)).encode())
         await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, length]})
         await send({"type": "http.response.body", "body": self._page if scope["method"] == "GET" else b""})
+
+
+def _with_bounds(field: re.Match[str]) -> str:
+    """A number's field with what may be given there. HTML cannot leave out a bound itself; then the server says so."""
+    option = SAMPLING[field[1]]
+    assert option.bounds is not None
+    low, high = max(option.bounds[0], -MAX_EXACT), min(option.bounds[1], MAX_EXACT)
+    return f'{field[0]} min="{low}" max="{high}" step="{1 if option.kind == "int" else "any"}"'
 
 
 def _is_root(scope: Scope) -> bool:

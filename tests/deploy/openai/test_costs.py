@@ -9,7 +9,7 @@ import pytest
 from eagleray.cluster.outputs import Logprob
 from eagleray.deploy.openai.field_types import MAX_STOP_CHARACTERS
 from eagleray.deploy.openai.large import PART, SMALL, parts, written
-from eagleray.deploy.openai.limits import MAX_CHARACTERS, MAX_LOGPROBS, MAX_TOKENIZED
+from eagleray.deploy.openai.limits import MAX_ANSWER_LOGPROBS, MAX_CHARACTERS, MAX_TOKENIZED
 from eagleray.deploy.openai.logprobs import chat_logprobs
 from eagleray.deploy.openai.responses import (
     AnswerMessage,
@@ -81,7 +81,7 @@ def test_stop_texts_have_a_length_together(server: Server, stop: Any) -> None:
 
 def test_log_probabilities_are_counted_over_all_choices_and_tokens(server: Server) -> None:
     asked: dict[str, Any] = {"n": 400, "max_tokens": 1000}
-    assert MAX_LOGPROBS < 400 * 1000 * 21
+    assert MAX_ANSWER_LOGPROBS < 400 * 1000 * 21
     for path, others in (
         ("/v1/completions", {"prompt": "a", "logprobs": 20}),
         ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 20}),

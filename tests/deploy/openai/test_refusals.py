@@ -215,6 +215,27 @@ def test_not_a_number_is_refused(tiny: Server) -> None:
         refused(tiny, "/v1/completions", b'{"prompt": "a", "temperature": ' + number + b"}")
 
 
+@pytest.mark.parametrize(
+    ("path", "changes", "words"),
+    [
+        ("/v1/completions", {"seed": 2**64}, "null to have one derived"),
+        ("/v1/completions", {"max_tokens": 0}, "null for 16"),
+        ("/v1/completions", {"logprobs": 21}, "from 0 to 20, or null"),
+        ("/v1/chat/completions", {"max_tokens": 0}, "null for all that the model holds"),
+        ("/v1/chat/completions", {"max_completion_tokens": 0}, "null for all that the model holds"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "from 0 to 20, or null"),
+        ("/v1/chat/completions", {"allowed_token_ids": []}, "a list of at least one token id, or null"),
+        ("/v1/chat/completions", {"truncate_prompt_tokens": 0}, "null for all"),
+    ],
+)
+def test_a_way_out_is_in_the_words_of_json(tiny: Server, path: str, changes: dict[str, Any], words: str) -> None:
+    error = refused(tiny, path, BODIES[path] | changes)
+    assert error["message"].endswith(words)
+    assert "None" not in error["message"]
+    (name,) = changes.keys() - {"logprobs"} or changes
+    assert error["param"] == name
+
+
 def test_a_body_that_is_not_said_to_be_json_is_refused_with_the_remedy(tiny: Server) -> None:
     answer = httpx.post(tiny.url + "/v1/completions", content=json.dumps(COMPLETION))
     assert (answer.status_code, "content-type: application/json" in answer.text) == (400, True)

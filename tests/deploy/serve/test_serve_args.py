@@ -200,13 +200,27 @@ def test_the_models_sampling_can_be_left_alone(model_dir: Path) -> None:
         parsed(str(model_dir), "--generation-config", "mine")
 
 
+def test_a_file_is_told_of_null_and_the_command_line_of_none(model_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number of at least 1, or null$"):
+        build({"model": str(model_dir), "max_model_len": 0})
+    with pytest.raises(ValueError, match=r"^max_model_len is 'a'; give a whole number of at least 1, or null$"):
+        build({"model": str(model_dir), "max_model_len": "a"})
+    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number of at least 1, or None$"):
+        serve_args(parsed(str(model_dir), "--max-model-len", "0"))
+
+
 def test_the_command_line_refuses_in_one_line(model_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"^max_body_bytes is '0'; give a whole number of at least 1$"):
         serve_args(parsed(str(model_dir), "--max-body-bytes", "0"))
     with pytest.raises(ValueError, match=r"^api_keys_file /nowhere/keys cannot be read: No such file"):
         serve_args(parsed(str(model_dir), "--api-keys-file", "/nowhere/keys"))
-    with pytest.raises(SystemExit):
-        parsed(str(model_dir), "--port", "70000")
+    for flag, value, words in (
+        ("--port", "70000", "port is 70000; give a whole number from 1 to 65535"),
+        ("--route-prefix", "llm", "route_prefix is 'llm'; give one that begins with /"),
+        ("--route-prefix", "/llm/", "route_prefix is '/llm/'; give one that begins with /"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            serve_args(parsed(str(model_dir), flag, value))
 
 
 @pytest.mark.parametrize(

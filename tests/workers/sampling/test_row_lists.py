@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.protocol.messages import MAX_LOGPROBS, Sampling
 from eagleray.workers.sampling.redraw import row_lists
-from eagleray.workers.sampling.redraw.row_lists import CAPACITY, MAX_LOGPROBS, NUM_FIELDS, RowLists, asks_for_redraw
+from eagleray.workers.sampling.redraw.row_lists import CAPACITY, NUM_FIELDS, RowLists, asks_for_redraw
 from eagleray.workers.sampling.table import Feature
 
 VOCAB = 70

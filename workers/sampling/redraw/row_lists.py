@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from eagleray.workers.arrays import BoolArray, IntArray
 from eagleray.workers.pinned_copy import PinnedCopy
-from eagleray.workers.protocol.messages import Sampling
+from eagleray.workers.protocol.messages import MAX_LOGPROBS, Sampling
 from eagleray.workers.sampling.table import Feature, features_of
 
 IN_KERNELS = (  # what the kernels know; a row with any other feature is left to the reference
@@ -15,12 +15,9 @@ IN_KERNELS = (  # what the kernels know; a row with any other feature is left to
     | Feature.BIAS | Feature.BAD_WORDS | Feature.PENALTIES | Feature.LOGPROBS
 )  # fmt: skip
 CAPACITY = 1024  # numbers in a row's lists
-MAX_LOGPROBS = 20
 # the columns of `RowLists.fields`
 WORD, PROMPT_LENGTH, MIN_TOKENS, NUM_LOGPROBS, NUM_BIAS, NUM_STOP, NUM_BAD_WORDS, LONGEST_BEGINNING = range(8)
 NUM_FIELDS = 8
-
-Ints = NDArray[np.int64]
 
 
 class RowLists:
@@ -34,8 +31,8 @@ class RowLists:
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self.beyond: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # on the host: rows that do not fit here
-        self.may_be_wide: NDArray[np.bool_] = np.zeros(max_rows, dtype=np.bool_)  # likewise: top-p and no top-k
+        self.beyond: BoolArray = np.zeros(max_rows, dtype=np.bool_)  # on the host: rows that do not fit here
+        self.may_be_wide: BoolArray = np.zeros(max_rows, dtype=np.bool_)  # likewise: top-p and no top-k
         width = -(-vocab_size // 32)
         self.fields = torch.zeros(max_rows + 1, NUM_FIELDS, dtype=torch.int32, device=device)
         self.lists = torch.zeros(max_rows + 1, CAPACITY, dtype=torch.int32, device=device)
@@ -49,8 +46,8 @@ class RowLists:
         """
         rows = np.fromiter(samplings, np.int64, len(samplings))
         fields = np.zeros((len(rows), NUM_FIELDS), np.int64)
-        lists: dict[int, Ints] = {}
-        masks: dict[int, Ints] = {}
+        lists: dict[int, IntArray] = {}
+        masks: dict[int, IntArray] = {}
         for line, (row, sampling) in enumerate(samplings.items()):
             numbers, counts = self._lists_of(sampling)
             features, num_logprobs = features_of(sampling), sampling.logprobs or 0
@@ -66,7 +63,7 @@ class RowLists:
                 masks[row] = self._mask_of(sampling.allowed_token_ids)
         self._write(rows, fields, lists, masks)
 
-    def _write(self, rows: Ints, fields: Ints, lists: dict[int, Ints], masks: dict[int, Ints]) -> None:
+    def _write(self, rows: IntArray, fields: IntArray, lists: dict[int, IntArray], masks: dict[int, IntArray]) -> None:
         width = max(map(len, lists.values()), default=0)
         padded = [np.pad(numbers, (0, width - len(numbers))) for numbers in lists.values()]
         empty = np.empty(0, np.int64)
@@ -85,7 +82,7 @@ class RowLists:
         if masks:
             self.masks[mask_rows.long()] = of_masks.view(len(masks), -1)
 
-    def _lists_of(self, sampling: Sampling) -> tuple[Ints, tuple[int, ...]]:
+    def _lists_of(self, sampling: Sampling) -> tuple[IntArray, tuple[int, ...]]:
         """A row's numbers, and the last fields, which say how many there are of each kind.
 
         Tokens beyond the vocabulary are left out.
@@ -103,13 +100,13 @@ class RowLists:
     def _is_known(self, token_id: int) -> bool:
         return 0 <= token_id < self.vocab_size
 
-    def _mask_of(self, token_ids: list[int]) -> Ints:
+    def _mask_of(self, token_ids: list[int]) -> IntArray:
         allowed = np.zeros(32 * self.masks.shape[1], np.bool_)
         allowed[[token_id for token_id in token_ids if self._is_known(token_id)]] = True
         return np.packbits(allowed, bitorder="little").view("<i4").astype(np.int64)
 
 
-def asks_for_redraw(features: NDArray[np.int64]) -> NDArray[np.bool_]:
+def asks_for_redraw(features: IntArray) -> BoolArray:
     """Which rows with these `features` [n] a kernel of plain rows does not draw; log-probabilities change no draw."""
-    drawn_anew: NDArray[np.bool_] = (features & ~int(Feature.RANDOM | Feature.LOGPROBS)) != 0
+    drawn_anew: BoolArray = (features & ~int(Feature.RANDOM | Feature.LOGPROBS)) != 0
     return drawn_anew

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.async_llm import AsyncLLM
+from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.middleware.admission import ApiKeys
 from eagleray.deploy.openai.middleware.playground import Playground
@@ -140,6 +143,23 @@ def test_what_the_server_refuses_is_shown_and_can_be_asked_again(page: Page) -> 
     assert page.evaluate("[turns.length, document.getElementById('prompt').value]") == [0, "Hello"]
 
 
+def test_a_number_has_the_bounds_of_its_option(recorder: tuple[str, Recorder, AsyncLLM]) -> None:
+    """What the page lets through is what `SamplingParams` takes, up to what a page's numbers can tell apart."""
+    text = httpx.get(recorder[0]).text
+    found = re.findall(r'<input name="(\w+)" type="number" min="(\S+)" max="(\S+)" step="(1|any)"', text)
+    assert [name for name, *_ in found] == re.findall(r'<input name="(\w+)" type="number"', text)
+    assert {name for name, *_ in found} == {"temperature", "top_p", "max_tokens", "seed"}
+    for name, *bounds, step in found:
+        low, high = (int(bound) if step == "1" else float(bound) for bound in bounds)
+        value: Any
+        for value in (high,) if name == "top_p" else (low, high):  # 0, which a page cannot exclude
+            SamplingParams(**{name: value})
+        for value in (low - 1, high + 1):
+            if abs(value) <= 2**53:
+                with pytest.raises(ValueError, match=f"^{name} is"):
+                    SamplingParams(**{name: value})
+
+
 def test_a_wrong_key_is_said_and_a_number_out_of_range_is_not_sent(
     page: Page, recorder: tuple[str, Recorder, AsyncLLM]
 ) -> None:
@@ -147,7 +167,7 @@ def test_a_wrong_key_is_said_and_a_number_out_of_range_is_not_sent(
     page.wait_for(IDLE)
     assert "no valid API key" in page.text()
     before = len(recorder[1].bodies)
-    ask(page, "", key=KEY, temperature=9)
+    ask(page, "", key=KEY, temperature=-1)
     assert page.evaluate(IDLE)
     assert page.evaluate("document.activeElement.name") == "temperature"
     assert len(recorder[1].bodies) == before
