@@ -52,7 +52,7 @@ class Place:
     generation: int  # how often the engine's ranks were started before; part of the name of their group
     node_id: str
     node_ip: str
-    gpu: int | None = None  # CUDA's index; None on CPU
+    gpu: int | None = None  # torch's index; None on the host
 
 
 class Rank:
@@ -96,6 +96,7 @@ class Rank:
         import eagleray.workers.kv_capacity
         import eagleray.workers.oom_guard  # noqa: F401
         from eagleray.parallel.network import LOOPBACK, open_store
+        from eagleray.parallel.platform import platform_of
         from eagleray.workers.fit import memory_bytes, needed_bytes
 
         if is_of_hub(self._config.model):  # which others on this node may be fetching, too
@@ -103,11 +104,10 @@ class Rank:
         folder = model_dir(self._config.model, self._config.revision, weights=self._config.load_format != "dummy")
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
-        self._device = torch.device("cpu")
-        if self._config.device == "cuda":
-            assert self._place.gpu is not None
-            self._device = torch.device("cuda", self._place.gpu)
-            torch.cuda.set_device(self._device)
+        gpu = self._place.gpu
+        self._device = torch.device(self._config.device) if gpu is None else torch.device(self._config.device, gpu)
+        if (accelerator := platform_of(self._device).accelerator) is not None:
+            accelerator.set_device(self._device)
         store_ip = LOOPBACK if one_node else node_ip
         if self._rank == 0 and self._size > 1:
             self._store = open_store(store_ip, self._size)
@@ -136,6 +136,7 @@ class Rank:
 
         from eagleray.models.loading.loader import load_model
         from eagleray.parallel.group import init_tp_group
+        from eagleray.parallel.platform import synchronize
         from eagleray.workers.kv_capacity import num_blocks_that_fit
         from eagleray.workers.out_of_memory import explained
 
@@ -159,8 +160,7 @@ class Rank:
                 max_positions=self._config.max_model_len,
                 on_bytes=self._startup_reporter.count,
             )
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()  # dummy weights are still being made
+            synchronize(self._device)  # dummy weights are still being made
         times.append(time.monotonic())
         self._startup_reporter.begin(MEMORY_PROFILE)
         num_blocks = num_blocks_that_fit(self._config, self._model, self._tp)
