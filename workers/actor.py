@@ -6,7 +6,8 @@ from eagleray.parallel.device_kind import kind_of
 from eagleray.workers.protocol.channel import Endpoint
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.startup import Loaded, RankHost
-from eagleray.workers.rank import Place, Rank
+from eagleray.workers.rank import Rank
+from eagleray.workers.rank_start import Place
 
 
 class RankActor:
