@@ -5,6 +5,7 @@ from typing import Any
 
 from eagleray.cluster.options import check, described, option, options
 from eagleray.cluster.sampling_params import MAX_SEED
+from eagleray.parallel.device_kind import KINDS
 
 MAX_COUNT = 2**63 - 1
 MAX_AMOUNT = 1e6  # of seconds, or CPUs
@@ -32,9 +33,7 @@ class EngineConfig:
         "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = option(
-        "auto", "where the ranks run; auto is cuda if the cluster has GPUs", choices=("auto", "cpu", "cuda")
-    )
+    device: str = option("auto", "where the ranks run; auto is cuda if the cluster has GPUs", choices=("auto", *KINDS))
     load_format: str = option(
         "safetensors", "dummy makes random weights instead of reading them", choices=("safetensors", "dummy")
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from eagleray.models.attention import attention_layers
 from eagleray.models.config import ModelConfig
 from eagleray.models.layers import RMSNorm, Rotary
+from eagleray.models.weights import vocab_weight
 from eagleray.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from eagleray.parallel.group import TPGroup
 
@@ -33,7 +34,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.embedding_scale = scale
         self.hidden_tp = tp if layer.hidden_is_part else TPGroup()  # who adds up what goes from layer to layer
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        make_weight = vocab_weight(config)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, make_weight=make_weight)
         self.layers = nn.ModuleList(layer(config, index, tp) for index in range(config.num_layers))
         self.norm = norm(config.hidden_size, config.rms_norm_eps, self.hidden_tp)
         self.rotary = Rotary(config.head_size, config.max_position_embeddings, config.rope)
@@ -64,7 +66,7 @@ class CausalLM(nn.Module):
         self.lm_head: VocabParallelHead = (
             self.model.embed_tokens
             if config.tie_word_embeddings
-            else VocabParallelHead(config.vocab_size, config.hidden_size, tp)
+            else VocabParallelHead(config.vocab_size, config.hidden_size, tp, make_weight=vocab_weight(config))
         )
         self.attentions = attention_layers(self)  # found once, since every step asks them for what they carry
 

@@ -15,7 +15,7 @@ from eagleray.parallel.weight_shard import WeightShard, region
 class GemmaRMSNorm(RMSNorm):
     """A norm whose weights are kept as their distance from one, and applied in float32."""
 
-    fused = False
+    has_kernel = False
 
     def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (self.size,), 1.0 + self.weight.float(), self.eps).to(x.dtype)

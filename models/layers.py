@@ -11,7 +11,7 @@ from eagleray.models.config import ModelConfig, RopeConfig
 from eagleray.models.weights import linear_weight
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from eagleray.parallel.platform import HAS_TRITON
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.parallel.sharding import shard_columns
 from eagleray.parallel.weight_shard import WeightShard, parameter, region
 
@@ -26,20 +26,21 @@ class RMSNorm(nn.Module):
     With a group, what comes in is each rank's part of a sum, as the layers before a norm leave it.
     """
 
-    fused: ClassVar[bool] = True  # whether the kernel computes this norm
+    has_kernel: ClassVar[bool] = True  # whether there is one for this norm
 
     def __init__(self, size: int, eps: float, tp: TPGroup | None = None) -> None:
         super().__init__()
         self.size, self.eps = size, eps
         self.tp = tp or TPGroup()
         self.weight = parameter(size)
+        self._in_kernel = self.has_kernel and platform_of(self.weight.device).compiles_kernels
 
     def normalize(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add all ranks' parts `x` to the residual stream; return the norm of the sum, and the sum."""
-        if x.is_cuda and self.fused:
+        if self._in_kernel:
             if self.tp.size > 1 and x.shape[0] <= low_latency_reduce.MAX_ROWS:
                 return self.tp.all_reduce_rms_norm(x, residual, self.weight, self.eps)
             return kernels.add_rms_norm(self.tp.add_up(x), residual, self.weight, self.eps)
@@ -110,11 +111,12 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(hidden, parts, tp, bias=bias, make_weight=make_weight)
         own = shard_columns(inner, tp.rank, tp.size)
         self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=bias, make_weight=make_weight)
+        self._in_kernel = activation == "silu" and platform_of(torch.get_default_device()).compiles_kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden]` to this rank's part of the same."""
         merged = self.gate_up_proj
-        if x.is_cuda and self.activation == "silu":
+        if self._in_kernel:
             gated = merged.silu_gated(x)
             return self.down_proj(kernels.silu_mul(merged(x)) if gated is None else gated)  # type: ignore[no-any-return]
         gate, up = merged(x).chunk(2, dim=-1)

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import Store
 from torch.nn import functional as F
 
 from eagleray.parallel.network import interface_of, own_address
+from eagleray.parallel.platform import device_types, platform_of
 from eagleray.parallel.symmetric_memory import SymmetricMemory
 from eagleray.parallel.tcp_gather import MAX_BYTES, TcpGather
 
@@ -56,11 +57,11 @@ class TPGroup:
     def all_reduce_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`, on CUDA.
+        """`F.rms_norm` of every rank's `x` and `residual` added up, and that sum; all `[rows, size]`.
 
-        One launch where the ranks' GPUs reach each other, rows are few and numbers have 16 bits. The norm is bitwise
-        equal on all ranks. The sum is good for one thing: to be the `residual` of the next call with as many rows,
-        since a rank may keep only some rows of it (`low_latency_reduce.py`).
+        Where kernels are compiled: in one launch where the ranks' GPUs reach each other, rows are few and numbers have
+        16 bits. The norm is bitwise equal on all ranks. The sum is good for one thing: to be the `residual` of the next
+        call with as many rows, since a rank may keep only some rows of it (`low_latency_reduce.py`).
         """
         return torch.ops.eagleray.all_reduce_rms_norm(x, residual, weight, eps, self.size, self.name)  # type: ignore[no-any-return]
 
@@ -76,8 +77,8 @@ class _Links:
     """What connects this process with the other ranks of its group."""
 
     process_group: dist.ProcessGroup
-    mesh: TcpGather | None = None  # on CPU, for small messages
-    symmetric: SymmetricMemory | None = None  # on CUDA, for small sums
+    mesh: TcpGather | None  # for small messages in host memory
+    symmetric: SymmetricMemory | None  # for small sums between GPUs
 
 
 _links: dict[str, _Links] = {}
@@ -99,23 +100,23 @@ def init_tp_group(
         raise ValueError(f"{size} ranks need a store to meet")
     if _links:
         raise RuntimeError(f"this process is already in group {next(iter(_links))!r}; leave it first")
-    cpu = device.type == "cpu"
-    if cpu and (interface := interface_of(own_address(store)[1])):
+    platform = platform_of(device)
+    on_host = platform.accelerator is None
+    if platform.backend == "gloo" and (interface := interface_of(own_address(store)[1])):
         # gloo listens where the host's name leads, which on Debian and Ubuntu is loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
-        "gloo" if cpu else "nccl",
+        platform.backend,
         store=store,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
-        device_id=None if cpu else device,
+        device_id=None if on_host else device,
     )
     assert dist.group.WORLD is not None
-    if cpu:
-        _links[name] = _Links(dist.group.WORLD, mesh=TcpGather.join(rank, size, store, timeout_s))
-    else:
-        _links[name] = _Links(dist.group.WORLD, symmetric=_join_symmetric(dist.group.WORLD, device))
+    mesh = TcpGather.join(rank, size, store, timeout_s) if on_host else None
+    symmetric = _join_symmetric(dist.group.WORLD, device) if platform.has_symmetric_memory else None
+    _links[name] = _Links(dist.group.WORLD, mesh, symmetric)
     return group
 
 
@@ -140,6 +141,11 @@ def destroy_tp_group(group: TPGroup) -> None:
         links.mesh.close()
     dist.destroy_process_group()
 
+
+_EVERYWHERE = device_types(lambda platform: True)
+_ADDING_ALIKE = device_types(lambda platform: platform.adds_alike)
+_ADDING_IN_ORDER = device_types(lambda platform: not platform.adds_alike)
+_COMPILING = device_types(lambda platform: platform.compiles_kernels)
 
 torch.library.define("eagleray::all_reduce", "(Tensor x, str op, int size, str group) -> Tensor")
 torch.library.define("eagleray::add_up", "(Tensor(a!) x, int size, str group) -> ()")
@@ -166,7 +172,7 @@ def _gather(x: Tensor, size: int, group: str) -> Tensor:
     return gathered
 
 
-@torch.library.impl("eagleray::all_gather", ("cpu", "cuda"))
+@torch.library.impl("eagleray::all_gather", _EVERYWHERE)
 def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return _gather(x, size, group)
 
@@ -186,17 +192,17 @@ def _reduce_in_order(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     return total
 
 
-@torch.library.impl("eagleray::all_reduce", "cpu")
-def _all_reduce_cpu(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+@torch.library.impl("eagleray::all_reduce", _ADDING_IN_ORDER)
+def _all_reduce_in_order(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
     return _reduce_in_order(x, op, size, group)
 
 
-@torch.library.impl("eagleray::all_reduce", "cuda")
-def _all_reduce_cuda(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
-    return _reduce_on_gpus(x, op, group)
+@torch.library.impl("eagleray::all_reduce", _ADDING_ALIKE)
+def _all_reduce_alike(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
+    return _reduce_alike(x, op, group)
 
 
-def _reduce_on_gpus(x: Tensor, op: ReduceOp, group: str) -> Tensor:
+def _reduce_alike(x: Tensor, op: ReduceOp, group: str) -> Tensor:
     """NCCL reduces each element once and hands the same result to every rank, and so do the kernels for small ones."""
     links = _links_of(group)
     if links.symmetric is not None and links.symmetric.takes(x, op):
@@ -207,13 +213,13 @@ def _reduce_on_gpus(x: Tensor, op: ReduceOp, group: str) -> Tensor:
     return total
 
 
-@torch.library.impl("eagleray::add_up", "cpu")
-def _add_up_cpu(x: Tensor, size: int, group: str) -> None:
+@torch.library.impl("eagleray::add_up", _ADDING_IN_ORDER)
+def _add_up_in_order(x: Tensor, size: int, group: str) -> None:
     x.copy_(_reduce_in_order(x, "sum", size, group))
 
 
-@torch.library.impl("eagleray::add_up", "cuda")
-def _add_up_cuda(x: Tensor, size: int, group: str) -> None:
+@torch.library.impl("eagleray::add_up", _ADDING_ALIKE)
+def _add_up_alike(x: Tensor, size: int, group: str) -> None:
     links = _links_of(group)
     if links.symmetric is not None and links.symmetric.takes(x, "sum"):
         links.symmetric.add_up(x)
@@ -221,14 +227,14 @@ def _add_up_cuda(x: Tensor, size: int, group: str) -> None:
         dist.all_reduce(x, dist.ReduceOp.SUM, group=links.process_group)
 
 
-@torch.library.impl("eagleray::all_reduce_rms_norm", "cuda")
+@torch.library.impl("eagleray::all_reduce_rms_norm", _COMPILING)
 def _all_reduce_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, size: int, group: str
 ) -> tuple[Tensor, Tensor]:
     symmetric = _links_of(group).symmetric
     if symmetric is not None and symmetric.takes_rms_norm(x):
         return symmetric.all_reduce_rms_norm(x.contiguous(), residual, weight, eps)
-    total = _reduce_on_gpus(x, "sum", group)
+    total = _reduce_alike(x, "sum", group)
     total = total if residual is None else total + residual
     return F.rms_norm(total, list(weight.shape), weight, eps), total
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.platform import LAUNCH, OVERLAP
+from eagleray.parallel.platform import LAUNCH, OVERLAP, synchronize
 
 MAX_ROWS = 512  # of a sum; with more, less data beats fewer launches
 MAX_ROWS_AT_ONCE = 64  # of a sum for which every rank sends all it has to every other
@@ -48,7 +48,7 @@ class Inboxes:
         rank, size = group.rank(), group.size()
         own = symm_mem.empty(2 * size * lines * words, dtype=torch.int64, device=device)
         own.zero_()
-        torch.cuda.synchronize(device)  # before others may write
+        synchronize(device)  # before others may write
         handle = symm_mem.rendezvous(own, group)
         addresses = [handle.get_buffer(peer, own.shape, torch.int64).data_ptr() for peer in range(size)]
         pointers = torch.tensor(addresses, dtype=torch.int64, device=device)

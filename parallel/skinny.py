@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from eagleray.parallel.platform import HOPPER, LAUNCH, OVERLAP, shared_memory
+from eagleray.parallel.platform import HOPPER, LAUNCH, OVERLAP, platform_of, processors
 
 MAX_ROWS = 64
 WIDE = 16384  # columns
@@ -31,16 +31,15 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-def takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
-    """Whether the kernel multiplies `x` `[rows, k]` by `weight` `[columns, k]`, and is the faster way.
+def is_fast_on(device: torch.device) -> bool:
+    """Whether the kernel is the faster way on `device`, for what it takes."""
+    return platform_of(device).compiles_kernels and OVERLAP and processors(device).shared_memory >= HOPPER
 
-    For `silu_gated` with `gated`.
-    """
+
+def takes(x: Tensor, weight: Tensor, *, gated: bool = False) -> bool:
+    """Whether the kernel multiplies `x` `[rows, k]` by `weight` `[columns, k]`, or does `silu_gated` if `gated`."""
     return (
-        x.is_cuda
-        and OVERLAP
-        and shared_memory(x.device) >= HOPPER
-        and x.dim() == 2
+        x.dim() == 2
         and x.shape[0] <= MAX_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[0] % (128 if gated else 64) == 0

@@ -52,10 +52,11 @@ class DenseWeight(nn.Module):
         super().__init__()
         self.outputs, self.inputs = outputs, inputs
         self.matrix = parameter(sum(len(rows.own) for rows in outputs.values()), len(inputs.own))
+        self._has_kernel = HAS_TRITON and skinny.is_fast_on(self.matrix.device)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         matrix = self.matrix
-        if x.is_cuda and skinny.takes(x, matrix):
+        if self._has_kernel and skinny.takes(x, matrix):
             return skinny.linear(x, matrix, bias, out)
         if out is not None:
             return torch.mm(x, matrix.t(), out=out)
@@ -63,7 +64,7 @@ class DenseWeight(nn.Module):
 
     def silu_gated(self, x: Tensor) -> Tensor | None:
         matrix = self.matrix
-        return skinny.silu_gated(x, matrix) if x.is_cuda and skinny.takes(x, matrix, gated=True) else None
+        return skinny.silu_gated(x, matrix) if self._has_kernel and skinny.takes(x, matrix, gated=True) else None
 
     def embed(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.matrix)

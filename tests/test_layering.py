@@ -44,7 +44,10 @@ FRONTS = (  # files that stand in a room and put its folders together: no folder
 )
 FROM_WORKERS = ("eagleray.workers.protocol", "eagleray.workers.actor")  # what cluster/ may import of workers/
 FOREIGN_WORDS = frozenset({"cache", "caches", "cached", "caching", "metadata", "ray"})  # in parallel/ and models/
-CHOSEN_ELSEWHERE = {"cache_modifier"}  # an argument of Triton's
+CHOSEN_ELSEWHERE = {"cache_modifier", "empty_cache"}  # an argument of Triton's, a function of torch's
+KNOW_DEVICES = ("parallel/cuda_graphs.py", "parallel/device_kind.py", "parallel/platform.py")
+ACCELERATORS = frozenset({"cuda", "hip", "mps", "rocm", "xpu"})
+IS_ON = frozenset({f"is_{name}" for name in (*ACCELERATORS, "cpu")})  # attributes of tensors
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 Rule = Callable[[str, str], list[str]]
@@ -149,6 +152,35 @@ def speaks_of_tokens_only(path: str, text: str) -> list[str]:
     ]
 
 
+def capabilities_not_devices(path: str, text: str) -> list[str]:
+    """What depends on a device asks its `Platform` or `DeviceKind` for a capability, not the device for its name."""
+    if path in KNOW_DEVICES:
+        return []
+    wrong = [
+        (line, name) for line, name in imports(text) if name.split(".")[:2] in [["torch", a] for a in ACCELERATORS]
+    ]
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Attribute(attr=name) if name in IS_ON:
+                wrong.append((node.lineno, name))
+            case ast.Attribute(value=ast.Name(id="torch"), attr=name) if name in ACCELERATORS:
+                wrong.append((node.lineno, f"torch.{name}"))
+            case ast.Constant(value=name) if name in ACCELERATORS:
+                wrong.append((node.lineno, repr(name)))
+            case ast.Compare():
+                wrong += [(node.lineno, ast.unparse(part)) for part in ast.walk(node) if _tells_devices_apart(part)]
+    return [f"{path}:{line}: {name} asks what a device is" for line, name in wrong]
+
+
+def _tells_devices_apart(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value="cpu"):
+            return True
+        case ast.Attribute(attr="type", value=ast.Name(id=owner) | ast.Attribute(attr=owner)):
+            return owner.endswith("device")
+    return False
+
+
 def rooms_re_export_nothing(path: str, text: str) -> list[str]:
     """A room's `__init__.py` holds at most a docstring."""
     if PurePosixPath(path).name != "__init__.py":
@@ -169,6 +201,7 @@ RULES: list[Rule] = [
     folders_point_one_way,
     core_and_ranks_share_a_protocol,
     speaks_of_tokens_only,
+    capabilities_not_devices,
     rooms_re_export_nothing,
 ]
 
@@ -202,6 +235,14 @@ VIOLATIONS: list[tuple[Rule, str, str]] = [
     (speaks_of_tokens_only, "models/x.py", "class AttentionMetadata: ..."),
     (speaks_of_tokens_only, "parallel/x.py", "x = 1  # one per Ray actor"),
     (speaks_of_tokens_only, "models/x.py", '"""Writes to the KVCache."""'),
+    (capabilities_not_devices, "models/x.py", "if x.is_cuda and fused: ..."),
+    (capabilities_not_devices, "workers/x.py", "waits = not x.is_cpu"),
+    (capabilities_not_devices, "workers/x.py", "if self.device.type in SLOW: ..."),
+    (capabilities_not_devices, "cluster/x.py", "gpus = 0 if config.device == 'cpu' else 1"),
+    (capabilities_not_devices, "cluster/x.py", "gpus = int(device == 'cuda')"),
+    (capabilities_not_devices, "parallel/x.py", "BACKENDS = {'xpu': 'xccl'}"),
+    (capabilities_not_devices, "workers/x.py", "torch.cuda.synchronize()"),
+    (capabilities_not_devices, "workers/x.py", "from torch.cuda import Event"),
     (rooms_re_export_nothing, "cluster/__init__.py", '"""Words."""\nfrom eagleray.cluster.config import EngineConfig'),
     (rooms_re_export_nothing, "models/__init__.py", "__all__ = []"),
 ]
@@ -227,6 +268,9 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (ray_where_actors_are_placed, "deploy/x.py", "from ray import serve"),
     (speaks_of_tokens_only, "models/loading/x.py", 'del header["__metadata__"]  # of a cached file'),
     (speaks_of_tokens_only, "models/x.py", "array = 'an array, a stray word'  # Raymond"),
+    (capabilities_not_devices, "parallel/platform.py", "x = torch.cuda.is_available() and x.device.type == 'cuda'"),
+    (capabilities_not_devices, "models/x.py", "root = torch.tensor(2.0, device='cpu'); linear = rope.type == 'linear'"),
+    (capabilities_not_devices, "workers/x.py", "from triton.language.extra.cuda import gdc_wait"),
     (rooms_re_export_nothing, "cluster/__init__.py", '"""What runs next."""'),
 ]
 

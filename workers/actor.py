@@ -2,10 +2,12 @@
 
 import ray
 
+from eagleray.parallel.device_kind import kind_of
 from eagleray.workers.protocol.channel import Endpoint
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.startup import Loaded, RankHost
-from eagleray.workers.rank import Place, Rank
+from eagleray.workers.rank import Rank
+from eagleray.workers.rank_start import Place
 
 
 class RankActor:
@@ -15,7 +17,7 @@ class RankActor:
         self, rank: int, size: int, generation: int, config: WorkerConfig, listener: Endpoint, hub: Endpoint
     ) -> None:
         node_id = ray.get_runtime_context().get_node_id()
-        gpu = int(ray.get_gpu_ids()[0]) if config.device == "cuda" else None
+        gpu = None if kind_of(config.device).on_host else int(ray.get_gpu_ids()[0])
         place = Place(rank, size, generation, node_id, ray.util.get_node_ip_address(), gpu)
         self._rank = Rank(place, config, listener, hub)
 

@@ -6,7 +6,9 @@ import torch
 
 from eagleray.models.config import ModelConfig
 from eagleray.models.loading.loader import build_model
+from eagleray.parallel.device_kind import kind_of
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import platform_of
 from eagleray.workers.kv_capacity import CPU_KV_CACHE_BYTES
 from eagleray.workers.protocol.config import WorkerConfig
 
@@ -14,18 +16,18 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def needed_bytes(folder: Path, config: WorkerConfig, rank: int, size: int) -> int:
-    """Of weights, and on CPU of the KV cache; what steps take beside them is little."""
+    """Of weights, and on the host of the KV cache; what steps take beside them is little."""
     tp = TPGroup(rank, size)
     model = ModelConfig.from_dir(folder)
     outline = build_model(model, tp=tp, dtype=getattr(torch, config.dtype), device=torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in outline.parameters())
-    return weights + (config.kv_cache_bytes or CPU_KV_CACHE_BYTES) * (config.device == "cpu")
+    return weights + (config.kv_cache_bytes or CPU_KV_CACHE_BYTES) * kind_of(config.device).on_host
 
 
 def memory_bytes(device: torch.device) -> int:
     """All memory of a GPU, or of this node as far as its container may use it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+    if (accelerator := platform_of(device).accelerator) is not None:
+        return accelerator.mem_get_info(device)[1]
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
     return min([int(total.split()[1]) * 1024, *_limits()])
 

@@ -8,6 +8,7 @@ import torch
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import Accelerator, platform_of
 from eagleray.workers.attention.kv_cache import block_bytes
 from eagleray.workers.graphs.decode import batch_sizes
 from eagleray.workers.graphs.mixed import token_counts
@@ -20,7 +21,7 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> int:
-    """Blocks in the configured bytes, else (CUDA) in what weights, steps and decode graphs leave of this GPU's share.
+    """Blocks in the configured bytes, else in what weights, steps and decode graphs leave of this GPU's share.
 
     Raises `MemoryError` when that is nothing.
     """
@@ -28,9 +29,10 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
     each = block_bytes(specs, config.block_size, model.dtype)
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes // each
-    if model.device.type == "cpu":
+    accelerator = platform_of(model.device).accelerator
+    if accelerator is None:
         return CPU_KV_CACHE_BYTES // each
-    need = _measure(config, model, tp, model.device, num_profile_blocks(config) * each)
+    need = _measure(config, model, tp, accelerator, num_profile_blocks(config) * each)
     if need.left < each:
         raise MemoryError(_no_room(config, need, model.device))
     return need.left // each
@@ -54,23 +56,23 @@ class _Need:
     left: int  # for KV blocks
 
 
-def _measure(config: WorkerConfig, model: CausalLM, tp: TPGroup, device: torch.device, kv_bytes: int) -> _Need:
+def _measure(config: WorkerConfig, model: CausalLM, tp: TPGroup, accelerator: Accelerator, kv_bytes: int) -> _Need:
     """Capture three decode graphs and run the largest step, on a KV cache of `kv_bytes` that is gone afterwards.
 
     The graphs' results count in both figures, which leaves a margin.
     """
-    sizes = batch_sizes(config.max_num_seqs)
+    sizes, device = batch_sizes(config.max_num_seqs), model.device
     remedy = "lower max_num_batched_tokens or max_num_seqs, use more ranks, or end what else runs on this GPU"
     with explained(f"a step of {config.max_num_batched_tokens} tokens", remedy, device):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        accelerator.reset_peak_memory_stats(device)
+        before = accelerator.memory_allocated(device)
         probed, mixed = run_largest_step(config, model, tp, probe_sizes(sizes))
         num_others = max(0, len(token_counts(config.max_num_batched_tokens)) - 1)  # which find room in the largest's
         graphs = (graph_bytes(sizes, probed) if probed else 0) + mixed + num_others * probed.get(sizes[0], 0)
-        torch.cuda.synchronize(device)
-        step = max(0, torch.cuda.max_memory_allocated(device) - before - kv_bytes)
+        accelerator.synchronize(device)
+        step = max(0, accelerator.max_memory_allocated(device) - before - kv_bytes)
         release_unused(device)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = accelerator.mem_get_info(device)
     return _Need(step, graphs, int(free - step - graphs - (1 - config.gpu_memory_utilization) * total))
 
 

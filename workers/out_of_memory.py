@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from eagleray.parallel.platform import platform_of
+
 GIB = 1 << 30
 _SIGNS = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA's, torch's on CPU, cuBLAS's
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
@@ -38,10 +40,11 @@ def explain(error: BaseException, doing: str, remedy: str, device: torch.device)
 
 def describe_use(device: torch.device) -> str:
     """Who holds the device's memory."""
-    if device.type != "cuda":
+    accelerator = platform_of(device).accelerator
+    if accelerator is None:
         return "the machine's memory is in use"
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
+    free, total = accelerator.mem_get_info(device)
+    own = accelerator.memory_reserved(device)
     others = max(0, total - free - own)
     return (
         f"of {total / GIB:.1f} GiB, {free / GIB:.1f} are free, this rank's tensors take {own / GIB:.1f}, and "
@@ -52,5 +55,5 @@ def describe_use(device: torch.device) -> str:
 def release_unused(device: torch.device) -> None:
     """Give back what tensors no longer need. A caught error holds tensors, too: leave its `except` first."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if (accelerator := platform_of(device).accelerator) is not None:
+        accelerator.empty_cache()

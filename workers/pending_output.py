@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagleray.parallel.platform import platform_of
 from eagleray.workers.arrays import BoolArray, IntArray
 from eagleray.workers.protocol.messages import StepOutput
 from eagleray.workers.sampling.logprobs import LogprobTensors
@@ -34,14 +35,15 @@ class PendingOutput:
         self._sampled = sampled
         self._prompt_logprobs = prompt_logprobs
         self._drafts = drafts
-        self._copied: torch.cuda.Event | None = None
+        self._copied: torch.Event | None = None
         results = [*([] if sampled is None else [sampled.pairs]), *(each.ranks for each in prompt_logprobs.values())]
-        if any(tensor.is_cuda for tensor in results):
+        accelerator = platform_of(results[0].device).accelerator if results else None
+        if accelerator is not None:
             # What a graph gives lies where its next replay will write. This copy is queued before that, on the same
             # stream, into memory that is this step's own; so it is safe before `launch` returns.
             self._sampled = None if sampled is None else sampled.map(_on_its_way)
             self._prompt_logprobs = {row: each.map(_on_its_way) for row, each in prompt_logprobs.items()}
-            self._copied = torch.cuda.Event(blocking=True)
+            self._copied = accelerator.Event(blocking=True)
             self._copied.record()
 
     def wait(self) -> StepOutput:

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity
 
+from eagleray.parallel.platform import platform_of, synchronize
 from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RankControl, RankReply
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,9 @@ class RankProfiler:
     def _start(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # or the steps would run first and the trace be lost
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._wait()
+        synchronize(self._device)  # whole steps only: none that was launched before may end later
         self._folder, self._num_steps = folder, 0
-        profile = torch.profiler.profile(activities=activities)
+        profile = torch.profiler.profile(activities=platform_of(self._device).activities)
         profile.start()
         self._profile = profile
 
@@ -79,12 +76,7 @@ class RankProfiler:
         if self._profile is None:
             raise RuntimeError("the profiler does not run")
         profile, self._profile = self._profile, None
-        self._wait()
+        synchronize(self._device)
         profile.add_metadata_json(TRACE_NUM_STEPS, json.dumps(self._num_steps))
         profile.stop()
         return profile
-
-    def _wait(self) -> None:
-        """Whole steps only: none that was launched before may end later."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)

@@ -30,6 +30,7 @@ from eagleray.cluster.runtime.process_state import descendants
 from eagleray.cluster.runtime.ray_address import LOCAL, answers, cluster_address, how_found, is_tcp
 from eagleray.cluster.runtime.ray_token import use_token
 from eagleray.cluster.runtime.signals import end_on_sigterm, kill
+from eagleray.parallel.device_kind import HOST, KINDS, kind_of
 from eagleray.workers.protocol.socket_directory import MAX_PATH
 
 logger = logging.getLogger(__name__)
@@ -204,19 +205,22 @@ def choose_device(config: EngineConfig) -> str:
     """`auto` means the GPUs, if the cluster has any."""
     if config.device != "auto":
         return config.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+    have = ray.cluster_resources()
+    return next((kind.name for kind in KINDS.values() if kind.resource and have.get(kind.resource, 0) > 0), HOST.name)
 
 
 def rank_resources(config: EngineConfig, device: str) -> Resources:
-    gpu = {"GPU": 1.0} if device == "cuda" else {}
-    return {"CPU": config.cpus_per_rank, **gpu}
+    """Of one rank: its CPUs, and its device."""
+    resource = kind_of(device).resource
+    return {"CPU": config.cpus_per_rank} | ({} if resource is None else {resource: 1.0})
 
 
 def place(config: EngineConfig, device: str) -> Room:
     """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
     bundle = rank_resources(config, device)
-    if device == "cuda" and not ray.cluster_resources().get("GPU") and config.device == "cuda":
-        logger.warning("device is 'cuda', but no node of the cluster has a GPU yet; waiting for one")
+    resource = kind_of(device).resource
+    if resource and not ray.cluster_resources().get(resource) and config.device == device:
+        logger.warning("device is %r, but no node of the cluster has a %s yet; waiting for one", device, resource)
     group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
     try:
         if group.wait(config.placement_timeout_s):

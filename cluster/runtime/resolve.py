@@ -12,11 +12,9 @@ from eagleray.cluster.runtime.ray_address import cluster_address
 from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.loading.model_dir import DEMO, is_of_hub, model_dir
 from eagleray.models.loading.weight_formats import find_format
+from eagleray.parallel.device_kind import DeviceKind, kind_of
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.startup import RankHost
-
-CPU_BLOCK_SIZE = 16
-CUDA_BLOCK_SIZE = 128  # FlashAttention-3 reads pages of this size fastest
 
 
 def found(config: EngineConfig) -> EngineConfig:
@@ -52,17 +50,20 @@ def check_model(config: EngineConfig) -> ModelConfig:
 
 
 def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> WorkerConfig:
-    """What every rank is told. `device` is cpu or cuda."""
-    cpu = device == "cpu"
-    block_size = config.block_size or (CPU_BLOCK_SIZE if cpu else CUDA_BLOCK_SIZE)
-    if not cpu and (block_size < 16 or block_size & (block_size - 1)):
-        raise ValueError(f"block_size is {block_size}; on CUDA give a power of two of at least 16, such as 128")
+    """What every rank is told. `device` is the name of a kind of device."""
+    kind = kind_of(device)
+    block_size = config.block_size or kind.block_size
+    if kind.wants_powers_of_two and (block_size < 16 or block_size & (block_size - 1)):
+        raise ValueError(
+            f"block_size is {block_size}; on {kind.name.upper()} give a power of two of at least 16, such as "
+            f"{kind.block_size}"
+        )
     cores_each = max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)
     return WorkerConfig(
         model=config.model,
         revision=config.revision,
         device=device,
-        dtype=_dtype(config, model, cpu),
+        dtype=_dtype(config, model, kind),
         load_format=config.load_format,
         seed=config.seed or 0,
         max_model_len=config.max_model_len or model.max_position_embeddings,
@@ -72,19 +73,20 @@ def worker_config(config: EngineConfig, model: ModelConfig, device: str) -> Work
         gpu_memory_utilization=config.gpu_memory_utilization,
         kv_cache_bytes=config.kv_cache_bytes,
         compile=config.compile,
-        threads=config.threads_per_rank or (cores_each if cpu else None),
+        threads=config.threads_per_rank or (cores_each if kind.on_host else None),
     )
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, cpu: bool) -> str:
+def _dtype(config: EngineConfig, model: ModelConfig, kind: DeviceKind) -> str:
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if cpu else model.dtype
+    return kind.auto_dtype or model.dtype
 
 
 def check_memory(hosts: Sequence[RankHost], worker: WorkerConfig) -> None:
     """Raise `EngineStartError` unless the shares of the ranks fit their GPUs, or their nodes."""
-    if worker.device == "cpu":
+    on_host = kind_of(worker.device).on_host
+    if on_host:
         needed: dict[str, int] = defaultdict(int)
         for host in hosts:
             needed[host.node_id] += host.needed_bytes
@@ -96,9 +98,9 @@ def check_memory(hosts: Sequence[RankHost], worker: WorkerConfig) -> None:
         ]
     for where, need, have in wholes:
         if need > have:
-            more = "lower kv_cache_bytes, use more nodes" if worker.device == "cpu" else "raise tensor_parallel_size"
+            more = "lower kv_cache_bytes, use more nodes" if on_host else "raise tensor_parallel_size"
             raise EngineStartError(
-                f"the model's weights{' and KV cache' * (worker.device == 'cpu')} in {worker.dtype} need "
+                f"the model's weights{' and KV cache' * on_host} in {worker.dtype} need "
                 f"{need / 1e9:.1f} GB of {where}, which has {have / 1e9:.1f} GB; {more} or a smaller model"
             )
 

@@ -15,6 +15,7 @@ from eagleray.models.loading import dummy
 from eagleray.models.loading.checkpoint import Checkpoint
 from eagleray.models.loading.weight_stream import WeightStream
 from eagleray.parallel.group import TPGroup
+from eagleray.parallel.platform import platform_of
 from eagleray.parallel.weight_shard import HasWeightShards, WeightShard
 
 LOAD_FORMATS = ("safetensors", "dummy")
@@ -37,13 +38,12 @@ def load_model(
 ) -> CausalLM:
     """This rank's shard of the model in directory `path`, in eval mode and without gradients.
 
-    A rank reads only its own bytes of the safetensors files; `streamed`, which is the default on CUDA, several threads
-    do. "dummy" needs `config.json` only and makes random weights
-    that are, for the same `seed`, shards of the same whole tensors at any tensor-parallel size. No position of
-    `max_positions` or above will be asked for. `on_bytes` hears, in
-    this thread, how many bytes of the shard's weights are there and how many there will be. Raises `ValueError`
-    for a directory, configuration or tensor that is missing, left over, of the wrong shape, or cut short, before
-    anything of the model's size is allocated.
+    A rank reads only its own bytes of the safetensors files; `streamed`, which is the default where weights do not stay
+    in the host's memory, several threads do. "dummy" needs `config.json` only and makes random weights that are, for
+    the same `seed`, shards of the same whole tensors at any tensor-parallel size. No position of `max_positions` or
+    above will be asked for. `on_bytes` hears, in this thread, how many bytes of the shard's weights are there and how
+    many there will be. Raises `ValueError` for a directory, configuration or tensor that is missing, left over, of the
+    wrong shape, or cut short, before anything of the model's size is allocated.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format is {load_format!r}; choose one of {', '.join(LOAD_FORMATS)}")
@@ -63,7 +63,7 @@ def load_model(
         checkpoint.check(checkpoint_shards(outline), _superfluous(config))
         model = build_model(config, tp=tp, dtype=dtype, device=device)
         count = _counter(model, on_bytes)
-        if streamed or (streamed is None and device.type == "cuda"):
+        if streamed or (streamed is None and platform_of(device).accelerator is not None):
             checkpoint.stream(WeightStream(device, on_bytes=count))
         for name, shard in checkpoint_shards(model):
             checkpoint.load(name, shard)

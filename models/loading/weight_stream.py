@@ -7,6 +7,7 @@ interpreter's lock.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from threading import local
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eagleray.models.loading.mapped_file import Bytes, MappedFile
 from eagleray.models.loading.parts import parts
+from eagleray.parallel.platform import Accelerator, platform_of
 from eagleray.parallel.weight_shard import WeightShard
 
 NUM_THREADS = 4
@@ -80,22 +82,23 @@ class WeightStream:
 
 
 class _Lane:
-    """One thread's way to the device: two buffers that take turns, and a stream of its own."""
+    """One thread's way to the device: two buffers that take turns, and a stream of its own if the device has any."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # for this thread, which would otherwise touch the first GPU
-            self._stream = torch.cuda.Stream(device)
-            self._stream.wait_stream(torch.cuda.default_stream(device))  # where the weights were allocated
-        self._buffers = [_Buffer(device), _Buffer(device)]
+        self._accelerator = accelerator = platform_of(device).accelerator
+        self._stream: torch.Stream | None = None
+        if accelerator is not None:
+            accelerator.set_device(device)  # for this thread, which would otherwise touch the first GPU
+            self._stream = accelerator.Stream(device)
+            self._stream.wait_stream(accelerator.default_stream(device))  # where the weights were allocated
+        self._buffers = [_Buffer(accelerator), _Buffer(accelerator)]
 
     def copy(self, source: Bytes, dtype: torch.dtype, target: Tensor) -> None:
         self._buffers.reverse()
         buffer = self._buffers[0]
         host = buffer.copy_in(source).view(dtype).view(target.shape)
-        with torch.cuda.stream(self._stream):  # does nothing without a stream
+        with nullcontext() if self._accelerator is None else self._accelerator.stream(self._stream):
             on_device = host if host.dtype == target.dtype else host.to(self._device, non_blocking=True)
             target.copy_(on_device, non_blocking=True)
             buffer.left(self._stream)
@@ -106,12 +109,12 @@ class _Lane:
 
 
 class _Buffer:
-    """Page-locked memory, and the moment from which it may be written again."""
+    """Memory, page-locked for an accelerator, and the moment from which it may be written again."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
+    def __init__(self, accelerator: Accelerator | None) -> None:
+        self._pinned = accelerator is not None
         self._host = torch.empty(0, dtype=torch.uint8)
-        self._event = torch.cuda.Event(blocking=True) if self._pinned else None
+        self._event = None if accelerator is None else accelerator.Event(blocking=True)
 
     def copy_in(self, source: Bytes) -> Tensor:
         """A copy of `source` in this buffer, once what it held has left."""
@@ -123,7 +126,7 @@ class _Buffer:
         np.copyto(taken.numpy().reshape(source.shape), source)
         return taken
 
-    def left(self, stream: torch.cuda.Stream | None) -> None:
+    def left(self, stream: torch.Stream | None) -> None:
         """What it holds is on its way on `stream`."""
         if self._event is not None:
             self._event.record(stream)

@@ -52,6 +52,19 @@ def test_blocks_on_cuda_are_of_a_power_of_two(tmp_path: Path) -> None:
         assert worker_config(engine, model, "cpu").block_size == block_size
 
 
+@pytest.mark.parametrize(
+    ("device", "block_size", "dtype", "has_threads"), [("cpu", 16, "float32", True), ("cuda", 128, "bfloat16", False)]
+)
+def test_what_is_not_given_suits_the_device(
+    device: str, block_size: int, dtype: str, has_threads: bool, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = sizes | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 1, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}))
+    worker = worker_config(EngineConfig(model=str(tmp_path)), ModelConfig.from_dir(tmp_path), device)
+    assert (worker.block_size, worker.dtype, worker.threads is not None) == (block_size, dtype, has_threads)
+
+
 def test_weights_of_another_format_are_refused_before_anything_starts(tmp_path: Path) -> None:
     sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     config = sizes | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 1, "max_position_embeddings": 64}

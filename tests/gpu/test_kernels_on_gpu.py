@@ -182,9 +182,9 @@ def test_kernels_are_compiled_ahead_without_a_launch() -> None:
     try:
         gate_up = torch.randn(3, 2 * 176, dtype=torch.float16, device=CUDA)
         outs: list[Tensor] = []
-        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))]) == len(compiled) == 1
+        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))], CUDA) == len(compiled) == 1
         assert not outs[0].any()
-        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))]) == 0
+        assert compile_ahead([lambda: outs.append(kernels.silu_mul(gate_up))], CUDA) == 0
         gate, up = gate_up.float().chunk(2, dim=-1)
         torch.testing.assert_close(kernels.silu_mul(gate_up).float(), F.silu(gate) * up, atol=1e-2, rtol=1e-2)
         assert len(compiled) == 1

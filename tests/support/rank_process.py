@@ -27,7 +27,8 @@ from eagleray.parallel.group import TPGroup, destroy_tp_group, init_tp_group
 from eagleray.workers.attention.context import AttentionMetadata, ForwardContext, PagedKVLayer, forward_context
 from eagleray.workers.attention.reference import ReferenceBackend
 from eagleray.workers.protocol.channel import Hub
-from eagleray.workers.rank import Place, Rank
+from eagleray.workers.rank_phases import LoadedRank, PreparedRank
+from eagleray.workers.rank_start import Place, RankStart
 from support.attention_requests import paged
 from support.sink_llama import run_worker  # and its family
 from support.worker_config import worker_config
@@ -121,23 +122,23 @@ def two_generations(tp: TPGroup, folder: str) -> tuple[str, Tensor]:
     )
     listener, hub = Hub(), Hub()
     places = [Place(tp.rank, tp.size, generation, "here", "127.0.0.1") for generation in range(2)]
-    first, second = (Rank(place, config, listener.endpoint, hub.endpoint) for place in places)
-    hosts = [rank.prepare(one_node=True) for rank in (first, second)]
-    ports = tp.all_gather(torch.tensor([host.store_port or 0 for host in hosts]))[0].tolist()
+    starts = [RankStart(place, config, listener.endpoint, hub.endpoint) for place in places]
+    ranks = [PreparedRank(start, one_node=True, niceness=0) for start in starts]
+    ports = tp.all_gather(torch.tensor([rank.host.store_port or 0 for rank in ranks]))[0].tolist()
     destroy_tp_group(tp)
-    first.load(hosts[0].store_ip, ports[0])
-    destroy_tp_group(first._tp)
-    second.load(hosts[1].store_ip, ports[1])
+    first = LoadedRank(ranks[0], ranks[0].host.store_ip, ports[0])
+    destroy_tp_group(first.tp)
+    second = LoadedRank(ranks[1], ranks[1].host.store_ip, ports[1])
     x = torch.tensor([tp.rank + 1.0])
     try:
-        said = f"they meet: {first._tp.all_reduce(x)}"
+        said = f"they meet: {first.tp.all_reduce(x)}"
     except RuntimeError as error:
         said = str(error)
-    total = second._tp.all_reduce(x)
-    destroy_tp_group(second._tp)
-    for rank in (first, second):
-        rank._heartbeat.close()
-        rank._startup_reporter.close()
+    total = second.tp.all_reduce(x)
+    destroy_tp_group(second.tp)
+    for start in starts:
+        start.heartbeat.close()
+        start.reporter.close()
     listener.close()
     hub.close()
     return said, total

@@ -88,7 +88,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with torch.no_grad():
         embeddings = next(model.model.embed_tokens.parameters())
         if model.config.tie_word_embeddings:  # the head must not have them, or every logit were odd
-            model.lm_head = type(model.lm_head)(VOCAB_SIZE, 128, TPGroup()).to(DEVICE, DTYPE)
+            with DEVICE:
+                model.lm_head = type(model.lm_head)(VOCAB_SIZE, 128, TPGroup()).to(DTYPE)
             next(model.lm_head.parameters()).copy_(embeddings)
         embeddings[NAN], embeddings[INF] = torch.nan, torch.inf
     return model

@@ -13,7 +13,8 @@ from eagleray.workers.protocol.channel import Hub
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import Beat, Goodbye, RankReport, RowStart, Sampling, Step, StepOutput
 from eagleray.workers.protocol.startup import PHASES, Progress, Ready
-from eagleray.workers.rank import Place, Rank
+from eagleray.workers.rank import Rank
+from eagleray.workers.rank_start import Place
 from eagleray.workers.worker import Worker
 from support.rank_pool import RunRanks
 from support.tiny_model import write_tiny_model

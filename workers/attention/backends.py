@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.platform import HAS_TRITON, runs_triton
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.workers.attention.context import KERNEL_HEAD_SIZES, AttentionBackend, PagedKVLayer
 from eagleray.workers.attention.flash import FlashBackend
 from eagleray.workers.attention.reference import ReferenceBackend
@@ -39,8 +39,9 @@ class DecodeBackend:
     @staticmethod
     def supports(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernel computes decodes of such a layer here: in 16 bits, or, in the interpreter, in float32."""
-        dtypes = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.float32,)
-        return runs_triton(device) and dtype in dtypes and spec.head_size in KERNEL_HEAD_SIZES
+        platform = platform_of(device)
+        dtypes = (torch.bfloat16, torch.float16) if platform.compiles_kernels else (torch.float32,)
+        return platform.runs_kernels and dtype in dtypes and spec.head_size in KERNEL_HEAD_SIZES
 
     def plan(self, seq_lens: Tensor) -> None:
         """Share out the work of a step, whose requests have `seq_lens` [n] int32 tokens."""

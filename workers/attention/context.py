@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.parallel.platform import platform_of
 
 KERNEL_HEAD_SIZES = (64, 96, 128, 256)  # of the attention kernels in Triton
 
@@ -38,6 +39,7 @@ class LayerCache:
         self.kv = kv  # [2, num_blocks, block_size, kv_heads, head_size], keys then values
         self.k, self.v = kv[0], kv[1]  # each [num_blocks, block_size, kv_heads, head_size]
         self.marks = marks  # [num_blocks] int8, 1 for blocks that hold a number that is not finite
+        self.is_written_in_kernel = platform_of(kv.device).compiles_kernels
 
     @property
     def block_size(self) -> int:

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
+from eagleray.parallel.platform import LAUNCH, OVERLAP, processors
 from eagleray.workers.attention.context import PagedKVLayer
 from eagleray.workers.attention.decode_kernels import (
     CHUNKS,
@@ -57,7 +57,7 @@ def launch_constants(spec: AttentionSpec, num_requests: int, device: torch.devic
     """What was the fastest on an H200: large tiles for few splits of work, many programs for many."""
     if spec.head_size > 128:
         return LaunchConstants(programs_per_sm=2, lanes=240)
-    if num_requests * spec.num_kv_heads <= FEW_PAIRS and shared_memory(device) >= LARGE_TILES:
+    if num_requests * spec.num_kv_heads <= FEW_PAIRS and processors(device).shared_memory >= LARGE_TILES:
         return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2)
     return LaunchConstants()
 
@@ -98,10 +98,9 @@ def allocate_workspace(
 ) -> DecodeWorkspace:
     """Buffers for batches of up to `max_requests` requests (padding included) of up to `max_seq_len` tokens."""
     splits = max_splits(max_requests, max_seq_len, spec, constants or launch_constants(spec, 1, device))
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return DecodeWorkspace(
         fixed=constants,
-        num_sms=sms,
+        num_sms=processors(device).number,
         header=torch.zeros(2, dtype=torch.int32, device=device),
         requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
         work=torch.zeros(splits, int(FIELDS), dtype=torch.int32, device=device),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.parallel.platform import processors
 from eagleray.workers.attention.context import PagedKVLayer
 
 try:
@@ -33,8 +34,7 @@ class FlashBackend:
         """
         return (
             flash_attn_interface is not None
-            and device.type == "cuda"
-            and torch.cuda.get_device_capability(device)[0] == 9
+            and processors(device).run_hopper_code
             and dtype in (torch.bfloat16, torch.float16)
             and spec.head_size in HEAD_SIZES
             and spec.logits_soft_cap is None

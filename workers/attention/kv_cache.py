@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.platform import HAS_TRITON, runs_triton
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.workers.attention.context import LayerCache
 
 if HAS_TRITON:
@@ -37,7 +37,7 @@ class KVCache:
         ]
         self.marks = torch.zeros(len(specs), num_blocks, dtype=torch.int8, device=device)  # 1 for what is not finite
         self.layers = [LayerCache(kv, marks) for kv, marks in zip(tensors, self.marks, strict=True)]
-        self._cleans_in_kernel = runs_triton(device)
+        self._cleans_in_kernel = platform_of(device).runs_kernels
         self._addresses = torch.tensor([kv.data_ptr() for kv in tensors], device=device)
         self._side_bytes = torch.tensor([kv[0].nbytes for kv in tensors], device=device)
         self.clean(torch.zeros(1, dtype=torch.int64, device=device))  # compiles the kernel, where there is one

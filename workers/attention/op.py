@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from eagleray.models.layers import rotate
-from eagleray.parallel.platform import HAS_TRITON
+from eagleray.parallel.platform import HAS_TRITON, device_types
 from eagleray.workers.attention.context import PagedKVLayer, current_layer
 
 if HAS_TRITON:
     from eagleray.workers.attention import kv_kernels
 
 
-@torch.library.impl("eagleray::attention", ("cpu", "cuda"))
+@torch.library.impl("eagleray::attention", device_types(lambda platform: True))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, layer_index: int, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> Tensor:
@@ -32,7 +32,7 @@ def rotate_and_write(
     Tokens beyond the slot mapping are padding. Blocks that get a number that is not finite are marked.
     """
     cache, slot_mapping = layer.cache, layer.metadata.slot_mapping
-    if cache.kv.is_cuda:
+    if cache.is_written_in_kernel:
         return kv_kernels.rotate_and_write(q, k, v, rotation, layer)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)

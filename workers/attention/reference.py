@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagleray.models.attention import AttentionSpec
+from eagleray.parallel.platform import platform_of
 from eagleray.workers.attention.context import AttentionMetadata, PagedKVLayer, current_context
 
 _QUERIES_AT_ONCE = 256  # bounds the mask and the scores of a long chunk
@@ -122,9 +123,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, layer: PagedKVLayer) 
     q = q.reshape(n, queries, -1, group, head_size).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     seen = (seen if queries == 1 else seen.repeat(1, group, 1)).unsqueeze(1)
-    if spec.logits_soft_cap is None and sinks is None and q.device.type == "cpu":
+    if spec.logits_soft_cap is None and sinks is None and platform_of(q.device).masks_exactly:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=spec.scale)
-    else:  # by hand on CUDA: there, torch 2.11 reads masked keys in bfloat16
+    else:
         of_rows = None if sinks is None else sinks.view(-1, group).repeat_interleave(queries, dim=1)
         out = _attend_by_hand(q, k, v, seen, spec, of_rows)
     return out.reshape(n, -1, group, queries, head_size).permute(0, 3, 1, 2, 4).reshape(n, queries, heads, head_size)

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.platform import LAUNCH, OVERLAP, shared_memory
+from eagleray.parallel.platform import LAUNCH, OVERLAP, platform_of, processors
 from eagleray.workers.attention.context import KERNEL_HEAD_SIZES, PagedKVLayer
 from eagleray.workers.attention.varlen_kernels import varlen_attend_kernel
 
@@ -36,7 +36,7 @@ class LaunchConstants:
 @cache
 def launch_constants(head_size: int, device: torch.device) -> LaunchConstants:
     """Such that queries, and in each stage a tile of keys and values, fit the shared memory, in 16 bits."""
-    kib = shared_memory(device) >> 10
+    kib = processors(device).shared_memory >> 10
     if head_size <= 128:  # 32 KiB of queries, 32 KiB per stage
         return LaunchConstants(num_stages=3 if kib >= 160 else 2)
     if kib >= 224:  # 64 KiB of queries, 64 KiB per stage
@@ -54,9 +54,11 @@ class VarlenBackend:
         self._constants = constants
 
     def supports(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether the kernel computes chunks of such a layer on this device: on CUDA, in 16 bits."""
+        """Whether the kernel computes chunks of such a layer on this device: compiled, in 16 bits."""
         return (
-            device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and spec.head_size in KERNEL_HEAD_SIZES
+            platform_of(device).compiles_kernels
+            and dtype in (torch.bfloat16, torch.float16)
+            and spec.head_size in KERNEL_HEAD_SIZES
         )
 
     def __call__(self, q: Tensor, layer: PagedKVLayer) -> Tensor:

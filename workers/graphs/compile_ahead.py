@@ -11,17 +11,22 @@ import torch
 import triton
 from torch.overrides import TorchFunctionMode
 
+from eagleray.parallel.platform import platform_of
+
 MAX_THREADS = 16
 _UNSET = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
 _Kernels = dict[tuple[str, str], Any]  # by module and name: one of this package
 
 
-def compile_ahead(runs: Iterable[Callable[[], object]]) -> int:
+def compile_ahead(runs: Iterable[Callable[[], object]], device: torch.device) -> int:
     """Compile and load the kernels of this package that `runs` would compile; how many those are.
 
-    Each is run once, on the current CUDA device, without launching such a kernel: what it returns means nothing.
+    Each is run once, on `device`, which is the current one, without launching such a kernel: what it returns means
+    nothing.
     """
-    device = torch.cuda.current_device()
+    accelerator = platform_of(device).accelerator
+    assert accelerator is not None, "kernels are compiled for no host"
+    index = accelerator.current_device()
     kernels: _Kernels = {
         (name, value.__name__): value
         for name, module in list(sys.modules.items())
@@ -29,11 +34,11 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> int:
         for value in vars(module).values()
         if isinstance(value, triton.JITFunction) and value.__module__ == name
     }
-    with _launching_nothing(kernels, device) as wanted, _ZeroWhatIsUnset():
+    with _launching_nothing(kernels, index) as wanted, _ZeroWhatIsUnset():
         for run in runs:
             run()
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+    with ThreadPoolExecutor(num_threads, initializer=accelerator.set_device, initargs=(index,)) as pool:
         with triton.AsyncCompileMode(pool):
             compiled = [kernel.preload(specialization) for kernel, specialization in wanted]
         list(pool.map(_load, compiled))

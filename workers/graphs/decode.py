@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagleray.parallel.platform import HAS_TRITON
+from eagleray.parallel.cuda_graphs import Replay
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.workers.arrays import IntArray
-from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import Rows
 
 if HAS_TRITON:
@@ -32,7 +32,7 @@ def batch_sizes(max_rows: int) -> list[int]:
 class DecodeGraphs:
     """Replays the smallest graph that holds a batch; the rest of it runs on the spare row.
 
-    Off CUDA nothing is captured, and a replay is a call.
+    Where none are captured, a replay is a call.
     """
 
     def __init__(self, forward: DecodeForward, rows: Rows, sizes: Sequence[int], device: torch.device) -> None:
@@ -44,19 +44,17 @@ class DecodeGraphs:
         self._last: IntArray = np.empty(0, np.int64)
         self._replays: dict[int, Replay] = {}
         self.num_bytes: dict[int, int] = {}  # of device memory that each took, by size
-        if device.type != "cuda":
+        graphs = platform_of(device).graphs
+        if graphs is None:
             self._replays = {size: partial(forward, self._static_rows[:size]) for size in self._sizes}
             return
         forwards = {size: partial(forward, self._static_rows[:size]) for size in reversed(self._sizes)}
-        num_compiled = compile_ahead(forwards.values())
-        pool = torch.cuda.graph_pool_handle()
+        num_compiled = compile_ahead(forwards.values(), device)
+        pool = graphs.pool()
         for size, run in forwards.items():
-            torch.cuda.empty_cache()
-            free, _ = torch.cuda.mem_get_info(device)
-            self._replays[size] = capture(run, pool)
-            torch.cuda.empty_cache()  # what the first, eager run took is not the graph's
-            self.num_bytes[size] = free - torch.cuda.mem_get_info(device)[0]
-        torch.cuda.synchronize()
+            free = graphs.free_bytes(device)
+            self._replays[size] = graphs.capture(run, pool)
+            self.num_bytes[size] = free - graphs.free_bytes(device)
         logger.info(
             "captured %d decode graphs and compiled %d kernels in %.1f s",
             len(self._sizes), num_compiled, time.monotonic() - begin,

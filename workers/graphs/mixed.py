@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from eagleray.parallel.platform import HAS_TRITON
+from eagleray.parallel.cuda_graphs import Replay
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.workers.attention.context import AttentionMetadata
-from eagleray.workers.graphs.capture import Replay, capture
 from eagleray.workers.rows import Batch
 
 if HAS_TRITON:
@@ -35,7 +35,7 @@ def token_counts(max_num_batched_tokens: int) -> list[int]:
 
 
 class MixedGraphs:
-    """Replays the smallest graph that holds a batch. Off CUDA nothing is captured, and a replay is a call."""
+    """Replays the smallest graph that holds a batch. Where none are captured, a replay is a call."""
 
     def __init__(
         self,
@@ -65,19 +65,16 @@ class MixedGraphs:
         self._rest_table = zeros(MAX_CHUNKS, max_blocks)
         self._replays: dict[int, Replay] = {}
         self.num_bytes = 0  # of device memory that the graphs took
-        if device.type != "cuda":
+        graphs = platform_of(device).graphs
+        if graphs is None:
             self._replays = {count: partial(forward, self._batch(count)) for count in self._counts}
             return
         forwards = {count: partial(forward, self._batch(count)) for count in reversed(self._counts)}
-        num_compiled = compile_ahead(forwards.values())
-        pool = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
+        num_compiled = compile_ahead(forwards.values(), device)
+        pool, free = graphs.pool(), graphs.free_bytes(device)
         for count, run in forwards.items():
-            self._replays[count] = capture(run, pool)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the first, eager runs took is not the graphs'
-        self.num_bytes = free - torch.cuda.mem_get_info(device)[0]
+            self._replays[count] = graphs.capture(run, pool)
+        self.num_bytes = free - graphs.free_bytes(device)
         logger.info(
             "captured %d graphs of mixed steps and compiled %d kernels in %.1f s",
             len(self._counts), num_compiled, time.monotonic() - begin,

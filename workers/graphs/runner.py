@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagleray.parallel.platform import runs_triton
+from eagleray.parallel.platform import platform_of
 from eagleray.workers.attention.backends import DecodeBackends
 from eagleray.workers.graphs.decode import DecodeGraphs, batch_sizes
 from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
@@ -28,14 +28,15 @@ class GraphRunner:
     ) -> None:
         """Capture decodes of all batch sizes, or of `decode_sizes`, and mixed steps, or the largest if sizes are given.
 
-        Off CUDA a "graph" is a call of what would be captured, if kernels run there; without kernels there are none.
+        Without graphs, one is a call of what would be captured, if kernels run there; without kernels there are none.
         """
         self._runner, self._rows, self._sampler = runner, rows, sampler
+        self._platform = platform_of(runner.device)
         self._max_num_seqs = config.max_num_seqs
         self._decodes: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         sizes = batch_sizes(config.max_num_seqs) if decode_sizes is None else decode_sizes
-        if not sizes or not runs_triton(runner.device):
+        if not sizes or not self._platform.runs_kernels:
             return
         self._backends = DecodeBackends(
             runner.specs, runner.backends, config.max_num_seqs, config.max_model_len, runner.dtype, runner.device
@@ -51,7 +52,7 @@ class GraphRunner:
             self._mixed = self._capture_mixed(config, all_sizes=decode_sizes is None)
 
     def _can_capture(self, capturable: Sequence[bool]) -> bool:
-        return self._runner.device.type != "cuda" or all(capturable)
+        return self._platform.graphs is None or all(capturable)
 
     def _capture_mixed(self, config: WorkerConfig, *, all_sizes: bool) -> MixedGraphs | None:
         """Graphs of every number of tokens, or only of the largest; none where attention cannot be captured."""

@@ -9,7 +9,7 @@ class WorkerConfig:
 
     model: str  # as `model_dir` has it
     revision: str | None = None
-    device: str  # cpu or cuda
+    device: str  # the name of a `DeviceKind`
     dtype: str  # float32, bfloat16 or float16
     load_format: str
     seed: int  # of dummy weights

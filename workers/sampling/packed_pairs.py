@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from eagleray.parallel.platform import platform_of
 from eagleray.workers.arrays import BoolArray, IntArray
 
 PAD = -(1 << 63)  # below the pair of every token
@@ -20,7 +21,7 @@ NOT_FINITE = 0x7FFFFFFF  # the upper half of a pair that stands for a line which
 MASKED = -0x7F800001  # the upper half of a masked token's pair, whose value is minus infinity; `PAD` has a lower one
 _LOW = 0xFFFFFFFF
 _GROUP_SIZES = (256, 64, 16)
-_CPU_BLOCK = 1 << 17  # elements; the temporaries of one block stay in a core's cache
+_HOST_BLOCK = 1 << 17  # elements; the temporaries of one block stay in a core's cache
 
 
 def pack(values: Tensor, token_ids: Tensor) -> Tensor:
@@ -118,7 +119,8 @@ def merge(gathered: Tensor) -> Tensor:
 
 
 def line_blocks(x: Tensor) -> Iterator[slice]:
-    """Slices over the lines of `x` [n, width]: all at once on an accelerator, a cacheful at a time on the CPU."""
+    """Slices over the lines of `x` [n, width]: all at once on an accelerator, a cacheful at a time on the host."""
     num_lines, width = x.shape
-    step = max(1, _CPU_BLOCK // max(1, width)) if x.device.type == "cpu" else max(1, num_lines)
+    on_host = platform_of(x.device).accelerator is None
+    step = max(1, _HOST_BLOCK // max(1, width)) if on_host else max(1, num_lines)
     return (slice(start, min(start + step, num_lines)) for start in range(0, num_lines, step))

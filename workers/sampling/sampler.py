@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.platform import HAS_TRITON, runs_triton
+from eagleray.parallel.platform import HAS_TRITON, platform_of
 from eagleray.parallel.sharding import shard_columns
 from eagleray.workers.arrays import IntArray
 from eagleray.workers.protocol.messages import RowStart
@@ -43,7 +43,7 @@ class Sampler:
         self._tp = tp
         self._table = SamplingTable(rows.spare, model.vocab_shard, rows.tokens.device)
         self._reference = ReferenceSampler(self._table, model.vocab_shard, model.config.vocab_size, tp)
-        self._draws_in_kernels = runs_triton(rows.tokens.device)
+        self._draws_in_kernels = platform_of(rows.tokens.device).runs_kernels
         self._kernels: KernelSampler | None = None
         if self._draws_in_kernels:
             config = model.config

@@ -1,4 +1,4 @@
-"""How long and how often Ray's start is tried, and what is said when a cluster has no room for the ranks."""
+"""How long and how often Ray's start is tried, which device ranks get, and what is said when they have no room."""
 
 import pytest
 
@@ -73,3 +73,22 @@ def test_only_what_would_help_is_advised(
     assert asked in message
     assert "the cluster of 1 node has" in message
     assert message.endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "device", "bundle"),
+    [
+        ("auto", {"CPU": 8.0}, "cpu", {"CPU": 2.0}),
+        ("auto", {"CPU": 8.0, "GPU": 0.0}, "cpu", {"CPU": 2.0}),
+        ("auto", {"CPU": 8.0, "GPU": 1.0}, "cuda", {"CPU": 2.0, "GPU": 1.0}),
+        ("cpu", {"CPU": 8.0, "GPU": 1.0}, "cpu", {"CPU": 2.0}),
+        ("cuda", {"CPU": 8.0}, "cuda", {"CPU": 2.0, "GPU": 1.0}),
+    ],
+)
+def test_ranks_get_what_was_asked_for_or_else_what_there_is(
+    asked: str, total: dict[str, float], device: str, bundle: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: total)
+    config = EngineConfig(model="model", device=asked, cpus_per_rank=2.0)
+    assert placement.choose_device(config) == device
+    assert placement.rank_resources(config, device) == bundle

@@ -1,5 +1,6 @@
 """Which backend a layer gets, and that attention calls it with the layer and nothing else."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def test_a_layer_gets_the_first_backend_that_supports_it(
     from eagleray.workers.attention.varlen import VarlenBackend
 
     monkeypatch.setattr(flash, "flash_attn_interface", object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = SimpleNamespace(multi_processor_count=1, shared_memory_per_multiprocessor=1, major=capability[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     backends: list[AttentionBackend] = [FlashBackend(), VarlenBackend(), ReferenceBackend()]
     assert [backend.name for backend in backends if backend.supports(of, dtype, device)] == expected
     assert choose_backend(of, dtype, device, backends).name == expected[0]

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from eagleray.models.attention import AttentionSpec
-from eagleray.parallel.platform import HOPPER
+from eagleray.parallel.platform import HOPPER, Processors
 from eagleray.workers.attention import decode
 from eagleray.workers.attention.decode_kernels import attend_kernel
 from support.compiled_kernel import RESERVED, compiled_bytes
@@ -20,7 +20,7 @@ AMPERE, ADA = 164 << 10, 100 << 10  # bytes per multiprocessor
 )
 def test_decode_attention_fits(monkeypatch: pytest.MonkeyPatch, have: int, capability: int, head_size: int) -> None:
     """With one request, which takes the largest tiles."""
-    monkeypatch.setattr(decode, "shared_memory", lambda device: have)
+    monkeypatch.setattr(decode, "processors", lambda device: Processors(1, have, run_hopper_code=False))
     spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=head_size, scale=1.0)
     launch = decode.launch_constants(spec, 1, DEVICE)
     constants = {
