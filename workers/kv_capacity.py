@@ -3,12 +3,14 @@
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import msgspec
 import torch
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
-from eagleray.parallel.platform import Accelerator, platform_of
+from eagleray.parallel.platform import HAS_TRITON, Accelerator, platform_of
 from eagleray.workers.attention.kv_cache import block_bytes
 from eagleray.workers.graphs.decode import batch_sizes
 from eagleray.workers.graphs.mixed import token_counts
@@ -16,6 +18,9 @@ from eagleray.workers.out_of_memory import GIB, describe_use, explained, release
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
+
+if HAS_TRITON:
+    from eagleray.workers.graphs.compile_ahead import compile_ahead
 
 CPU_KV_CACHE_BYTES = 1 << 30
 
@@ -138,5 +143,9 @@ def run_largest_step(
         for row in range(rows)
     ]
     worker = Worker(config, model, tp, num_profile_blocks(config), graph_sizes=graph_sizes)
-    worker.run(Step(1, start=starts, chunks=dict.fromkeys(range(rows), length)))
+    step = Step(1, start=starts, chunks=dict.fromkeys(range(rows), length))
+    if platform_of(model.device).compiles_kernels:
+        compile_ahead([partial(worker.launch, step)], model.device)  # or each kernel would wait for the one before
+        step = msgspec.structs.replace(step, step=2, stop=list(range(rows)))
+    worker.run(step)
     return worker.graphs.decode_bytes, worker.graphs.mixed_bytes

@@ -50,11 +50,11 @@ class DecodeGraphs:
             return
         forwards = {size: partial(forward, self._static_rows[:size]) for size in reversed(self._sizes)}
         num_compiled = compile_ahead(forwards.values(), device)
-        pool = graphs.pool()
+        pool, free = graphs.pool(), graphs.free_bytes(device)
         for size, run in forwards.items():
-            free = graphs.free_bytes(device)
             self._replays[size] = graphs.capture(run, pool)
-            self.num_bytes[size] = free - graphs.free_bytes(device)
+            before, free = free, graphs.free_bytes(device)
+            self.num_bytes[size] = before - free
         logger.info(
             "captured %d decode graphs and compiled %d kernels in %.1f s",
             len(self._sizes), num_compiled, time.monotonic() - begin,
