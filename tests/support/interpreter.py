@@ -1,19 +1,16 @@
 """Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter.
 
-Triton decides once, as a kernel is defined, whether to interpret it. So without a GPU a file of such tests runs in a
-process of its own, started by the only one of its tests that is seen from outside:
+Triton decides once, as a kernel is defined, whether to interpret it. So without a GPU a file of such tests runs in
+another process, which is one for all such files. It is started by the only test of the file that is seen from outside:
 
     if not RUNS_KERNELS:
-        def test_in_the_interpreter() -> None:
+        def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
             run_in_interpreter(__file__)
     else:
         ...
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +19,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
 RUNS_KERNELS = INTERPRETED or ON_GPU
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-
-
-def run_in_interpreter(file: str) -> None:
-    """Run the tests in `file`; all must pass, and there must be some."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def _interpret_faster() -> None:
