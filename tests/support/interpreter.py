@@ -11,6 +11,8 @@ another process, which is one for all such files. It is started by the only test
 """
 
 import os
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,9 +26,17 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 def _interpret_faster() -> None:
     """Have the interpreter prepare the functions of a module once per launch, and not at every call of one.
 
-    That halves the time of kernels that are made of many small functions. Nothing else changes.
+    Without `debug` it also makes asserts that no sum overflows, and drops them; and it looks types up in a table that
+    it writes each time. All this is most of its time, and nothing else changes.
     """
+    from triton import language
     from triton.runtime import interpreter
+
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    of_scalar = cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda kind: of_scalar(language.uint64 if kind.scalar.is_ptr() else kind.scalar)
 
     prepared: set[str] = set()
     launch = interpreter.GridExecutor.__call__
