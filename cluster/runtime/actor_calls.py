@@ -23,7 +23,7 @@ DEATH_NOTICE_S = 1.0  # how long Ray may take to report a dead process after its
 
 
 class ActorCalls:
-    """One call on each of several actors. `fd` is readable while `next` has an end to tell; a poll on sockets sees it."""
+    """Calls on actors, one on each. `fd` is readable while `next` has an end to tell, so polls on sockets see it."""
 
     def __init__(self, refs: "Sequence[ray.ObjectRef[Any]]") -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
