@@ -23,7 +23,7 @@ def group_of(nodeid: str) -> str:
 
 
 def place(item: pytest.Item) -> tuple[int, bool, bool]:
-    """Groups come first, then files that start engines, then slow ones: a long one at the end keeps a worker waiting."""
+    """Groups come first, then files that start engines, then slow ones: at the end, a long one leaves a worker idle."""
     group = group_of(item.nodeid)
     place_of_group = GROUPS.index(group) if group in GROUPS else len(GROUPS)
     file = item.getparent(pytest.Module)
