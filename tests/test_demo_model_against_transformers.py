@@ -7,6 +7,7 @@ fall short of the arg-max by `NEAR_TIE`, and where this happens no more than a f
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,12 +92,8 @@ def test_greedy_answers_are_those_of_transformers(
 ) -> None:
     prompts = [*prompts[:-1], prompts[-1][:story_tokens]]
     params = SamplingParams(temperature=0, max_tokens=num_new_tokens, ignore_eos=True)
-    sizes: dict[str, int] = {
-        "max_model_len": 2048,
-        "max_num_batched_tokens": STEP_TOKENS,
-        "kv_cache_bytes": 300_000_000,
-    }
-    with LLM(demo_model_dir, tensor_parallel_size, **sizes) as llm:
+    options: dict[str, Any] = {"max_num_batched_tokens": STEP_TOKENS, "kv_cache_bytes": 300_000_000}
+    with LLM(demo_model_dir, tensor_parallel_size, max_model_len=2048, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     num_near_ties = 0
     for prompt, output in zip(prompts, outputs, strict=True):
