@@ -58,16 +58,28 @@ class Rotary(nn.Module):
 
     def __init__(self, head_size: int, max_positions: int, rope: RopeConfig) -> None:
         super().__init__()
-        angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies(head_size, rope)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = tables(head_size, max_positions, rope)
         self.cos: Tensor
         self.sin: Tensor
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # [max_positions, head_size]
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of `positions`, both `[tokens, 1, head_size]` float32, for `rotate`."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+def tables(head_size: int, max_positions: int, rope: RopeConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of every position, both `[max_positions, head_size]` float32.
+
+    On the meta device they are made and not computed: arithmetic there imports torch's compiler, a second or two.
+    """
+    if torch.get_default_device().type == "meta":
+        cos, sin = torch.empty(2, max_positions, head_size, dtype=torch.float32)
+        return cos, sin
+    angles = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequencies(head_size, rope)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from eagleray.deploy.serve.environment import set_environment
 from eagleray.deploy.serve.private_ray import set_token
 from eagleray.models.loading.demo_model import demo_model
+from support.interpreter_pool import RunFile, interpreter
 from support.rank_pool import RunRanks, rank_pool
 from support.sharing import place, scheduler
 
@@ -62,4 +63,11 @@ NUM_RANKS = 4
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     """Runs the tasks of `support/rank_process.py` on CPU."""
     with rank_pool(SUPPORT / "rank_process.py", NUM_RANKS, tmp_path_factory.mktemp("ranks")) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def run_in_interpreter() -> Iterator[RunFile]:
+    """Runs a file of tests in the process that is Triton's interpreter."""
+    with interpreter() as run:
         yield run

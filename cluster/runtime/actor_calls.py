@@ -23,27 +23,31 @@ DEATH_NOTICE_S = 1.0  # how long Ray may take to report a dead process after its
 
 
 class ActorCalls:
-    """One call on each of several actors. `fd` becomes readable when the first ends, so a poll on sockets sees it."""
+    """Calls on actors, one on each. `fd` is readable while `next` has an end to tell, so polls on sockets see it."""
 
     def __init__(self, refs: "Sequence[ray.ObjectRef[Any]]") -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
         self._lock = Lock()
         self._ended: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
         for index, ref in enumerate(refs):
             ref.future().add_done_callback(partial(self._note, index))
 
     def _note(self, index: int, future: "Future[Any]") -> None:
-        self._ended.put((index, future.exception()))
         with self._lock:
+            self._ended.put((index, future.exception()))
             if self.fd >= 0:
                 os.eventfd_write(self.fd, 1)
 
     def next(self, timeout_s: float) -> tuple[int, BaseException | None] | None:
         """The actor whose call ended next and the error it ended with; None if none did within `timeout_s`."""
         try:
-            return self._ended.get(timeout=max(0.0, timeout_s))
+            ended = self._ended.get(timeout=max(0.0, timeout_s))
         except Empty:
             return None
+        with self._lock:  # in which the end was put and the descriptor written
+            if self.fd >= 0:
+                os.eventfd_read(self.fd)
+        return ended
 
     def close(self) -> None:
         """Stop watching. ActorCalls that end later are not noted."""

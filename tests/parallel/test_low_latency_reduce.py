@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from support.interpreter import INTERPRETED, run_in_interpreter
+from support.interpreter import INTERPRETED
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +89,7 @@ def run_all() -> dict[int, list[tuple[list[Any], list[Any]]]]:
 
 if not INTERPRETED:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

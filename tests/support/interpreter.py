@@ -1,19 +1,18 @@
 """Where tests of Triton kernels run: on a GPU if there is one, else in Triton's interpreter.
 
-Triton decides once, as a kernel is defined, whether to interpret it. So without a GPU a file of such tests runs in a
-process of its own, started by the only one of its tests that is seen from outside:
+Triton decides once, as a kernel is defined, whether to interpret it. So without a GPU a file of such tests runs in
+another process, which is one for all such files. It is started by the only test of the file that is seen from outside:
 
     if not RUNS_KERNELS:
-        def test_in_the_interpreter() -> None:
+        def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
             run_in_interpreter(__file__)
     else:
         ...
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,22 +23,20 @@ RUNS_KERNELS = INTERPRETED or ON_GPU
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-def run_in_interpreter(file: str) -> None:
-    """Run the tests in `file`; all must pass, and there must be some."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", file]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
 def _interpret_faster() -> None:
     """Have the interpreter prepare the functions of a module once per launch, and not at every call of one.
 
-    That halves the time of kernels that are made of many small functions. Nothing else changes.
+    Without `debug` it also makes asserts that no sum overflows, and drops them; and it looks types up in a table that
+    it writes each time. All this is most of its time, and nothing else changes.
     """
+    from triton import language
     from triton.runtime import interpreter
+
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    of_scalar = cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda kind: of_scalar(language.uint64 if kind.scalar.is_ptr() else kind.scalar)
 
     prepared: set[str] = set()
     launch = interpreter.GridExecutor.__call__

@@ -22,10 +22,13 @@ def group_of(nodeid: str) -> str:
     return next((name for name, places in SHARING.items() if file.startswith(tuple(places))), file)
 
 
-def place(item: pytest.Item) -> tuple[int, bool]:
-    """Groups come first, then files that start engines: at the end, one worker would wait for the other."""
+def place(item: pytest.Item) -> tuple[int, bool, bool]:
+    """Groups come first, then files that start engines, then slow ones: at the end, a long one leaves a worker idle."""
     group = group_of(item.nodeid)
-    return GROUPS.index(group) if group in GROUPS else len(GROUPS), item.get_closest_marker("engine") is None
+    place_of_group = GROUPS.index(group) if group in GROUPS else len(GROUPS)
+    file = item.getparent(pytest.Module)
+    is_slow = file is not None and any(mark.name == "slow" for mark in file.own_markers)
+    return place_of_group, item.get_closest_marker("engine") is None, not is_slow
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

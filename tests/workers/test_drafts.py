@@ -17,7 +17,8 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, ON_GPU, RUNS_KERNELS
+from support.interpreter_pool import RunFile
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 if not RUNS_KERNELS:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 elif not ON_GPU:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.rows import Batch, Rows
-from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, RUNS_KERNELS
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

@@ -50,7 +50,7 @@ from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progres
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.processes import children_named, command_line
-from support.small_engine import CONFIG, OPTIONS, start
+from support.small_engine import CONFIG, KV_CACHE_BYTES, OPTIONS, start
 
 PROMPT = [1, 2, 3]
 
@@ -92,7 +92,9 @@ def test_a_model_that_cannot_run_is_refused_before_anything_starts(
 def test_ranks_start_again_in_another_number(model_dir: Path) -> None:
     """As many as there are bundles, then fewer, then as before; the same step has the same tokens each time."""
     config = worker_config(
-        EngineConfig(model=str(model_dir), load_format="dummy"), ModelConfig.from_dir(model_dir), "cpu"
+        EngineConfig(model=str(model_dir), load_format="dummy", kv_cache_bytes=KV_CACHE_BYTES),
+        ModelConfig.from_dir(model_dir),
+        "cpu",
     )
     group = placement_group([{"CPU": 0.1}] * 2)
     listener = Hub()
@@ -154,7 +156,9 @@ def started(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Starte
     save_file({name: piece.target.clone() for name, piece in checkpoint_shards(model)}, folder / "model.safetensors")
     heard: list[Progress] = []
     before = set(rank_processes())
-    engine = EngineClient.start(EngineConfig(model=str(folder), tensor_parallel_size=2), heard.append)
+    engine = EngineClient.start(
+        EngineConfig(model=str(folder), tensor_parallel_size=2, kv_cache_bytes=KV_CACHE_BYTES), heard.append
+    )
     processes = set(rank_processes()) - before
     assert len(processes) == 3
     engine.close()
@@ -227,7 +231,7 @@ def test_a_model_larger_than_its_nodes_memory_is_refused_before_it_is_loaded(tmp
     heard: list[Progress] = []
     message = r"need \d{5}\.\d GB of node .*, which has \d+\.\d GB; lower kv_cache_bytes, use more nodes"
     with pytest.raises(EngineStartError, match=message):
-        EngineClient.start(EngineConfig(model=str(tmp_path), tensor_parallel_size=2), heard.append)
+        EngineClient.start(EngineConfig(model=str(tmp_path)), heard.append)
     assert WEIGHTS not in {progress.phase for progress in heard}
     assert_nothing_is_left()
 
@@ -423,7 +427,13 @@ async def test_who_waits_for_a_profile_hears_of_a_dead_rank(async_llm: AsyncLLM,
 async def test_a_rank_lost_while_requests_run_ends_them_all(model_dir: Path, blow: signal.Signals) -> None:
     """One that is gone ends them long before a step is late; a stuck one when its step is."""
     timeout_s = 1000.0 if blow == signal.SIGKILL else 2.0
-    config = EngineConfig(model=str(model_dir), tensor_parallel_size=2, load_format="dummy", step_timeout_s=timeout_s)
+    config = EngineConfig(
+        model=str(model_dir),
+        tensor_parallel_size=2,
+        load_format="dummy",
+        kv_cache_bytes=KV_CACHE_BYTES,
+        step_timeout_s=timeout_s,
+    )
     engine = EngineClient.start(config)
     llm = AsyncClient(
         engine, FrontEnd(None, ModelLimits(max_model_len=4096, vocab_size=120, eos_token_ids=frozenset()))

@@ -101,17 +101,17 @@ def test_ranks_of_one_machine_listen_on_loopback_alone(llm: LLM) -> None:
     assert len(listening) >= 4, "the ranks have a store, and gloo a port on each"
 
 
-@pytest.mark.parametrize("load", [0, 1], ids=["idle", "running"])
-async def test_a_stopped_rank_is_named_long_before_its_step_is_late(model_dir: Path, load: int) -> None:
-    llm = AsyncLLM(model_dir, 2, **OPTIONS)
-    pid = info(llm).rank_pids[1]
+@pytest.mark.parametrize(("load", "size"), [(0, 1), (1, 2)], ids=["idle", "running"])
+async def test_a_stopped_rank_is_named_long_before_its_step_is_late(model_dir: Path, load: int, size: int) -> None:
+    llm = AsyncLLM(model_dir, size, **OPTIONS)
+    pid = info(llm).rank_pids[-1]
     try:
         stream = llm.generate(PROMPT, params(4000))
         await anext(stream)
         if not load:
             await stream.aclose()
         os.kill(pid, signal.SIGSTOP)
-        cause = rf"rank 1 has given no sign of life for \d s \(process {pid} is stopped\)"
+        cause = rf"rank {size - 1} has given no sign of life for \d s \(process {pid} is stopped\)"
         if load:
             output = await asyncio.wait_for(_last(stream), 30)
             assert output.outputs[0].finish_reason == "error"

@@ -137,9 +137,9 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(
     assert complaint.startswith("eagleray: prompt 2: ")
 
 
-def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures() -> None:
+def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures(joined: dict[str, str]) -> None:
     words = ["--max-tokens", "48", "What is the capital of France?", "Tell me a long story."]
-    with on_a_terminal("generate", *OPTIONS, *words) as terminal:
+    with on_a_terminal("generate", *OPTIONS, *words, environment=joined) as terminal:
         assert terminal.wait_for_end() == 0
     seen = terminal.seen
     start = seen[: seen.index("eagleray: engine ready")]

@@ -22,10 +22,13 @@ pytestmark = pytest.mark.engine
 SCRIPT = """
 import sys
 from eagleray import LLM, SamplingParams
-with LLM(sys.argv[1], 2, threads_per_rank=1) as llm:
+with LLM(sys.argv[1], 2, threads_per_rank=1, kv_cache_bytes=16_000_000) as llm:
     llm.generate([[1, 2]], SamplingParams(max_tokens=4000, ignore_eos=True), use_tqdm=False)
 """
-OPTIONS = ("--tp", "2", "--threads-per-rank", "1", "--max-tokens", "4000", "--ignore-eos", "--raw")
+OPTIONS = (
+    *("--tp", "2", "--threads-per-rank", "1", "--kv-cache-bytes", "16000000"),
+    *("--max-tokens", "4000", "--ignore-eos", "--raw"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -392,7 +392,7 @@ def test_nothing_that_is_sent_breaks_or_blocks_the_server(tiny: Server) -> None:
 def _fuzz(client: httpx.Client) -> None:
     seen: set[int] = set()
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(REQUESTS)
     def run(request: tuple[str, tuple[dict[str, Any], ...]]) -> None:
         path, parts = request

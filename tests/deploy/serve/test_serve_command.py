@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
-from support.cluster_process import running_cluster
+from support.cluster_process import Cluster, running_cluster
 from support.free_port import free_port
 from support.processes import command_line
 from support.tiny_model import write_tiny_model
@@ -39,6 +39,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     write_tiny_model(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """One of others, for the tests that need no Ray of the command's own."""
+    with running_cluster() as cluster:
+        yield cluster
 
 
 @contextmanager
@@ -126,8 +133,10 @@ def test_interrupting_the_start_leaves_no_process(model_dir: Path) -> None:
     assert psutil.wait_procs(family, timeout=20)[1] == []
 
 
-def test_interrupting_the_start_on_a_cluster_of_others_takes_all_back_that_it_brought(model_dir: Path) -> None:
-    with running_cluster() as cluster, serving(model_dir, environment=cluster.environment) as process:
+def test_interrupting_the_start_on_a_cluster_of_others_takes_all_back_that_it_brought(
+    cluster: Cluster, model_dir: Path
+) -> None:
+    with serving(model_dir, environment=cluster.environment) as process:
         ray = psutil.Process(cluster.pid)
         before = brought(ray)
         deadline = time.monotonic() + PATIENCE_S
@@ -150,8 +159,8 @@ def brought(ray: psutil.Process) -> set[psutil.Process]:
     return {each for each in ray.children(recursive=True) if any(name in command_line(each) for name in names)}
 
 
-def test_a_start_that_fails_says_why(model_dir: Path) -> None:
-    with serving(model_dir, "--kv-cache-bytes", "10") as process:
+def test_a_start_that_fails_says_why(cluster: Cluster, model_dir: Path) -> None:
+    with serving(model_dir, "--kv-cache-bytes", "10", environment=cluster.environment) as process:
         said, complained = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert said == ""

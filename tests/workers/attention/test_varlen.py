@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, INTERPRETED, RUNS_KERNELS
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +16,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

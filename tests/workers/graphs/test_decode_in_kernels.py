@@ -20,7 +20,8 @@ from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.sampling import sampler
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import INTERPRETED, run_in_interpreter
+from support.interpreter import INTERPRETED
+from support.interpreter_pool import RunFile
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -62,7 +63,7 @@ SAMPLINGS: list[dict[str, Any]] = [
 
 if not INTERPRETED:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

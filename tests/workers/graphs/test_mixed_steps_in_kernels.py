@@ -13,7 +13,8 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
-from support.interpreter import INTERPRETED, run_in_interpreter
+from support.interpreter import INTERPRETED
+from support.interpreter_pool import RunFile
 from support.worker_config import worker_config
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ NUM_BLOCKS, MAX_ROWS, MAX_LEN = 60, 5, 64
 
 if not INTERPRETED:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

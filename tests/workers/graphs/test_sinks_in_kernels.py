@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.interpreter import INTERPRETED, run_in_interpreter
+from support.interpreter import INTERPRETED
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not INTERPRETED:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

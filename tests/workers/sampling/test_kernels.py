@@ -11,7 +11,8 @@ from eagleray.workers.sampling.gumbel import log_exponential, mixed_seed, random
 from eagleray.workers.sampling.packed_pairs import marks_of, pack, unpack, unpack_ids
 from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
-from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, RUNS_KERNELS
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,7 @@ FIRST_ID = 300  # of the shard; nothing may depend on its being 0
 
 if not RUNS_KERNELS:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:

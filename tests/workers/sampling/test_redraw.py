@@ -16,7 +16,8 @@ from eagleray.workers.sampling.masses import token_masses
 from eagleray.workers.sampling.packed_pairs import NOT_FINITE, PAD, pack, top_pairs
 from eagleray.workers.sampling.table import Feature
 from eagleray.workers.sampling.top_k_top_p import TopKTopP, find_thresholds
-from support.interpreter import DEVICE, RUNS_KERNELS, run_in_interpreter
+from support.interpreter import DEVICE, RUNS_KERNELS
+from support.interpreter_pool import RunFile
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 if not RUNS_KERNELS:
 
-    def test_in_the_interpreter() -> None:
+    def test_in_the_interpreter(run_in_interpreter: RunFile) -> None:
         run_in_interpreter(__file__)
 
 else:
