@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+NO_TOKEN_LEFT = "no_token_left"  # the code of an error that is the request's own
+
 
 class RequestOutputKind(Enum):
     """What the outputs of a request hold."""
@@ -62,7 +64,7 @@ class CompletionOutput(LazyFields):
     finish_reason: str | None = None  # stop, length, abort or error; None while it runs
     stop_reason: int | str | None = None  # the stop token or stop string; None for the end of sequence
     error: str | None = None  # the cause, when finish_reason is error
-    all_masked: bool = False  # whether that is the request's own: its parameters left no token to draw
+    error_code: str | None = None  # NO_TOKEN_LEFT where the request's own parameters left no token to draw
 
 
 @dataclass(frozen=True, slots=True)

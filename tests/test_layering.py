@@ -301,16 +301,19 @@ def test_importing_all_of_cluster_leaves_out_what_is_slow() -> None:
 
 START = """
 from eagleray.workers.protocol.channel import Hub
-from eagleray.workers.rank import Place, Rank
+from eagleray.workers.rank import Rank
+from eagleray.workers.rank_start import Place
 from support.worker_config import worker_config
 numbers = dict(max_model_len=64, block_size=4, max_num_seqs=2, max_num_batched_tokens=32, kv_cache_bytes=10**6)
 hub = Hub()
 rank = Rank(Place(0, 1, 0, "here", "127.0.0.1"), worker_config(model={model!r}, **numbers), hub.endpoint, hub.endpoint)
 host = rank.prepare(one_node=True)
-rank._worker(rank.load(host.store_ip, host.store_port).num_blocks)
+num_blocks = rank.load(host.store_ip, host.store_port).num_blocks
+rank._phase._worker(num_blocks)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_is_ready_without_torchs_compiler(tmp_path: Path) -> None:
     """Which takes longer to import than all that a rank needs."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

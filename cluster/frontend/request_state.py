@@ -8,6 +8,7 @@ from eagleray.cluster.core.time_accounting import Begun, Spent
 from eagleray.cluster.frontend.detokenizer import Detokenizer
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.outputs import (
+    NO_TOKEN_LEFT,
     CompletionOutput,
     Logprob,
     RequestMetrics,
@@ -34,7 +35,7 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
-    all_masked: bool = False
+    error_code: str | None = None
     begun: Begun | None = None
     num_told: int = 0  # tokens that an output of kind DELTA has had
     num_characters_told: int = 0
@@ -59,7 +60,7 @@ class Completion:
                 return
         if news.finish_reason is not None:
             self.end(news.finish_reason, news.error)
-            self.all_masked = news.all_masked
+            self.error_code = NO_TOKEN_LEFT if news.all_masked else None
             if drawn_stop and (params.ignore_eos or self.token_ids[-1] not in eos_token_ids):
                 self.stop_reason = self.token_ids[-1]
 
@@ -209,7 +210,7 @@ class RequestState:
                 completion.finish_reason,
                 completion.stop_reason,
                 completion.error,
-                completion.all_masked,
+                completion.error_code,
             )
             for copy in range(self.params.n // self.params.num_distinct)
         ]
@@ -234,7 +235,7 @@ class RequestState:
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
             error=completion.error,
-            all_masked=completion.all_masked,
+            error_code=completion.error_code,
         )
         return output
 

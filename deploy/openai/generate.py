@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.prompts import TokensPrompt
-from eagleray.cluster.outputs import CompletionOutput, Logprob, RequestOutput, RequestOutputKind
+from eagleray.cluster.outputs import NO_TOKEN_LEFT, CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.limits import check_lists
@@ -110,7 +110,7 @@ async def _outputs(
 
 
 def _check(sequence: CompletionOutput) -> None:
-    if sequence.all_masked:
+    if sequence.error_code == NO_TOKEN_LEFT:
         raise ApiError(400, f"{sequence.error}")
     if sequence.finish_reason == "error":
         raise ApiError(500, f"the engine failed: {sequence.error}", "server_error", code="engine_error")

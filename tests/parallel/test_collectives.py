@@ -8,6 +8,8 @@ import torch
 
 from eagleray.parallel.group import TPGroup
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 RunRanks = Callable[..., list[Any]]
 
 NUMEL = [1, 3, 576, 16 * 1024 + 1, 200_001]  # below and above what goes in one message

@@ -31,6 +31,7 @@ def run(script: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_kernels_run_on_cuda_and_anywhere_in_the_interpreter(interpreted: bool) -> None:
     script = "from eagleray.parallel.platform import CUDA, HAS_TRITON, HOST\n"
@@ -73,6 +74,7 @@ def test_every_op_is_there_on_every_platform(each: Platform) -> None:
     assert has("eagleray::all_reduce_rms_norm", key) == each.compiles_kernels
 
 
+@pytest.mark.slow
 def test_a_rank_without_cuda_needs_no_triton() -> None:
     """As if it were not installed."""
     script = "import sys; sys.modules['triton'] = None\nimport eagleray.workers.worker; print('imported')"

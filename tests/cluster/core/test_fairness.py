@@ -245,6 +245,7 @@ def num_alive(kind: type) -> int:
     return sum(type(each) is kind for each in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_waiting_requests_that_are_aborted_leave_no_memory_behind_under_load_of_higher_priority() -> None:
     before = [num_alive(kind) for kind in (Request, Group, Tenant)]
     engine = Engine(max_num_seqs=2)

@@ -159,8 +159,8 @@ def brought(ray: psutil.Process) -> set[psutil.Process]:
     return {each for each in ray.children(recursive=True) if any(name in command_line(each) for name in names)}
 
 
-def test_a_start_that_fails_says_why(cluster: Cluster, model_dir: Path) -> None:
-    with serving(model_dir, "--kv-cache-bytes", "10", environment=cluster.environment) as process:
+def test_a_start_that_fails_says_why(model_dir: Path) -> None:
+    with serving(model_dir, "--kv-cache-bytes", "10") as process:
         said, complained = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert said == ""
