@@ -159,8 +159,8 @@ class KVCacheManager:
             new = pool.allocate(-((len(ids) * size - end) // size))
             ids += new
             taken.append(new)
-            if len(ids) * size < held:
-                held = len(ids) * size
+            if (room := len(ids) * size) < held:
+                held = room
         holder.num_held_tokens = held
         return end - begin, taken
 

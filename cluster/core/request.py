@@ -111,7 +111,7 @@ class Request:
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             return "stop"
-        return "length" if len(self.token_ids) >= self.num_prompt_tokens + self.max_tokens else None
+        return "length" if len(self.token_ids) > self.max_computed_tokens else None
 
     def begin(self, began: float, before: Spent) -> Begun:
         """Its first step is done, whose window `began` when the engine had spent what it had `before`."""

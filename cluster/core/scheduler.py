@@ -393,26 +393,28 @@ class Scheduler:
         self._forecast.learn(due.num_tokens, output.gpu_seconds)
         sampled = iter(array("i", output.token_ids))
         news: list[News] = []
+        num_drawn, not_finite, all_masked = output.num_drawn, output.not_finite, output.all_masked
+        logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
         for request, row, start, samples in due.chunks:
             token_id = next(sampled) if samples else None
             further = None
-            if output.num_drawn and row in output.num_drawn:
-                further = [next(sampled) for _ in range(output.num_drawn[row] - 1)]
+            if num_drawn and row in num_drawn:
+                further = [next(sampled) for _ in range(num_drawn[row] - 1)]
             if request.finished:
                 continue
-            if output.not_finite and row in output.not_finite:
+            if not_finite and row in not_finite:
                 news.append((request.front_end, self._end_not_finite(request)))
                 continue
-            if output.all_masked and row in output.all_masked:
+            if all_masked and row in all_masked:
                 tokens = Tokens(request.id, finish_reason="error", error=ALL_MASKED, all_masked=True)
                 news.append((request.front_end, self._end(request, tokens)))
                 continue
             tokens = Tokens(request.id)
-            if output.prompt_logprobs and row in output.prompt_logprobs:
-                tokens.prompt_logprobs = request.take_prompt_logprobs(start, output.prompt_logprobs[row])
+            if prompt_logprobs and row in prompt_logprobs:
+                tokens.prompt_logprobs = request.take_prompt_logprobs(start, prompt_logprobs[row])
             if token_id is not None:
-                if output.logprobs and row in output.logprobs:
-                    tokens.logprobs += output.logprobs[row]
+                if logprobs and row in logprobs:
+                    tokens.logprobs += logprobs[row]
                 if further is None:
                     self._commit(request, token_id, tokens)
                 else:
