@@ -38,6 +38,7 @@ from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.launch import launch
 from eagleray.cluster.runtime.ray_executor import RayExecutor
 from eagleray.cluster.runtime.resolve import worker_config
 from eagleray.models.config import ModelConfig
@@ -127,6 +128,20 @@ def test_ranks_start_again_in_another_number(model_dir: Path) -> None:
 def test_a_model_that_does_not_exist_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         start(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_that_turns_out_to_be_broken_ends_the_start(tmp_path: Path, model_dir: Path) -> None:
+    """A file of which only the end is wrong: the ranks are on their way by then."""
+    vocab = ",".join(f'"word {number}": {number}' for number in range(2_000_000))
+    (tmp_path / "tokenizer.json").write_text(
+        f'{{"model": {{"type": "WordLevel", "vocab": {{{vocab}}}}}, "decoder": 1}}'
+    )
+    heard: list[Progress] = []
+    config = EngineConfig(model=str(model_dir), load_format="dummy", threads_per_rank=1, kv_cache_bytes=KV_CACHE_BYTES)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        launch(config, tmp_path, on_progress=heard.append)
+    assert heard, "it was noticed before anything began"
+    assert_nothing_is_left()
 
 
 def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(model_dir: Path) -> None:
