@@ -52,7 +52,7 @@ class EngineConfig:
     max_num_seqs: int = option(256, "most requests that run at once", **COUNT)
     max_num_batched_tokens: int = option(8192, "most tokens in one step, over all requests", **COUNT)
     max_chunk_tokens: int | None = option(
-        None, "most tokens of one request in one step, which cuts long prompts into pieces", **COUNT
+        None, "most tokens of one request in one step, which cuts long prompts into chunks", **COUNT
     )
     enable_prefix_caching: bool = option(True, "reuse the KV cache of prompts that begin alike")
     gpu_memory_utilization: float = option(

@@ -21,13 +21,15 @@ class PendingOutput:
     def __init__(
         self,
         step: int,
+        device: torch.device,
         rows: IntArray,
         sampled: SampleOutput | None,
         prompt_logprobs: Mapping[int, LogprobTensors] = MappingProxyType({}),
         drafts: Mapping[int, IntArray] = MappingProxyType({}),
     ) -> None:
-        """`rows` are those of the sampled tokens, in their order, and of a draft's places one after the other.
+        """The `device` has been given the step. It is done when the device is, even if there is nothing to copy.
 
+        `rows` are those of the sampled tokens, in their order, and of a draft's places one after the other.
         `prompt_logprobs` and `drafts` are by row.
         """
         self._output = StepOutput(step)
@@ -36,9 +38,7 @@ class PendingOutput:
         self._prompt_logprobs = prompt_logprobs
         self._drafts = drafts
         self._copied: torch.Event | None = None
-        results = [*([] if sampled is None else [sampled.pairs]), *(each.ranks for each in prompt_logprobs.values())]
-        accelerator = platform_of(results[0].device).accelerator if results else None
-        if accelerator is not None:
+        if (accelerator := platform_of(device).accelerator) is not None:
             # What a graph gives lies where its next replay will write. This copy is queued before that, on the same
             # stream, into memory that is this step's own; so it is safe before `launch` returns.
             self._sampled = None if sampled is None else sampled.map(_on_its_way)

@@ -62,12 +62,12 @@ class Worker:
         lines = self._rows.lines(chunks)
         if (decoded := self.graphs.decode(chunks)) is not None:
             sampled = self._sampler.draw(lines.rows, lines.num_tokens, *decoded)
-            return PendingOutput(step.step, lines.rows, sampled)
+            return PendingOutput(step.step, self.model_runner.device, lines.rows, sampled)
         hidden = self.graphs.forward(self._rows.gather(chunks))
         prompt_logprobs = self._sampler.prompt_logprobs(chunks, hidden)
         if not len(lines.rows):
-            return PendingOutput(step.step, lines.rows, None, prompt_logprobs)
+            return PendingOutput(step.step, self.model_runner.device, lines.rows, None, prompt_logprobs)
         if lines.tokens is not None:
             hidden = hidden[self._rows.to_device(lines.tokens)[0].long()]
         sampled = self._sampler.draw(lines.rows, lines.num_tokens, self._model.raw_logits(hidden))
-        return PendingOutput(step.step, lines.rows, sampled, prompt_logprobs, chunks.drafts)
+        return PendingOutput(step.step, self.model_runner.device, lines.rows, sampled, prompt_logprobs, chunks.drafts)

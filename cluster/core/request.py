@@ -54,32 +54,32 @@ class Request:
 
     @classmethod
     def sequences(
-        cls, front_end: FrontEndId, wire: EngineRequest, arrival: int, group: Group, blocks: list[Blocks]
+        cls, front_end: FrontEndId, asked: EngineRequest, arrival: int, group: Group, blocks: list[Blocks]
     ) -> "list[Request]":
         """All that were asked for together, the first of which has this `arrival`. They share what they begin with.
 
         `blocks` are those of a new request.
         """
-        token_ids = array("i", wire.prompt_token_ids)
-        stop_token_ids, num_listed = frozenset(wire.sampling.stop_token_ids), wire.sampling.num_listed
-        further = msgspec.structs.replace(wire.sampling, prompt_logprobs=None)
-        samplings = [wire.sampling, *(msgspec.structs.replace(further, seed=seed) for seed in wire.seeds)]
+        token_ids = array("i", asked.prompt_token_ids)
+        stop_token_ids, num_listed = frozenset(asked.sampling.stop_token_ids), asked.sampling.num_listed
+        further = msgspec.structs.replace(asked.sampling, prompt_logprobs=None)
+        samplings = [asked.sampling, *(msgspec.structs.replace(further, seed=seed) for seed in asked.seeds)]
         return [
             cls(
                 front_end=front_end,
-                id=wire.id + index,
+                id=asked.id + index,
                 arrival=arrival + index,
                 group=group,
                 sampling=sampling,
-                max_tokens=wire.max_tokens,
+                max_tokens=asked.max_tokens,
                 num_prompt_tokens=len(token_ids),
                 token_ids=token_ids,
                 num_known_tokens=len(token_ids),
-                max_computed_tokens=len(token_ids) + wire.max_tokens - 1,
+                max_computed_tokens=len(token_ids) + asked.max_tokens - 1,
                 stop_token_ids=stop_token_ids,
                 num_listed=num_listed,
                 blocks=[Blocks(hashes=each.hashes) for each in blocks],
-                shares_prompt=bool(wire.seeds),
+                shares_prompt=bool(asked.seeds),
             )
             for index, sampling in enumerate(samplings)
         ]

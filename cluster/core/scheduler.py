@@ -113,16 +113,18 @@ class Scheduler:
 
     # ---- requests come and go
 
-    def add(self, front_end: FrontEndId, wire: EngineRequest) -> None:
+    def add(self, front_end: FrontEndId, asked: EngineRequest) -> None:
         """Accept a request. Raises `ValueError` if an id of it is in use or it could never fit the KV cache."""
-        group = self._fairness.group((front_end, wire.tenant), wire.group or wire.id, wire.priority, self._num_arrived)
-        requests = Request.sequences(front_end, wire, self._num_arrived, group, self.kv_cache.new_blocks())
+        group = self._fairness.group(
+            (front_end, asked.tenant), asked.group or asked.id, asked.priority, self._num_arrived
+        )
+        requests = Request.sequences(front_end, asked, self._num_arrived, group, self.kv_cache.new_blocks())
         if taken := [request.id for request in requests if (front_end, request.id) in self._requests]:
             raise ValueError(f"request id {taken[0]} is already in use; give every request of a front end its own")
         capacity = self.kv_cache.num_tokens
-        if requests[0].num_prompt_tokens + wire.max_tokens - 1 > capacity:
+        if requests[0].num_prompt_tokens + asked.max_tokens - 1 > capacity:
             raise ValueError(
-                f"the prompt has {requests[0].num_prompt_tokens} tokens and max_tokens is {wire.max_tokens}, but the "
+                f"the prompt has {requests[0].num_prompt_tokens} tokens and max_tokens is {asked.max_tokens}, but the "
                 f"KV cache holds {capacity} tokens; shorten one of them or give the KV cache more memory"
             )
         self._num_arrived += len(requests)
@@ -390,7 +392,8 @@ class Scheduler:
         self._end_window(due, output.gpu_seconds)
         if output.out_of_memory:
             return self._begin_anew(due, output.out_of_memory)
-        self._forecast.learn(due.num_tokens, output.gpu_seconds)
+        if due.chunks:  # or else it was skipped
+            self._forecast.learn(due.num_tokens, output.gpu_seconds)
         sampled = iter(array("i", output.token_ids))
         news: list[News] = []
         num_drawn, not_finite, all_masked = output.num_drawn, output.not_finite, output.all_masked

@@ -1,6 +1,6 @@
 """Launches an engine with a front end, from the options that `LLM` and `AsyncLLM` share."""
 
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from eagleray.cluster.frontend.front_end import FrontEnd, OnEnd, unwatched
 from eagleray.cluster.frontend.generation_config import default_params, drawable, eos_token_ids
 from eagleray.cluster.frontend.inputs import ModelLimits, derive_seed
 from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.runtime.background import in_background
 from eagleray.cluster.runtime.engine_client import EngineClient
 from eagleray.cluster.runtime.placement import Room
 from eagleray.cluster.runtime.resolve import folder_of, found
@@ -71,10 +72,8 @@ def launch(
 
 def _begin_to_read(folder: Path) -> "Future[Tokenizer]":
     """A tokenizer takes a second or so, and the engine starts meanwhile. Raises `ValueError` for what is seen soon."""
-    thread = ThreadPoolExecutor(1, "tokenizer")
-    reading = thread.submit(Tokenizer.from_dir, folder)
-    thread.submit(_warm_up, reading)
-    thread.shutdown(wait=False)
+    reading = in_background(partial(Tokenizer.from_dir, folder), "tokenizer")
+    reading.add_done_callback(_warm_up)
     wait([reading], SOON_S)
     _raise_if_unreadable(reading)
     return reading

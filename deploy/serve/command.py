@@ -13,13 +13,14 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 from eagleray.cluster.errors import EngineDeadError, EngineStartError
+from eagleray.cluster.runtime.background import in_background
 from eagleray.cluster.runtime.ray_address import LOCAL, cluster_address
 from eagleray.deploy.cli.engine import quiet_ray
 from eagleray.deploy.cli.main import guarded
@@ -133,13 +134,11 @@ def _deployed(
     ours = _check_site(site)
     mute = served = False  # Serve hears nothing any more; there may be requests
     try:
-        serving = _begin_serving(site) if ours else None
+        serving = _begin_serving(site, link) if ours else None
         laps.end(SERVE)
         _check_told(link)
         show(Progress(REPLICA))
-        _run(build(args), site, link, show)
-        if serving is not None:
-            serving.result()
+        _run(build(args), site, link, show, serving)
         laps.end(REPLICA)
         yield site.url(_here(site, private))
         served = True
@@ -153,7 +152,7 @@ def _deployed(
             serve.shutdown()
 
 
-def _begin_serving(site: Site) -> "Future[None]":
+def _begin_serving(site: Site, link: ServerEnd) -> "Future[None]":
     """Start Serve, as far as it can be told what to run; its proxies are on their way then, and here once this is done.
 
     Raises what keeps Serve's controller from starting.
@@ -161,14 +160,21 @@ def _begin_serving(site: Site) -> "Future[None]":
     from ray import serve
     from ray.serve.context import _get_global_client
 
-    thread = ThreadPoolExecutor(1, "Serve")
-    serving = thread.submit(lambda: serve.start(http_options={"host": site.host, "port": site.port}))
-    thread.shutdown(wait=False)
+    serving = in_background(lambda: serve.start(http_options={"host": site.host, "port": site.port}), "Serve")
     while not serving.done() and _get_global_client(raise_if_no_controller_running=False) is None:
         wait([serving], POLL_S)
-    if serving.done():
-        serving.result()
+        _check_told(link)
+    _check_serving(serving)
     return serving
+
+
+def _check_serving(serving: "Future[None] | None") -> None:
+    """Raise `EngineStartError` if Serve's proxies do not start."""
+    if serving is not None and serving.done():
+        try:
+            serving.result()
+        except TimeoutError as error:  # which is an `OSError`, but nothing that the user gave
+            raise EngineStartError(str(error)) from None
 
 
 def _check_told(link: ServerEnd) -> None:
@@ -201,8 +207,10 @@ def _kill_replicas(name: str) -> None:
                 ray.kill(ray.get_actor(**actor))
 
 
-def _run(application: "Application", site: Site, link: ServerEnd, show: OnProgress) -> None:
-    """Until the application's replicas are there, as far as it has any while nobody asks."""
+def _run(
+    application: "Application", site: Site, link: ServerEnd, show: OnProgress, serving: "Future[None] | None"
+) -> None:
+    """Until Serve is there, and the application's replicas, as far as it has any while nobody asks."""
     from ray import serve
     from ray.serve.schema import ApplicationStatus
 
@@ -217,8 +225,13 @@ def _run(application: "Application", site: Site, link: ServerEnd, show: OnProgre
             raise EngineStartError(_cause(about) or about.message)
         if (progress := latest(site.name)) is not None and progress.phase != READY:
             show(progress)
+        _check_serving(serving)
         if link.told_to_end.wait(POLL_S):
             raise ToldToEnd
+    while serving is not None and not serving.done():
+        wait([serving], POLL_S)
+        _check_told(link)
+    _check_serving(serving)
 
 
 def _cause(about: "ApplicationStatusOverview") -> str | None:
@@ -229,26 +242,23 @@ def _cause(about: "ApplicationStatusOverview") -> str | None:
 
 def _first_answer(url: str, timeout_s: float, link: ServerEnd) -> None:
     """Wait for it; where there is no replica yet, this starts one. A balancer may be a moment behind."""
-    answered: Future[None] = Future()
-    Thread(target=_ask, args=(url, timeout_s, answered), name="first answer", daemon=True).start()
+    answered = in_background(partial(_ask, url, timeout_s), "first answer")
     while not answered.done():
         _check_told(link)
         time.sleep(POLL_S)
     answered.result()
 
 
-def _ask(url: str, timeout_s: float, answered: "Future[None]") -> None:
+def _ask(url: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             open_here(f"{url}/health", deadline - time.monotonic()).close()
         except OSError as error:
             if time.monotonic() >= deadline - POLL_S:
-                answered.set_exception(EngineStartError(f"the model started, but {url}/health says: {error}"))
-                return
+                raise EngineStartError(f"the model started, but {url}/health says: {error}") from None
             time.sleep(POLL_S)
         else:
-            answered.set_result(None)
             return
 
 

@@ -5,6 +5,7 @@ way of computing sees the same contexts, and its error is that of its log-probab
 """
 
 import json
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from eagleray.models.decoder import CausalLM
 from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.config import WorkerConfig
-from eagleray.workers.protocol.messages import Sampling, Step, StepOutput
+from eagleray.workers.protocol.messages import RowStart, Sampling, Step, StepOutput
 from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 from eagleray.workers.worker import Worker
@@ -119,7 +120,11 @@ def make_engine(model: CausalLM, *, depth: int = 1, capture: bool = False, draft
         enable_prefix_caching=False,
         num_speculative_tokens=drafts,
     )
-    return Ahead(scheduler, Worker(config, model, TPGroup(), NUM_BLOCKS, graph_sizes=None if capture else []), depth)
+    return Ahead(scheduler, make_worker(model, capture=capture), depth)
+
+
+def make_worker(model: CausalLM, *, capture: bool = False) -> Worker:
+    return Worker(config_of("bfloat16"), model, TPGroup(), NUM_BLOCKS, graph_sizes=None if capture else [])
 
 
 def some_prompts() -> list[list[int]]:
@@ -225,6 +230,18 @@ def test_places_of_drafts_are_as_exact_as_tokens_of_their_own(
     assert accepted > NUM_REQUESTS
     assert error <= RATIO * eager_error + SLACK
     assert errors.abs().max() <= 6 * eager_error + SLACK
+
+
+def test_a_step_that_draws_nothing_is_done_when_the_gpu_is(model: CausalLM) -> None:
+    """The first half of a prompt: nothing is copied, and yet the core must not take the GPU for idle."""
+    worker = make_worker(model)
+    length = 1000
+    start = RowStart(0, array("i", range(2 * length)).tobytes(), 2 * length, list(range(16)), Sampling(**GREEDY))
+    for number in (1, 2):  # the first compiles
+        pending = worker.launch(Step(number, stop=[0] * (number - 1), start=[start], chunks={0: length}))
+        output = pending.wait()
+        assert torch.cuda.current_stream().query(), "kernels are still running"
+        assert output == StepOutput(number)
 
 
 @pytest.mark.parametrize("drafts", [0, 4])

@@ -81,8 +81,8 @@ class SampleOutput:
         """Of the rows that ask, line by line. Read it of a copy on the host: it waits for a device."""
         found: dict[int, list[TokenLogprobs]] = {}
         if self.logprob_tensors is not None:
-            wire = self.logprob_tensors.to_messages([num_top for _, num_top in self.num_logprobs])
-            for (row, _), entry in zip(self.num_logprobs, wire, strict=True):
+            messages = self.logprob_tensors.to_messages([num_top for _, num_top in self.num_logprobs])
+            for (row, _), entry in zip(self.num_logprobs, messages, strict=True):
                 found.setdefault(row, []).append(entry)
         return found
 
