@@ -1,9 +1,14 @@
 """What steps are foretold to take, beside what they took."""
 
+from array import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eagleray.cluster.core.messages import EngineRequest
+from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.cluster.core.step_forecast import NUM_KEPT, NUM_NEEDED, StepForecast
+from eagleray.workers.protocol.messages import Sampling, StepOutput
 
 
 @given(st.lists(st.floats(0.001, 100.0), min_size=NUM_NEEDED, max_size=3 * NUM_KEPT), st.integers(1, 100_000))
@@ -32,3 +37,26 @@ def test_little_knowledge_foretells_nothing() -> None:
         forecast.learn(100, 1.0)
     assert forecast.at_least(100) == 0.0
     assert forecast.at_least(5000) == 0.0
+
+
+def test_steps_that_did_not_run_say_nothing_of_how_long_they_take() -> None:
+    """After a step that ran out of memory, those behind it are answered at once."""
+    scheduler = Scheduler(num_blocks=64, block_size=4, max_num_seqs=2, max_num_batched_tokens=8)
+    for request_id in range(2):
+        scheduler.add(b"me", EngineRequest(request_id, array("i", [1]).tobytes(), Sampling(), max_tokens=40))
+
+    def run(num_tokens: int) -> None:
+        step = scheduler.schedule()
+        assert step is not None
+        token_ids = array("i", [1] * num_tokens).tobytes()
+        scheduler.update(StepOutput(step.step, token_ids, gpu_seconds=10.0))
+
+    for _ in range(NUM_KEPT):
+        run(num_tokens=2)
+    failed, skipped = scheduler.schedule(), scheduler.schedule()
+    assert failed is not None
+    assert skipped is not None
+    scheduler.update(StepOutput(failed.step, out_of_memory="no memory"))
+    scheduler.update(StepOutput(skipped.step))
+    forecast = scheduler._forecast
+    assert forecast.at_least(2) > 8.0
