@@ -159,8 +159,8 @@ class KVCacheManager:
             new = pool.allocate(-((len(ids) * size - end) // size))
             ids += new
             taken.append(new)
-            if (room := len(ids) * size) < held:
-                held = room
+            if len(ids) * size < held:
+                held = len(ids) * size
         holder.num_held_tokens = held
         return end - begin, taken
 

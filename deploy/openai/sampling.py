@@ -15,6 +15,7 @@ OTHERWISE = {"max_tokens", "logprobs", "prompt_logprobs", "logit_bias"}  # whose
 SAME_NAME = tuple(name for name in SAMPLING if name in GenerationRequest.model_fields and name not in OTHERWISE)
 Defaults = Mapping[str, float]
 
+COMPLETION_LENGTH = replace(SAMPLING["max_tokens"], none=f"for {DEFAULT_MAX_TOKENS}")  # what null stands for here
 FIELDS = frozenset({*CompletionRequest.model_fields, *ChatRequest.model_fields})
 
 
@@ -37,7 +38,7 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
             message = f"min_tokens is {excerpt(request.min_tokens)}, more than max_tokens 0; leave one of them out"
             raise ApiError(400, message, param="min_tokens")
         max_tokens = 1
-    _check("max_tokens", max_tokens, replace(SAMPLING["max_tokens"], none=f"for {DEFAULT_MAX_TOKENS}"))
+    _check("max_tokens", max_tokens, COMPLETION_LENGTH)
     wanted = [request.prompt_logprobs, request.logprobs if request.echo else None]
     most = max((each for each in wanted if each is not None), default=None)
     return _params(request, defaults, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=most)
