@@ -1,8 +1,9 @@
 """Triton kernel for `y = x W^T` with few rows, as in a decode. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
-(`platform.py`). On H200 this wins up to 64 rows. Two things were tried meanwhile: drawing the start of W into L2 gains
-nothing, and loading its first tiles into registers breaks the pipeline and costs 3 %.
+(`platform.py`). On H200 this wins up to 64 rows; a single row has a kernel of its own (`single_row.py`). Two things were
+tried meanwhile: drawing the start of W into L2 gains nothing, and loading its first tiles into registers breaks the
+pipeline and costs 3 %.
 
 Where columns are too few to occupy the GPU, the sum is split, too. Each program leaves its part in a workspace; the one
 that comes last adds them up, in order, so the result does not depend on who that is.
@@ -17,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from eagleray.parallel import single_row
 from eagleray.parallel.platform import HOPPER, LAUNCH, OVERLAP, platform_of, processors
+from eagleray.parallel.single_row import silu_mul
 
 MAX_ROWS = 64
 WIDE = 16384  # columns
@@ -72,6 +75,9 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gate
     rows, depth = x.shape
     columns = out.shape[1]
     assert out.is_contiguous()
+    if rows == 1:
+        single_row.multiply(x, weight, bias, out, gated=gated)
+        return out
     tile = tile_of(rows, columns, gated=gated)
     row_pad, splits = max(16, triton.next_power_of_2(rows)), _num_splits(columns // tile.columns, depth, tile.depth)
     parts, arrived = _workspace(x.device)
@@ -178,7 +184,6 @@ def _linear_kernel(
         if HAS_BIAS:
             acc += tl.load(bias + column).to(tl.float32)[:, None]
         result = acc.to(out.dtype.element_ty)
-        if GATED:  # rounded where separate kernels round
-            rounded = result.to(tl.float32)
-            result = (rounded / (1.0 + tl.exp(-rounded))).to(out.dtype.element_ty) * acc_up.to(out.dtype.element_ty)
+        if GATED:
+            result = silu_mul(result, acc_up.to(out.dtype.element_ty))
         tl.store(out + row[None, :] * columns + column[:, None], result, mask=inside)

@@ -16,7 +16,7 @@ if not RUNS_KERNELS:
         run_in_interpreter(__file__)
 
 else:
-    from eagleray.parallel import skinny
+    from eagleray.parallel import single_row, skinny
     from support.kernel_cases import Cases
 
     CASES = Cases(DEVICE, torch.float32 if INTERPRETED else torch.bfloat16)
@@ -26,6 +26,12 @@ else:
     @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64])
     def test_linear(rows: int, columns: int, depth: int, with_bias: bool) -> None:
         CASES.skinny_linear(rows, columns, depth, with_bias)
+
+    @pytest.mark.parametrize(("columns", "depth"), [(64, 3584), (128, 8192), (192, 4096)])
+    def test_single_rows_of_several_tiles(columns: int, depth: int) -> None:
+        assert depth > single_row.tile_of(columns, depth, gated=False)[1]
+        CASES.skinny_linear(1, columns, depth, with_bias=True)
+        CASES.skinny_silu_gated(1, columns, depth)
 
     @pytest.mark.parametrize("columns", [skinny.WIDE, skinny.WIDE + 64])
     @pytest.mark.parametrize("rows", [16, 17, 40])
