@@ -1,9 +1,9 @@
 """Triton kernel for `y = x W^T` with few rows, as in a decode. Such a product takes as long as reading W does.
 
 cuBLAS reads at full speed but starts anew for every product; here the launch overlaps with the kernel before
-(`platform.py`). On H200 this wins up to 64 rows; a single row has a kernel of its own (`single_row.py`). Two things were
-tried meanwhile: drawing the start of W into L2 gains nothing, and loading its first tiles into registers breaks the
-pipeline and costs 3 %.
+(`platform.py`). On H200 this wins up to 64 rows; a single row has a kernel of its own (`single_row.py`). Two things
+were tried meanwhile: drawing the start of W into L2 gains nothing, and loading its first tiles into registers breaks
+the pipeline and costs 3 %.
 
 Where columns are too few to occupy the GPU, the sum is split, too. Each program leaves its part in a workspace; the one
 that comes last adds them up, in order, so the result does not depend on who that is.

@@ -45,6 +45,8 @@ class PendingOutput:
             self._prompt_logprobs = {row: each.map(_on_its_way) for row, each in prompt_logprobs.items()}
             self._copied = accelerator.Event(blocking=True)
             self._copied.record()
+        elif sampled is not None:
+            self._sampled = sampled.map(Tensor.clone)  # likewise, where nothing is queued
 
     def wait(self) -> StepOutput:
         """Sleep until the tokens are on the host. May be called from another thread."""

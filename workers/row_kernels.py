@@ -41,13 +41,13 @@ def _gather_kernel(
 
 
 def gather_decodes(
-    rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int
+    rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int, seq_lens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One token of each of `rows` [n] int64, at the position that `num_computed` [rows] int64 says.
 
     Token ids, positions and slots [n] int64, lengths with that token [n] int32, block tables [n, max_blocks] int32 and
     `query_start_loc` [n + 1] int32; from `tokens` [rows, length] and `table` [rows, max_blocks], both int32 and
-    contiguous. Nothing is asked of the host, so graphs may capture it.
+    contiguous. The lengths are in `seq_lens` if given. Nothing is asked of the host, so graphs may capture it.
     """
     assert tokens.is_contiguous()
     assert table.is_contiguous()
@@ -56,7 +56,7 @@ def gather_decodes(
         torch.empty_like(rows),
         torch.empty_like(rows),
         torch.empty_like(rows),
-        table.new_empty(n),
+        table.new_empty(n) if seq_lens is None else seq_lens,
         table.new_empty(n, max_blocks),
         table.new_empty(n + 1),
     )

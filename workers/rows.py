@@ -217,13 +217,13 @@ class Rows:
 
     # ---- a batch of decodes, put together on the device
 
-    def gather_decodes(self, rows: Tensor) -> Batch:
+    def gather_decodes(self, rows: Tensor, seq_lens: Tensor | None = None) -> Batch:
         """One token of each of `rows` [n] int64 on the device, padded with the spare row, where kernels run.
 
-        Asks nothing of the host.
+        Lengths with that token are in `seq_lens` [n] int32 if given. Asks nothing of the host.
         """
         input_ids, positions, slot_mapping, seq_lens, block_table, query_start_loc = row_kernels.gather_decodes(
-            rows, self.tokens, self._device_num_computed, self._block_table, self._block_size
+            rows, self.tokens, self._device_num_computed, self._block_table, self._block_size, seq_lens
         )
         return Batch(
             input_ids=input_ids,

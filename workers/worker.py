@@ -61,7 +61,7 @@ class Worker:
         chunks = self._rows.apply(step)
         lines = self._rows.lines(chunks)
         if (decoded := self.graphs.decode(chunks)) is not None:
-            sampled = self._sampler.draw(lines.rows, lines.num_tokens, *decoded)
+            sampled = self._sampler.draw_decoded(lines.rows, lines.num_tokens, *decoded)
             return PendingOutput(step.step, self.model_runner.device, lines.rows, sampled)
         hidden = self.graphs.forward(self._rows.gather(chunks))
         prompt_logprobs = self._sampler.prompt_logprobs(chunks, hidden)

@@ -21,6 +21,7 @@ from eagleray.models.loading.loader import load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.protocol.messages import RowStart, Sampling, Step, StepOutput
+from eagleray.workers.sampling import frequent_graphs
 from eagleray.workers.sampling.reference import ReferenceSampler
 from eagleray.workers.sampling.table import SamplingTable
 from eagleray.workers.worker import Worker
@@ -216,6 +217,33 @@ def test_steps_ahead_give_the_same_tokens(model: CausalLM) -> None:
         tokens.append([engine.token_ids(index) for index in range(NUM_REQUESTS)])
     assert tokens[0] == tokens[1] == tokens[2]
     assert [len(line) for line in tokens[0]] == [10 + index % 7 for index in range(NUM_REQUESTS)]
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 14])
+def test_replayed_draws_give_the_tokens_of_launched_ones(
+    model: CausalLM, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with options come and go among plain ones, so that a graph's lines change from step to step."""
+    options = [{"temperature": 0.9} | each for each in SAMPLINGS.values()] + [{"logprobs": 3}, {"logprobs": 30}]
+    tokens: list[list[list[int]]] = []
+    logprobs: list[list[list[float]]] = []
+    for often in (10**6, 0):
+        monkeypatch.setattr(frequent_graphs, "OFTEN", often)
+        engine = make_engine(model, depth=2, capture=True)
+        for index, prompt in enumerate(PROMPTS):
+            some = options[(index // 2) % kinds + 2] if index % 2 == 0 or kinds == 1 else {"temperature": 0.8}
+            engine.add(index, prompt, 10 + index % 7, **some | {"seed": index})
+        engine.run()
+        tokens.append([engine.token_ids(index) for index in range(NUM_REQUESTS)])
+        logprobs.append(
+            [
+                [value for news in engine.news[index] for entry in news.logprobs for value in entry.logprobs]
+                for index in range(NUM_REQUESTS)
+            ]
+        )
+    assert tokens[0] == tokens[1]
+    assert logprobs[0] == logprobs[1]
+    assert kinds < 14 or any(logprobs[0])
 
 
 @pytest.mark.parametrize("capture", [True, False])

@@ -67,7 +67,7 @@ else:
             assert torch.equal(tensor, theirs[name]), name
 
     def plain_gather(
-        rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int
+        rows: Tensor, tokens: Tensor, num_computed: Tensor, table: Tensor, block_size: int, _: Tensor | None
     ) -> tuple[Tensor, ...]:
         positions = num_computed[rows]
         slots = table[rows, positions // block_size].long() * block_size + positions % block_size
@@ -97,6 +97,9 @@ else:
                 patch.setattr(row_kernels, "gather_decodes", plain_gather)
                 check(batch, rows.gather_decodes(device_rows))
             assert batch.metadata.slot_mapping[-1] == rows.spare_slot or rows.spare not in lines
+            lengths_in_place = torch.zeros(len(lines), dtype=torch.int32, device=DEVICE)
+            assert rows.gather_decodes(device_rows, lengths_in_place).metadata.seq_lens is lengths_in_place
+            assert torch.equal(lengths_in_place, batch.metadata.seq_lens)
 
     @CASES
     def test_all_rows_give_the_batch_that_the_host_makes(block_size: int, max_len: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from eagleray.parallel.cuda_graphs import Replay
@@ -20,7 +19,7 @@ if HAS_TRITON:
 
 logger = logging.getLogger(__name__)
 
-DecodeForward = Callable[[Tensor], Tensor]  # rows [n] int64 -> pairs [n] int64
+DecodeForward = Callable[[int], None]  # decodes the first so many static rows
 
 
 def batch_sizes(max_rows: int) -> list[int]:
@@ -35,20 +34,24 @@ class DecodeGraphs:
     Where none are captured, a replay is a call.
     """
 
-    def __init__(self, forward: DecodeForward, rows: Rows, sizes: Sequence[int], device: torch.device) -> None:
-        """Capture every size, largest first, so that the smaller ones fit into its memory."""
+    def __init__(self, forward: DecodeForward, rows: Rows, static_rows: Tensor, sizes: Sequence[int]) -> None:
+        """Capture every size, largest first, so that the smaller ones fit into its memory.
+
+        `static_rows` [at least the largest] int64 on the device are what `forward` reads.
+        """
+        device = static_rows.device
         begin = time.monotonic()
         self._rows = rows
         self._sizes = sorted(sizes)
-        self._static_rows = torch.full((self._sizes[-1],), rows.spare, dtype=torch.int64, device=device)
+        self._static_rows = static_rows
         self._last: IntArray = np.empty(0, np.int64)
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[int, Replay[None]] = {}
         self.num_bytes: dict[int, int] = {}  # of device memory that each took, by size
         graphs = platform_of(device).graphs
         if graphs is None:
-            self._replays = {size: partial(forward, self._static_rows[:size]) for size in self._sizes}
+            self._replays = {size: partial(forward, size) for size in self._sizes}
             return
-        forwards = {size: partial(forward, self._static_rows[:size]) for size in reversed(self._sizes)}
+        forwards = {size: partial(forward, size) for size in reversed(self._sizes)}
         num_compiled = compile_ahead(forwards.values(), device)
         pool, free = graphs.pool(), graphs.free_bytes(device)
         for size, run in forwards.items():
@@ -64,12 +67,13 @@ class DecodeGraphs:
         """Whether a graph holds so many rows."""
         return num_rows <= self._sizes[-1]
 
-    def replay(self, rows: IntArray) -> Tensor:
-        """The pair [n] of the next token of each of `rows`; the next run overwrites it."""
+    def replay(self, rows: IntArray) -> int:
+        """Decode `rows`; returns how many lines that are with those of the spare row behind them."""
         count = len(rows)
-        replay = self._replays[self._sizes[bisect.bisect_left(self._sizes, count)]]
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
         if not np.array_equal(rows, self._last):
             self._static_rows[:count] = self._rows.to_device(rows)[0]
             self._static_rows[count:] = self._rows.spare
             self._last = rows
-        return replay()[:count]
+        self._replays[size]()
+        return size

@@ -63,7 +63,7 @@ class MixedGraphs:
         self._seq_lens, self._block_table = zeros(singles), zeros(singles, max_blocks)
         self._rest_starts, self._rest_lens = zeros(MAX_CHUNKS + 1), zeros(MAX_CHUNKS)
         self._rest_table = zeros(MAX_CHUNKS, max_blocks)
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[int, Replay[Tensor]] = {}
         self.num_bytes = 0  # of device memory that the graphs took
         graphs = platform_of(device).graphs
         if graphs is None:

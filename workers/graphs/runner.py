@@ -12,6 +12,7 @@ from eagleray.workers.graphs.mixed import MixedGraphs, token_counts
 from eagleray.workers.model_runner import ModelRunner
 from eagleray.workers.protocol.config import WorkerConfig
 from eagleray.workers.rows import Batch, Chunks, Rows
+from eagleray.workers.sampling.plain_draw import PlainDraw
 from eagleray.workers.sampling.sampler import Sampler
 
 
@@ -43,12 +44,12 @@ class GraphRunner:
         )
         if not self._can_capture([backend.capturable for backend in self._backends.of_layers]):
             return
-        # one for graphs of all sizes, or each would keep its own
-        self._logits = torch.empty(
-            config.max_num_seqs, len(runner.model.vocab_shard), dtype=runner.dtype, device=runner.device
-        )
         with torch.inference_mode():
-            self._decodes = DecodeGraphs(self._decode, rows, sizes, runner.device)
+            # one for graphs of all sizes, or each would keep its own
+            self._plain = PlainDraw.buffers(
+                config.max_num_seqs, len(runner.model.vocab_shard), rows.spare, runner.dtype, runner.device
+            )
+            self._decodes = DecodeGraphs(self._decode, rows, self._plain.rows, sizes)
             self._mixed = self._capture_mixed(config, all_sizes=decode_sizes is None)
 
     def _can_capture(self, capturable: Sequence[bool]) -> bool:
@@ -96,14 +97,15 @@ class GraphRunner:
         decodes = [] if self._decodes is None else self._backends.by_spec.values()
         return " + ".join(dict.fromkeys(backend.name for backend in (*decodes, *self._runner.backends)))
 
-    def decode(self, chunks: Chunks) -> tuple[Tensor, Tensor] | None:
-        """Logits `[n or more, shard]` and pairs `[n]` of rows that all decode; None if no graph holds them.
+    def decode(self, chunks: Chunks) -> tuple[PlainDraw, int] | None:
+        """What was drawn for rows that all decode, and in how many lines; None if no graph holds them.
 
-        The pairs are `Sampler.plain_pairs`, which are written to their rows. The next call overwrites both.
+        Lines beyond the rows are those of the spare row. The tokens are written to their rows. The next call overwrites
+        what this one returns, in the same place.
         """
         if self._decodes is None or not chunks.is_decode or not self._decodes.holds(len(chunks.rows)):
             return None
-        return self._logits, self._decodes.replay(chunks.rows)
+        return self._plain, self._decodes.replay(chunks.rows)
 
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states `[tokens, hidden_size]` of a batch. The next call may overwrite them."""
@@ -113,16 +115,15 @@ class GraphRunner:
 
     # ---- what graphs capture: it waits for nothing, copies nothing from the host, and decides nothing by what rows ask
 
-    def _decode(self, rows: Tensor) -> Tensor:
-        """The pair [n] of the next token of each of `rows` [n], drawn as for plain rows and written to its row."""
-        batch = self._rows.gather_decodes(rows)
-        seq_lens = batch.metadata.seq_lens
-        self._backends.plan(seq_lens)
+    def _decode(self, size: int) -> None:
+        """Draw the next token of the first `size` rows of the buffers as for plain rows, and write it to its row."""
+        plain = self._plain.of(slice(size))
+        batch = self._rows.gather_decodes(plain.rows, plain.num_tokens)
+        self._backends.plan(plain.num_tokens)
         hidden = self._runner.forward(batch, self._backends.of_layers)
-        logits = self._runner.model.raw_logits(hidden, out=self._logits[: len(rows)])
-        pairs = self._sampler.plain_pairs(logits, rows, seq_lens)
-        self._rows.advance(rows, batch.positions, pairs)
-        return pairs
+        self._runner.model.raw_logits(hidden, out=plain.logits)
+        self._sampler.draw_plain(plain)
+        self._rows.advance(plain.rows, batch.positions, plain.pairs)
 
     def _forward_eagerly(self, batch: Batch) -> Tensor:
         if self._decodes is None:

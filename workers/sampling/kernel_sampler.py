@@ -40,6 +40,7 @@ ENOUGH_PROGRAMS = 1024
 
 _EDITED_SPARSELY = Feature.MIN_TOKENS | Feature.BIAS | Feature.BAD_WORDS
 _SURVEYED = Feature.RESTRICTED | Feature.MIN_P
+_KINDS = (_EDITED_SPARSELY, Feature.PENALTIES, Feature.TOP_N_SIGMA, Feature.RESTRICTED, Feature.MIN_P)
 ANY = Feature(sum(Feature))
 
 
@@ -87,10 +88,15 @@ class KernelSampler:
         return self.lists.beyond[rows].nonzero()[0]
 
     def features(self, rows: IntArray) -> Feature:
-        """All that those of `rows` [n] ask for which are redrawn; none if nothing needs to be launched."""
+        """What those of `rows` [n] ask for which are redrawn; none if nothing needs to be launched.
+
+        Features that the same kernels serve come together, so that there are few cases.
+        """
         features = self._table.features[rows]
         features = features[asks_for_redraw(features) & ~self.lists.beyond[rows]]
-        return Feature(int(np.bitwise_or.reduce(features)))
+        asked = Feature(int(np.bitwise_or.reduce(features)))
+        kinds = [kind for kind in _KINDS if asked & kind]
+        return Feature(sum(kinds)) if kinds or not asked else Feature.ALLOWED
 
     def may_be_wide(self, rows: IntArray) -> bool:
         """Whether one of `rows` [n] has top-p and no top-k, so that any number of tokens may be kept."""
@@ -119,11 +125,11 @@ class KernelSampler:
             self._edit(raw[slab], rows[slab], num_tokens[slab], pairs[slab], features)
             self._draw(rows[slab], num_tokens[slab], pairs[slab], features, may_be_wide)
 
-    def logprobs(self, raw: Tensor, rows: Tensor, pairs: Tensor) -> LogprobTensors:
-        """Of the tokens of `pairs` [n], and of as many of the likeliest as each row asks for, of which it asks at all.
+    def logprobs(self, raw: Tensor, rows: Tensor, pairs: Tensor, place: int = 0) -> None:
+        """Find them for the tokens of `pairs` [n], and for as many of the likeliest as each row asks for, if it does.
 
-        What stands in lines of other rows, and beyond what a row asks for, means nothing. The next call overwrites it.
-        `raw` [n, vocab] and `rows` [n] are as in `redraw`, and graphs may capture this, too.
+        They stand in `found_logprobs` from `place` on. `raw` [n, vocab] and `rows` [n] are as in `redraw`, and graphs
+        may capture this, too.
         """
         assert raw.stride(1) == 1
         n, cap = len(rows), self._soft_cap
@@ -131,11 +137,18 @@ class KernelSampler:
             slab = slice(begin, min(begin + len(self._work), n))
             logprob_kernel[slab.stop - begin,](
                 raw[slab], raw.stride(0), rows[slab], self.lists.fields, pairs[slab], self._candidates, CAPACITY,
-                self._logprob_ids[slab], self._logprobs[slab], self._ranks[slab], self._vocab_size,
+                self._logprob_ids[place + begin :], self._logprobs[place + begin :], self._ranks[place + begin :],
+                self._vocab_size,
                 1.0 if cap is None else cap, cap is not None, LANES, min(FEW, CAPACITY), 1 + MAX_LOGPROBS, OVERLAP,
                 num_warps=8, **EXACT,
             )  # fmt: skip
-        return LogprobTensors(self._logprob_ids[:n], self._logprobs[:n], self._ranks[:n])
+
+    def found_logprobs(self, num_lines: int) -> LogprobTensors:
+        """What `logprobs` has found for so many lines, which the next call overwrites.
+
+        What stands in lines of rows that do not ask, and beyond what a row asks for, means nothing.
+        """
+        return LogprobTensors(self._logprob_ids[:num_lines], self._logprobs[:num_lines], self._ranks[:num_lines])
 
     def _edit(self, raw: Tensor, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature) -> None:
         assert raw.stride(1) == 1

@@ -113,8 +113,10 @@ def best_plain_pairs(
     seeds: Tensor,
     first_id: int,
     soft_cap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The highest pair [n] int64 of each line of `logits` [n, shard], whose columns are tokens from `first_id` on.
+    """The highest pair of each line of `logits` [n, shard], whose columns are tokens from `first_id` on: [n] int64, in
+    `out` if given.
 
     Line i belongs to `rows[i]` of `temperatures` [rows] float32 and mixed `seeds` [rows] int64, and `num_tokens[i]` is
     the position that is drawn for. A temperature of 0 is greedy. With `soft_cap`, logits are first bent to
@@ -123,7 +125,8 @@ def best_plain_pairs(
     """
     num_lines, shard = logits.shape
     tile, tiles, chunks = _cut(num_lines, shard)
-    pairs = torch.full((num_lines,), packed_pairs.PAD, dtype=torch.int64, device=logits.device)
+    pairs = torch.empty(num_lines, dtype=torch.int64, device=logits.device) if out is None else out
+    pairs.fill_(packed_pairs.PAD)
     _draw_kernel[(num_lines, chunks)](
         logits,
         logits.stride(0),

@@ -40,7 +40,9 @@ class LogprobTensors:
     def to_messages(self, num_top: list[int] | None = None) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens, or all of them."""
         num_top = num_top or [self.token_ids.shape[1] - 1] * len(self.token_ids)
-        lines = zip(self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist(), num_top, strict=True)
+        width = 1 + max(num_top, default=0)
+        ids, logprobs = self.token_ids[:, :width].tolist(), self.logprobs[:, :width].tolist()
+        lines = zip(ids, logprobs, self.ranks.tolist(), num_top, strict=True)
         return [TokenLogprobs(ids[: 1 + num], logprobs[: 1 + num], rank) for ids, logprobs, rank, num in lines]
 
 

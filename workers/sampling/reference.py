@@ -31,7 +31,7 @@ maxima. The last exchange is a maximum over integers, so all ranks end with the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -57,8 +57,9 @@ class SampleOutput:
     """One token per line, the same on every rank."""
 
     pairs: Tensor  # [n] int64, as in `packed_pairs.py`; they say, too, which rows nothing could be drawn for
-    logprob_tensors: LogprobTensors | None = None  # of the rows that ask
-    num_logprobs: list[tuple[int, int]] = field(default_factory=list)  # those rows, line by line: how many they ask for
+    logprob_tensors: LogprobTensors | None = None
+    num_logprobs: list[tuple[int, int]] = field(default_factory=list)  # rows that ask, line by line: for how many
+    logprob_lines: IntArray | None = None  # where theirs stand among the tensors'; None if there are no others
 
     @property
     def token_ids(self) -> Tensor:
@@ -68,23 +69,29 @@ class SampleOutput:
     def map(self, change: Callable[[Tensor], Tensor]) -> "SampleOutput":
         """The same with other tensors."""
         logprobs = None if self.logprob_tensors is None else self.logprob_tensors.map(change)
-        return SampleOutput(change(self.pairs), logprobs, self.num_logprobs)
+        return replace(self, pairs=change(self.pairs), logprob_tensors=logprobs)
 
     def and_then(self, others: "SampleOutput") -> "SampleOutput":
         """With log-probabilities of `others`, too, whose pairs are the same."""
-        tensors = [each.logprob_tensors for each in (self, others) if each.logprob_tensors is not None]
-        joined = tensors[0].and_then(tensors[1]) if len(tensors) == 2 else next(iter(tensors), None)
-        return SampleOutput(self.pairs, joined, self.num_logprobs + others.num_logprobs)
+        if self.logprob_tensors is None or others.logprob_tensors is None:
+            return others if self.logprob_tensors is None else self
+        ours, theirs = self.logprob_tensors, others.logprob_tensors
+        lines = np.concatenate([self._lines(), len(ours.ranks) + others._lines()])
+        return SampleOutput(self.pairs, ours.and_then(theirs), self.num_logprobs + others.num_logprobs, lines)
 
     @cached_property
     def logprobs(self) -> dict[int, list[TokenLogprobs]]:
         """Of the rows that ask, line by line. Read it of a copy on the host: it waits for a device."""
         found: dict[int, list[TokenLogprobs]] = {}
         if self.logprob_tensors is not None:
-            messages = self.logprob_tensors.to_messages([num_top for _, num_top in self.num_logprobs])
+            asking = self.logprob_tensors.of(torch.from_numpy(self._lines()))
+            messages = asking.to_messages([num_top for _, num_top in self.num_logprobs])
             for (row, _), entry in zip(self.num_logprobs, messages, strict=True):
                 found.setdefault(row, []).append(entry)
         return found
+
+    def _lines(self) -> IntArray:
+        return np.arange(len(self.num_logprobs)) if self.logprob_lines is None else self.logprob_lines
 
 
 @dataclass(frozen=True, slots=True)

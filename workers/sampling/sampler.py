@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from eagleray.parallel.sharding import shard_columns
 from eagleray.workers.arrays import IntArray
 from eagleray.workers.protocol.messages import RowStart
 from eagleray.workers.rows import Chunks, Rows
+from eagleray.workers.sampling.frequent_graphs import FrequentGraphs
 from eagleray.workers.sampling.logprobs import LogprobTensors
 from eagleray.workers.sampling.packed_pairs import marks_of
+from eagleray.workers.sampling.plain_draw import PlainDraw
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput
 from eagleray.workers.sampling.table import Feature, SamplingTable
 
 if HAS_TRITON:
-    from eagleray.workers.sampling.kernel_sampler import KernelSampler
+    from eagleray.workers.sampling.kernel_sampler import LINES_AT_ONCE, KernelSampler
     from eagleray.workers.sampling.kernels import best_plain_pairs
 
 LOGITS_CHUNK = 256  # prompt tokens whose logits are held at once for prompt log-probabilities
@@ -43,13 +45,16 @@ class Sampler:
         self._tp = tp
         self._table = SamplingTable(rows.spare, model.vocab_shard, rows.tokens.device)
         self._reference = ReferenceSampler(self._table, model.vocab_shard, model.config.vocab_size, tp)
-        self._draws_in_kernels = platform_of(rows.tokens.device).runs_kernels
-        self._kernels: KernelSampler | None = None
-        if self._draws_in_kernels:
+        self._kernels: KernelSampler | None = None  # where kernels run
+        device = rows.tokens.device
+        if platform_of(device).runs_kernels:
             config = model.config
             self._kernels = KernelSampler(
                 self._table, config.vocab_size, rows.spare, rows.tokens, config.final_soft_cap
             )
+            self._graphs = FrequentGraphs(device)
+            self._static_lines = torch.zeros(_power_of_two(rows.spare), dtype=torch.int64, device=device)
+            self._last_lines: IntArray = np.empty(0, np.int64)
 
     def start(self, starts: Sequence[RowStart]) -> None:
         """These rows are to be drawn by these parameters."""
@@ -63,81 +68,129 @@ class Sampler:
         for row in rows:
             self._table.clear(row)
 
-    def plain_pairs(self, raw_logits: Tensor, rows: Tensor, num_tokens: Tensor) -> Tensor:
-        """The pair [n] of the next token of each of `rows` [n], as if it asked for nothing but a temperature.
+    def draw_plain(self, plain: PlainDraw) -> None:
+        """Draw each line's pair, the same on every rank, as if its row asked for nothing but a temperature.
 
-        `raw_logits` [n, shard] are this rank's, as `CausalLM.raw_logits` gives them, and `num_tokens` [n] how many come
-        before. Rows, lengths and parameters are read on the device: a CUDA graph may capture this.
+        Rows, lengths and parameters are read on the device: a CUDA graph may capture this.
         """
         table, first_id, soft_cap = self._table, self._model.vocab_shard.start, self._model.config.final_soft_cap
-        pairs = best_plain_pairs(raw_logits, rows, num_tokens, table.temperatures, table.seeds, first_id, soft_cap)
-        return self._tp.all_reduce(pairs, "max")
+        pairs = best_plain_pairs(
+            plain.logits, plain.rows, plain.num_tokens, table.temperatures, table.seeds, first_id, soft_cap, plain.pairs
+        )
+        if self._tp.size > 1:
+            plain.pairs.copy_(self._tp.all_reduce(pairs, "max"))
 
-    def draw(
-        self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor | None = None
-    ) -> SampleOutput:
+    def draw(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor) -> SampleOutput:
         """The token after the first `num_tokens` [n] of each of `rows` [n], written there and counted.
 
-        `raw_logits` [n or more, shard] are this rank's. `pairs` [n] are those of `plain_pairs`, if they are drawn and
-        written already; they are changed where a row is not plain. A row may come several times, for the places of a
-        draft: what is written at one of them is another token only if what is drawn at those behind it does not count.
+        `raw_logits` [n, shard] are this rank's. A row may come several times, for the places of a draft: what is
+        written at one of them is another token only if what is drawn at those behind it does not count.
         """
-        if not self._draws_in_kernels:
+        if self._kernels is None:
             sampled = self._draw_by_reference(rows, num_tokens, self._model.finish(raw_logits))
-            self._rows.append(rows, num_tokens, sampled.token_ids)
-        elif pairs is not None:
-            sampled = self._draw_others(rows, num_tokens, raw_logits, pairs)
         else:
-            device_rows, device_num_tokens = self._rows.to_device(rows, num_tokens)
-            pairs = self.plain_pairs(raw_logits, device_rows, device_num_tokens)
-            sampled = self._draw_others(rows, num_tokens, raw_logits, pairs)
-            self._rows.append(rows, num_tokens, sampled.token_ids)
+            on_device = self._rows.to_device(rows, num_tokens)
+            pairs = torch.empty(len(rows), dtype=torch.int64, device=raw_logits.device)
+            # int64 as in graphs: other types are other kernels
+            plain = PlainDraw(raw_logits, on_device[0].long(), on_device[1], pairs)
+            self.draw_plain(plain)
+            sampled = self._draw_others(self._kernels, rows, num_tokens, plain)
+        self._rows.append(rows, num_tokens, sampled.token_ids)
         self._rows.count_sampled(rows)
         return sampled
 
-    def _draw_others(self, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor) -> SampleOutput:
-        """The same `pairs` [n] after those of rows that are not plain were drawn anew, there and in their rows."""
-        lines = self._table.lines_not_plain(rows)
-        if not len(lines):
-            return SampleOutput(pairs)
-        if self._kernels is None:
-            return self._draw_lines_by_reference(lines, rows, num_tokens, raw_logits, pairs)
-        beyond = self._kernels.beyond(rows)
-        known = np.setdiff1d(lines, beyond)
-        sampled = SampleOutput(pairs)
-        if len(known):
-            sampled = self._draw_in_kernels(self._kernels, known, rows, num_tokens, raw_logits, pairs)
-        if not len(beyond):
-            return sampled
-        return sampled.and_then(self._draw_lines_by_reference(beyond, rows, num_tokens, raw_logits, pairs))
+    def draw_decoded(self, rows: IntArray, num_tokens: IntArray, plain: PlainDraw, num_lines: int) -> SampleOutput:
+        """As `draw`, of `rows` whose tokens a decode graph has drawn as `draw_plain` does, and has written.
 
-    def _draw_in_kernels(
+        `plain` always lies in the same place, and the graph filled its first `num_lines`, some of them with the spare
+        row. The next call overwrites what this one returns.
+        """
+        assert self._kernels is not None, "without kernels there are no such graphs"
+        sampled = self._draw_others(self._kernels, rows, num_tokens, plain, num_lines)
+        self._rows.count_sampled(rows)
+        return sampled
+
+    def _draw_others(
         self,
         kernels: "KernelSampler",
-        lines: IntArray,
         rows: IntArray,
         num_tokens: IntArray,
-        raw_logits: Tensor,
-        pairs: Tensor,
+        plain: PlainDraw,
+        num_lines: int | None = None,
     ) -> SampleOutput:
-        """The same `pairs` [n] after those of `lines` [m] were drawn from all ranks' logits."""
-        num_lines, rows, num_tokens = len(rows), rows[lines], num_tokens[lines]
-        asking = self._table.lines(rows, Feature.LOGPROBS)
-        sent = self._rows.to_device(lines, rows, num_tokens, asking)
-        device_lines, device_rows = sent[0].long(), sent[1].long()  # int64 as in graphs: other types are other kernels
-        are_all = len(lines) == num_lines
-        own = pairs if are_all else pairs[device_lines]
-        whole = self._whole(raw_logits[:num_lines] if are_all else raw_logits[device_lines])
-        if features := kernels.features(rows):
-            kernels.redraw(whole, device_rows, sent[2], own, features, may_be_wide=kernels.may_be_wide(rows))
-        if not are_all:
-            pairs[device_lines] = own
-        if not len(asking):
+        """The pairs [n] after those of rows that are not plain were drawn anew, there and in their rows."""
+        sampled = SampleOutput(plain.pairs[: len(rows)])
+        lines = self._table.lines_not_plain(rows)
+        if not len(lines):
+            return sampled
+        beyond = kernels.beyond(rows)
+        known = np.setdiff1d(lines, beyond)
+        if len(known):
+            sampled = self._draw_in_kernels(kernels, known, rows, plain, num_lines)
+        if not len(beyond):
+            return sampled
+        return sampled.and_then(self._draw_lines_by_reference(beyond, rows, num_tokens, plain))
+
+    def _draw_in_kernels(
+        self, kernels: "KernelSampler", lines: IntArray, rows: IntArray, plain: PlainDraw, num_lines: int | None
+    ) -> SampleOutput:
+        """The pairs [n] after those of `lines` [m] were drawn from all ranks' logits.
+
+        With `num_lines` as `draw_decoded` says. Then the launches are replayed if they are the same in many steps: for
+        the same number of lines, made up to a power of two with the spare one, and the same kernels.
+        """
+        asking = self._table.lines(rows[lines], Feature.LOGPROBS)
+        features = kernels.features(rows[lines])
+        needs = (features, kernels.may_be_wide(rows[lines]), len(asking) > 0)
+        if num_lines is None:
+            chosen = None if len(lines) == len(rows) else self._rows.to_device(lines)[0].long()
+            logprobs = self._redraw(kernels, plain, chosen, *needs)
+        elif (count := _power_of_two(len(lines))) < num_lines:
+            chosen = self._fill_static_lines(lines, count, spare=len(plain.rows) - 1)
+            logprobs = self._graphs.run((count, *needs), partial(self._redraw, kernels, plain, chosen, *needs))
+        else:  # kernels leave plain rows alone
+            chosen, whole = None, plain.of(slice(num_lines))
+            logprobs = self._graphs.run((num_lines, "all", *needs), partial(self._redraw, kernels, whole, None, *needs))
+        pairs = plain.pairs[: len(rows)]
+        if logprobs is None:
             return SampleOutput(pairs)
-        logprobs = kernels.logprobs(whole, device_rows, own).of(sent[3].long())
         most = self._model.config.vocab_size
-        num_logprobs = [(row, min(self._table.host[row].logprobs or 0, most)) for row in rows[asking].tolist()]
-        return SampleOutput(pairs, logprobs, num_logprobs)
+        num_logprobs = [(row, min(self._table.host[row].logprobs or 0, most)) for row in rows[lines[asking]].tolist()]
+        return SampleOutput(pairs, logprobs, num_logprobs, lines[asking] if chosen is None else asking)
+
+    def _redraw(
+        self,
+        kernels: "KernelSampler",
+        plain: PlainDraw,
+        lines: Tensor | None,
+        features: Feature,
+        may_be_wide: bool,
+        with_logprobs: bool,
+    ) -> LogprobTensors | None:
+        """Draw `lines` [m] int64 anew, or all that `plain` has. With log-probabilities of each, if somebody asks.
+
+        Asks nothing of the host. A slab at a time, so that whole logits take little memory.
+        """
+        num_lines = len(plain.rows if lines is None else lines)
+        for begin in range(0, num_lines, LINES_AT_ONCE):
+            part = slice(begin, min(begin + LINES_AT_ONCE, num_lines))
+            some = plain.of(part if lines is None else lines[part])
+            whole = self._whole(some.logits)
+            if features:
+                kernels.redraw(whole, some.rows, some.num_tokens, some.pairs, features, may_be_wide=may_be_wide)
+                if lines is not None:
+                    plain.pairs[lines[part]] = some.pairs
+            if with_logprobs:
+                kernels.logprobs(whole, some.rows, some.pairs, begin)
+        return kernels.found_logprobs(num_lines) if with_logprobs else None
+
+    def _fill_static_lines(self, lines: IntArray, count: int, spare: int) -> Tensor:
+        """The numbers of `lines`, made up to `count` with the spare one, where graphs read them."""
+        if not np.array_equal(self._last_lines, lines):
+            self._static_lines[: len(lines)] = self._rows.to_device(lines)[0]
+            self._static_lines[len(lines) :] = spare
+            self._last_lines = lines
+        return self._static_lines[:count]
 
     def _whole(self, raw_logits: Tensor) -> Tensor:
         """The logits [n, vocab] of which each rank has its shard [n, shard]."""
@@ -149,15 +202,15 @@ class Sampler:
         return torch.cat([logits[:, : len(shard)] for logits, shard in zip(gathered, shards, strict=True)], dim=1)
 
     def _draw_lines_by_reference(
-        self, lines: IntArray, rows: IntArray, num_tokens: IntArray, raw_logits: Tensor, pairs: Tensor
+        self, lines: IntArray, rows: IntArray, num_tokens: IntArray, plain: PlainDraw
     ) -> SampleOutput:
-        """The same `pairs` [n] after those of `lines` were drawn anew, there and in their rows."""
+        """The pairs [n] after those of `lines` were drawn anew, there and in their rows."""
         device_lines = self._rows.to_device(lines)[0].long()
-        logits, marks = self._model.finish(raw_logits[device_lines]), marks_of(pairs[device_lines])
+        logits, marks = self._model.finish(plain.logits[device_lines]), marks_of(plain.pairs[device_lines])
         sampled = self._draw_by_reference(rows[lines], num_tokens[lines], logits, marks)
-        pairs[device_lines] = sampled.pairs
+        plain.pairs[device_lines] = sampled.pairs
         self._rows.append(rows[lines], num_tokens[lines], sampled.token_ids)
-        return replace(sampled, pairs=pairs)
+        return replace(sampled, pairs=plain.pairs[: len(rows)])
 
     def _draw_by_reference(
         self, rows: IntArray, num_tokens: IntArray, logits: Tensor, marks: Tensor | None = None
@@ -187,3 +240,8 @@ class Sampler:
             for chunk, ids in zip(hidden.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
         ]
         return reduce(LogprobTensors.and_then, parts)
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below a positive `number`."""
+    return 1 << (number - 1).bit_length()
