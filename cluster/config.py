@@ -62,7 +62,10 @@ class EngineConfig:
         None, "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free", **COUNT
     )
     steps_in_flight: int = option(
-        2, "1 waits for each step before the next is sent; 2 keeps the ranks busy meanwhile", **COUNT
+        2,
+        "most steps that the ranks have been sent and not answered: 1 waits for each before the next is sent, 2 keeps "
+        "the ranks busy meanwhile; more are used only where steps take less than some milliseconds",
+        **COUNT,
     )
     num_speculative_tokens: int = option(
         0,

@@ -32,7 +32,6 @@ from eagleray.workers.protocol.messages import StepOutput
 
 logger = logging.getLogger(__name__)
 
-LEAD_S = 0.005  # before the ranks are done with a step they need the next, to lay it out and start it
 MAX_MESSAGES = 1000  # of front ends in one turn, so that a flood leaves time for steps
 
 
@@ -60,7 +59,7 @@ class EngineCore:
         self._steps_in_flight = steps_in_flight
         self._step_timeout_s = step_timeout_s
         self._step_due = 0.0  # when the oldest step in flight is late
-        self._next_at = 0.0  # when the next step is to be scheduled
+        self._next_at = 0.0  # when the next step is to be scheduled, as was last known
         self._num_heard: dict[FrontEndId, int] = defaultdict(int)
         self._pinged: dict[FrontEndId, str] = {}  # front ends that wait for a sign, and what was lost of theirs
         self._num_refused = 0
@@ -108,6 +107,8 @@ class EngineCore:
                 return
             self._num_heard[received[0]] += 1
             self._handle(*received)
+            if self._scheduler.num_in_flight and self._may_send():
+                return  # a flood of requests does not keep the ranks waiting
 
     def _handle(self, front_end: FrontEndId, message: FrontEndMessage) -> None:
         match message:
@@ -150,7 +151,7 @@ class EngineCore:
 
     def _send_step(self) -> bool:
         in_flight = self._scheduler.num_in_flight
-        if in_flight >= self._steps_in_flight or self._controls.waits or not self._is_time():
+        if not self._may_send():
             return False
         step = self._scheduler.schedule()
         if step is None:
@@ -162,9 +163,11 @@ class EngineCore:
         self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
         return True
 
-    def _is_time(self) -> bool:
-        """Whether the ranks may soon have nothing to do."""
-        self._next_at = self._scheduler.busy_until - LEAD_S
+    def _may_send(self) -> bool:
+        """Whether the ranks may soon have nothing to do, and take another step."""
+        if self._scheduler.num_in_flight >= self._steps_in_flight or self._controls.waits:
+            return False
+        self._next_at = self._scheduler.due
         return self._next_at <= time.monotonic()
 
     def _wait(self) -> None:

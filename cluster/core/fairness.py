@@ -77,6 +77,7 @@ class Fairness:
     def __init__(self) -> None:
         self._tenants: dict[TenantId, Tenant] = {}
         self.num_waiting = 0
+        self.num_waiting_tokens = 0  # of their prompts
 
     def group(self, tenant_id: TenantId, name: str | int, priority: int, arrival: int) -> Group:
         """The group of this name, a new one if there is none; it is forgotten with its last request."""
@@ -89,13 +90,13 @@ class Fairness:
         if not group.waiting:
             self._enter(group)
         group.waiting[request.arrival] = request
-        self.num_waiting += 1
+        self._count_waiting(request, 1)
 
     def leave(self, request: "Request") -> None:
         """A request waits no more, since it has ended."""
         group = request.group
         del group.waiting[request.arrival]
-        self.num_waiting -= 1
+        self._count_waiting(request, -1)
         if not group.waiting:
             del group.tenant.queue[_place(group)]
             self._forget_if_idle(group)
@@ -106,7 +107,7 @@ class Fairness:
         assert next(iter(group.waiting)) == request.arrival, "nobody overtakes in a group"
         del group.tenant.queue[_place(group)]
         del group.waiting[request.arrival]
-        self.num_waiting -= 1
+        self._count_waiting(request, -1)
         self._count(group, 1)
 
     def give_row_back(self, request: "Request", *, waits_again: bool) -> None:
@@ -117,7 +118,7 @@ class Fairness:
         if waits_again:
             group.waiting[request.arrival] = request
             group.waiting.move_to_end(request.arrival, last=False)
-            self.num_waiting += 1
+            self._count_waiting(request, 1)
         self._count(group, -1)
 
     def first(self, apart_from: Collection[Group] = ()) -> "Request | None":
@@ -153,6 +154,10 @@ class Fairness:
             if (found := tenant.largest_holder(tenant.next.priority, 2 * (tenant.next.num_rows + 1))) is not None:
                 return found
         return None
+
+    def _count_waiting(self, request: "Request", more: int) -> None:
+        self.num_waiting += more
+        self.num_waiting_tokens += more * request.num_prompt_tokens
 
     def _enter(self, group: Group) -> None:
         tenant = group.tenant

@@ -17,7 +17,7 @@ from eagleray.cluster.core.oom_backoff import OomBackoff
 from eagleray.cluster.core.prompt_lookup import PromptLookup
 from eagleray.cluster.core.request import FrontEndId, Request
 from eagleray.cluster.core.speculation import Speculation
-from eagleray.cluster.core.step_forecast import StepForecast
+from eagleray.cluster.core.step_forecast import StepForecast, lead
 from eagleray.cluster.core.step_plan import InFlight, StepPlan
 from eagleray.cluster.core.time_accounting import TimeAccounting
 from eagleray.cluster.errors import ALL_MASKED
@@ -80,11 +80,15 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
-    def busy_until(self) -> float:
-        """As of `time.monotonic()`, how long the steps in flight will keep the ranks busy at least; 0 without any."""
+    def due(self) -> float:
+        """As of `time.monotonic()`, when the next step is to be scheduled, or else the ranks may soon be idle.
+
+        Those in flight will keep them busy for a while at least; 0 without any.
+        """
         if not self._in_flight:
             return 0.0
-        return self.clock.time + sum(self._forecast.at_least(due.num_tokens) for due in self._in_flight)
+        busy = sum(self._forecast.at_least(due.num_tokens) for due in self._in_flight)
+        return self.clock.time + busy - lead(min(self._fairness.num_waiting_tokens, MAX_TOLD))
 
     @property
     def num_unfinished(self) -> int:

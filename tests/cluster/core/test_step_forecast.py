@@ -2,12 +2,13 @@
 
 from array import array
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eagleray.cluster.core.messages import EngineRequest
 from eagleray.cluster.core.scheduler import Scheduler
-from eagleray.cluster.core.step_forecast import NUM_KEPT, NUM_NEEDED, StepForecast
+from eagleray.cluster.core.step_forecast import LEAD_S, NUM_KEPT, NUM_NEEDED, TELL_S, StepForecast
 from eagleray.workers.protocol.messages import Sampling, StepOutput
 
 
@@ -60,3 +61,28 @@ def test_steps_that_did_not_run_say_nothing_of_how_long_they_take() -> None:
     scheduler.update(StepOutput(skipped.step))
     forecast = scheduler._forecast
     assert forecast.at_least(2) > 8.0
+
+
+def test_a_step_is_due_before_the_ranks_are_done_and_sooner_if_long_prompts_wait() -> None:
+    scheduler = Scheduler(num_blocks=20_000, block_size=16, max_num_seqs=4, max_num_batched_tokens=64)
+
+    def add(request_id: int, num_tokens: int) -> None:
+        prompt = array("i", [1] * num_tokens).tobytes()
+        scheduler.add(b"me", EngineRequest(request_id, prompt, Sampling(), max_tokens=40))
+
+    assert scheduler.due == 0.0, "nothing is in flight"
+    add(0, 1)
+    for _ in range(NUM_NEEDED):
+        step = scheduler.schedule()
+        assert step is not None
+        scheduler.update(StepOutput(step.step, array("i", [1]).tobytes(), gpu_seconds=10.0))
+    scheduler.schedule()
+    soon = scheduler.due
+    assert 8.0 < soon + LEAD_S - scheduler.clock.time < 10.0
+    add(1, 100_000)
+    add(2, 50_000)
+    assert soon - scheduler.due == pytest.approx(150_000 * TELL_S)
+    scheduler.abort(b"me", 1)
+    assert soon - scheduler.due == pytest.approx(50_000 * TELL_S)
+    scheduler.schedule()  # the other prompt begins
+    assert scheduler.due == soon, "and nothing is known of a step of its size"
