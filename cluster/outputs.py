@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import msgspec
+
 NO_TOKEN_LEFT = "no_token_left"  # the code of an error that is the request's own
 
 
@@ -43,9 +45,8 @@ class LazyFields:
         return made
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """One token's natural log-probability at one position."""
+class Logprob(msgspec.Struct, frozen=True, gc=False):
+    """One token's natural log-probability at one position. There are many: a struct is made faster than a dataclass."""
 
     logprob: float
     rank: int  # 1 is the most likely token of the vocabulary

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
 from eagleray.cluster.errors import counted
 from eagleray.cluster.outputs import CompletionOutput, RequestOutput
 from eagleray.deploy.cli.prompts import Task
@@ -76,11 +78,10 @@ def as_json(answer: Answer) -> str:
         entry["num_prompt_tokens"] = len(answer.output.prompt_token_ids)
         entry["outputs"] = [_without_none(asdict(sequence)) for sequence in answer.sequences]
         if answer.output.prompt_logprobs is not None:
-            logprobs = answer.output.prompt_logprobs
-            entry["prompt_logprobs"] = [at and {token: asdict(value) for token, value in at.items()} for at in logprobs]
+            entry["prompt_logprobs"] = answer.output.prompt_logprobs
     if answer.error is not None:
         entry["error"] = answer.error
-    return json.dumps(entry, ensure_ascii=False)
+    return json.dumps(msgspec.to_builtins(entry), ensure_ascii=False)
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Goodbye(msgspec.Struct, tag="goodbye"):
     """The rank is to end."""
 
 
-class TokenLogprobs(msgspec.Struct, omit_defaults=True):
+class TokenLogprobs(msgspec.Struct, omit_defaults=True, gc=False):
     """Log-probabilities at one position: the token itself first, then the most likely ones in order."""
 
     token_ids: list[int]
