@@ -32,6 +32,10 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.both_engines import KINDS
+
 ENGINES = {"eagleray": 8101, "vllm": 8102}  # and their ports
 CASES = "one,rate 8,rate 24,burst,mix 24"
 LIMITS = {
@@ -42,19 +46,6 @@ LIMITS = {
 }
 PATIENCE_S = 400.0  # until a server is ready
 SECONDS = 20  # of a case with a rate
-KINDS: list[dict[str, Any]] = [
-    {"temperature": 0.0},
-    {"temperature": 0.7, "top_p": 0.95},
-    {
-        "temperature": 0.7,
-        "top_k": 20,
-        "top_p": 0.8,
-        "min_p": 0.05,
-        "repetition_penalty": 1.05,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.1,
-    },
-]
 WITH_LOGPROBS = 0.1
 COMMON, MAX_IN, MAX_OUT = 256, 4096, 1024
 FIGURES = ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms", "p99_itl_ms")
