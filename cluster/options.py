@@ -180,8 +180,10 @@ def _bounds(each: Option) -> str:
 
 def _number(value: float) -> str:
     """Large limits as powers of two."""
-    if isinstance(value, int) and abs(value) >= 2**31 - 1:
+    if not isinstance(value, int):
+        return f"{value:g}"
+    if abs(value) >= 2**31 - 1:
         size = abs(value) + (value > 0)
         if size & (size - 1) == 0:
             return f"{'-' * (value < 0)}2**{size.bit_length() - 1}{' - 1' * (value > 0)}"
-    return f"{value:g}"
+    return str(value)

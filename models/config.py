@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says not
     "max_window_layers": 28,
 }
 _PARTS = ("per_layer_config", "text_config", "decoder", "generator")  # which only null leaves out
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 _SLIDING, _FULL = "sliding_attention", "full_attention"  # of `layer_types`
 MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 12
@@ -202,8 +202,8 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     name = raw.get(key)
     if name is None:
         return "float32"
-    if name not in _DTYPES:
-        raise ValueError(f"{key} is {shown(name)}; supported are {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        raise ValueError(f"{key} is {shown(name)}; supported are {', '.join(DTYPES)}")
     return str(name)
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.options import options
@@ -14,6 +14,9 @@ from eagleray.models.json_file import read_object, shown
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+Choice = Literal["auto", "none"]  # whose sampling defaults hold
+CHOICES: tuple[str, ...] = get_args(Choice)
+CHOICE_HELP = "auto takes sampling defaults from the model's generation_config.json; none ignores that file"
 MAX_EOS = 1000  # ends of a sequence, which go with every request
 NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # each with its values that ask for nothing
@@ -79,7 +82,7 @@ def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
 
     Raises `ValueError` for another choice, and for a file that is wrong.
     """
-    if choice not in ("auto", "none"):
+    if choice not in CHOICES:
         raise ValueError(f"generation_config is {choice!r}; give 'auto' for the model's own sampling, or 'none'")
     return SamplingParams(**(sampling_defaults(model) if choice == "auto" else {}))
 

@@ -4,10 +4,9 @@ import argparse
 
 import numpy as np
 
+from eagleray.deploy.bench.arguments import INPUT_LEN
 from eagleray.deploy.bench.workload import Lengths
 from eagleray.deploy.cli.prompts import Task, read_file
-
-NUM_PROMPTS, INPUT_LEN = 1000, 1024  # where there is no dataset
 
 
 def input_lengths(arguments: argparse.Namespace, count: int, rng: np.random.Generator, limit: int) -> list[int]:

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from eagleray.cluster.errors import counted
 from eagleray.cluster.frontend.prompts import Message
-from eagleray.deploy.bench.arguments import SAMPLED_BY, bench_params, goodput_limits
+from eagleray.deploy.bench.arguments import NUM_PROMPTS, SAMPLED_BY, bench_params, goodput_limits
 from eagleray.deploy.bench.http_load import Ask, Exchange, HttpLoad, is_here
-from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
+from eagleray.deploy.bench.lengths import check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench.metrics import serving_figures, spread
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table

@@ -11,9 +11,9 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import counted
 from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.runtime.resolve import check_model, folder_of
-from eagleray.deploy.bench.arguments import bench_params, goodput_limits
+from eagleray.deploy.bench.arguments import NUM_PROMPTS, bench_params, goodput_limits
 from eagleray.deploy.bench.engine_load import Load, Planned
-from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
+from eagleray.deploy.bench.lengths import check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench.metrics import RequestTimes, serving_figures
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core.kv_cache_manager import headroom
 from eagleray.cluster.runtime.resolve import check_model
+from eagleray.deploy.bench.arguments import PROFILED_SIZES
 
 if TYPE_CHECKING:
     from eagleray.cluster.runtime.engine_info import EngineInfo
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_UP = 10  # decodes of all requests before the first one counts
-BATCH_SIZES = (1, 64, 256)  # as many as fit, where none are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class ProfileSizes:
         """The sizes to run; without an engine, those that would do if its KV cache were large enough.
 
         Raises `ValueError` for a size that was asked for and does not fit, and if not even the smallest of
-        `BATCH_SIZES` does.
+        `PROFILED_SIZES` does.
         """
         fit: list[int] = []
-        for size in self.batch_sizes or BATCH_SIZES:
+        for size in self.batch_sizes or PROFILED_SIZES:
             try:
                 self._check_length(config, size)
                 if engine is not None:

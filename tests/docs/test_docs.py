@@ -21,13 +21,15 @@ from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_N
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import Parser
 from eagleray.deploy.openai import field_types, limits
-from eagleray.deploy.serve.config import own_names
+from eagleray.deploy.serve.config import ServeArgs, own_names
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from eagleray.deploy.serve.metrics import PARTS
+from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES
 from support.doc_pages import PAGES, ROOT, CommandLine, blocks, commands, links, name_of, names, programs
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 
+DEFAULTS = EngineConfig(model="m")
 SHELL = sorted({(command.where, command.words) for command in commands()})
 UNCHECKED = {  # programs of others, of which no test here runs or parses a line; files and options of ours in it are
     "curl": "asks a server that runs",
@@ -64,6 +66,11 @@ OTHERS_NAMES = {  # identifiers that are not in our source
     "downscale_delay_s": "of Ray Serve",
     **{f"eagleray_{part}_seconds": "is made of `PARTS`" for part in PARTS},
 }
+
+
+def of_server(name: str) -> int:
+    """The default of one of the server's own options."""
+    return int(ServeArgs.model_fields[name].default)
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +340,20 @@ def test_the_settings_of_ray_serve_are_those_that_are_set() -> None:
     settings = dict(found)
     assert settings.pop("RAY_SERVE_HAPROXY_BINARY_PATH").endswith("/eagleray-haproxy")
     assert settings == FASTER_STREAMS | HAPROXY
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("docs/failures.md", f"`--step-timeout-s`, {DEFAULTS.step_timeout_s:g} s by default"),
+        ("docs/tuning.md", f"on CPU it is {HOST_KV_CACHE_BYTES >> 30} GiB by default"),
+        ("docs/limits.md", f"`max_body_bytes`, {of_server('max_body_bytes') >> 20} MiB by default"),
+        ("docs/limits.md", f"requests, {DEFAULTS.max_num_seqs + of_server('max_queued_requests')} by default"),
+        ("docs/limits.md", f"{1 + DEFAULTS.max_num_seqs + of_server('max_queued_requests')} by default | each takes"),
+    ],
+)
+def test_a_default_in_a_page_is_that_of_the_code(page: str, words: str) -> None:
+    assert words in " ".join((ROOT / page).read_text().split())
 
 
 def test_the_parts_of_a_requests_time_are_those_that_are_measured() -> None:
