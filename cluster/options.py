@@ -1,5 +1,5 @@
-"""An option is said once, where its dataclass declares it: default, bounds, help. Checks, the command line, the HTTP
-schema and the documentation are made of that.
+"""An option is described once, where its dataclass declares it: default, bounds, help. Checks, the command line, the
+HTTP schema and the documentation are made of that.
 
     top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability", (0, 1))
 """
@@ -13,12 +13,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 KEY = "option"  # in a field's metadata
-NULL = "null"  # None, to whoever writes JSON or YAML
+NULL = "null"  # how None is written in JSON and YAML
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One field of a dataclass, as whoever gives it a value sees it."""
+    """One field of a dataclass, as those who set it see it."""
 
     name: str
     hint: Any  # its declared type
@@ -124,7 +124,7 @@ class OptionError(ValueError):
 
 
 def check(instance: Any) -> None:
-    """Raise `ValueError`, naming field, value and remedy, for the first option that may not be what it is."""
+    """Raise `ValueError`, naming field, value and remedy, for the first option with a value that it does not take."""
     for name, each in options(type(instance)).items():
         if not each.holds(value := getattr(instance, name)):
             raise OptionError(each, value)

@@ -2,7 +2,7 @@
 
 It is read as transformers reads it: its defaults where a key is missing, and both spellings of rotary positions,
 `rope_theta` and `rope_scaling` beside the other keys, and `rope_parameters`. What Eagleray does not implement is an
-error here, never ignored, and so is a value of another type, or one that no model has: it would cost memory and time.
+error here, never ignored, and so is a value of another type, or one so large that no model has it.
 """
 
 import math

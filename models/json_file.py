@@ -14,7 +14,7 @@ KINDS = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
-    """A small file's text. Raises `ValueError` that names the file for what is too large, or no UTF-8."""
+    """A small file's text. Raises `ValueError` that names the file if it is too large, or not UTF-8."""
     try:
         size = file.stat().st_size
         if size > max_bytes:
@@ -68,7 +68,7 @@ def number(raw: Mapping[str, Any], key: str) -> float:
 
 
 def fraction(raw: Mapping[str, Any], key: str) -> float:
-    """A number above 0 that is written as no whole one, as transformers insists for some keys."""
+    """A number above 0 that is written with a decimal point, which transformers insists on for some keys."""
     if type(raw.get(key)) is int:
         raise ValueError(f"{key} is {shown(raw[key])}; write it with a decimal point")
     return number(raw, key)

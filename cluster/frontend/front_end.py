@@ -32,7 +32,7 @@ OnEnd = Callable[[RequestState], None]
 
 
 def unwatched(_generation: RequestState) -> None:
-    """For those who do not want to hear of every request's end."""
+    """The `on_end` of those who do not watch requests end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class FrontEnd:
         return ids
 
     def forget(self) -> None:
-        """The engine is gone: requests that ran never finish; whoever waits for them is to be told."""
+        """The engine is gone: running requests never finish, and their callers have to be told."""
         lost = list(self._generations.values())
         self._generations.clear()
         self._live.clear()

@@ -47,18 +47,18 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
 
 
 def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
-    """Those ends that a model of this vocabulary can draw; a request must name no others."""
+    """The end tokens that a model of this vocabulary can draw; a request may name no others."""
     if beyond := sorted(token_id for token_id in eos if token_id >= vocab_size):
         logger.warning("%s can end no sequence: the model's vocabulary ends at %d", beyond[:10], vocab_size - 1)
     return eos.difference(beyond)
 
 
 def sampling_defaults(model: str | Path) -> dict[str, Any]:
-    """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
+    """What generation_config.json says of the options in `DEFAULTED`, for requests that do not set them.
 
-    As transformers, this takes `do_sample: false` for greedy, and config.json, where older models have them, if there
-    is not a generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
-    for what is not there.
+    As in transformers, `do_sample: false` means greedy, and without a generation_config.json, config.json is read,
+    where older models have these. Limits of length are left to requests. Raises `ValueError` for values out of range
+    and for what is not supported.
     """
     file = Path(model) / FILE
     if not isfile(file):
@@ -78,7 +78,7 @@ def sampling_defaults(model: str | Path) -> dict[str, Any]:
 
 
 def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
-    """Of requests that bring no parameters at all: the model's with `auto`, with `none` those of `SamplingParams`.
+    """The parameters of requests that bring none: the model's with `auto`, those of `SamplingParams` with `none`.
 
     Raises `ValueError` for another choice, and for a file that is wrong.
     """
@@ -88,10 +88,9 @@ def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
 
 
 def chosen_defaults(model: str | Path, choice: str, overruled: Collection[str] = ()) -> dict[str, float]:
-    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's.
+    """The sampling defaults of requests to a model: those of its generation_config.json with `auto`, none with `none`.
 
-    The log says which; those that are `overruled` are left out.
-    Raises `ValueError` for a file that is wrong.
+    The log names them; those that are `overruled` are left out. Raises `ValueError` for a file that is wrong.
     """
     of_model = sampling_defaults(model) if choice == "auto" else {}
     found = {name: value for name, value in of_model.items() if name not in overruled}

@@ -81,12 +81,12 @@ class Tokenizer:
         return self._chat_templates.get("default")
 
     def chat_template_names(self, role: str) -> bool:
-        """Whether the chat template has this in quotes, as it has the roles that it tells apart."""
+        """Whether the chat template contains this in quotes, as it does the roles that it distinguishes."""
         template = self._chat_templates.get("default", "")
         return f"'{role}'" in template or f'"{role}"' in template
 
     def chat_template_has(self, name: str) -> bool:
-        """Whether the chat template has this word, as it has variables and the fields of messages that it uses."""
+        """Whether the chat template contains this word, as it does the variables and message fields that it uses."""
         if name not in self._words:  # few are asked for, and once for each message
             template = self._chat_templates.get("default", "")
             self._words[name] = re.search(rf"\b{re.escape(name)}\b", template) is not None

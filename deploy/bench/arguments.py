@@ -245,7 +245,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingParams:
-    """So many tokens exactly, drawn as asked. Raises `ValueError` for values out of range."""
+    """Parameters for exactly this many tokens, drawn as asked. Raises `ValueError` for values out of range."""
     drawn = {name: getattr(arguments, name) for name in SAMPLED_BY if hasattr(arguments, name)}
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **drawn)
 

@@ -157,7 +157,7 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 def sampling_params(
     arguments: argparse.Namespace, folder: Path, fallback: Mapping[str, Any] = MODEL_FIRST
 ) -> SamplingParams:
-    """The options that were given, else what the model in `folder` says, unless it is not asked, else `fallback`.
+    """The options that were given, else the defaults of the model in `folder` if they are wanted, else `fallback`.
 
     Raises `ValueError` for values out of range, and for a generation_config.json that is wrong.
     """

@@ -79,15 +79,15 @@ class ProfileSizes:
             )
 
     def _most_tokens(self, config: EngineConfig, batch_size: int) -> int:
-        """What a request may come to have. Of the decodes that are waited for there is room for as many again, since
-        steps go on while a profile starts and ends.
+        """The most tokens that a request may have in the end: twice the decodes that are waited for, since steps go on
+        while a profile starts and ends.
         """
         fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_chunk_tokens)
         return self.context_len + fill + 2 * (WARM_UP + 2 * self.num_steps)
 
 
 def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_chunk_tokens: int | None = None) -> int:
-    """So many steps at most until every prompt has run; the first request decodes a token in nearly each of them.
+    """The most steps until every prompt has run; the first request decodes a token in nearly all of them.
 
     Prompts get what decodes leave of a step's budget, which is least where they run in order: side by side they end
     later, and fewer decode meanwhile. Only where chunks are short may a step leave

@@ -94,7 +94,7 @@ class ServeArgs(BaseModel):
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        """One empty text is none at all."""
+        """A single empty text stands for no origin."""
         origins = tuple(origin.strip() for origin in given)
         if origins == ("",):
             return ()
