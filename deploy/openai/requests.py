@@ -6,7 +6,7 @@ None, JSON's null, stands for a field's default everywhere, be that the model's 
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -79,6 +79,13 @@ class StrictModel(BaseModel):
         schema = handler(core_schema)
         describe(handler.resolve_ref_schema(schema), cls.absent)
         return schema
+
+
+def absent_in(kind: Any) -> dict[str, UnsupportedField]:
+    """What a body's model, or any of a union of models, takes as long as it asks for nothing."""
+    if isinstance(kind, type):
+        return dict(kind.absent) if issubclass(kind, StrictModel) else {}
+    return {name: each for part in get_args(kind) for name, each in absent_in(part).items()}
 
 
 class RequestBody(StrictModel):
