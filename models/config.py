@@ -65,6 +65,7 @@ class ModelConfig:
     rope: RopeConfig
     attention_scale: float
     sliding_windows: tuple[int | None, ...]  # of each layer: a token sees itself and the window - 1 tokens before it
+    activation: str = "silu"  # of the MLP, by its name in transformers
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     qkv_bias: bool = False
@@ -112,6 +113,7 @@ class ModelConfig:
             rope=_rope(raw),
             attention_scale=_attention_scale(architecture, raw, head_size),
             sliding_windows=_sliding_windows(name, architecture, raw),
+            activation=architecture.activation[1],
             attention_soft_cap=_soft_cap(raw, "attn_logit_softcapping"),
             final_soft_cap=_soft_cap(raw, "final_logit_softcapping"),
             qkv_bias=bias or architecture.qkv_bias,
