@@ -132,6 +132,16 @@ def check(instance: Any) -> None:
             raise ValueError(f"{name} has {len(value)} items; give at most {each.max_length}")
 
 
+def check_text(text: str, name: str = "the text") -> None:
+    """Raise `ValueError` for a string that is not Unicode text, such as one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at position {error.start}, which is not a character; give UTF-8 text"
+        ) from None
+
+
 def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from eagleray.cluster.frontend.prompts import check_text
-from eagleray.cluster.options import check, option, options
+from eagleray.cluster.options import check, check_text, option, options
 from eagleray.workers.protocol.messages import GREEDY_BELOW, MAX_LOGPROBS
 
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same

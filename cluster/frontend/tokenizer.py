@@ -15,10 +15,11 @@ from typing import Any, Self
 from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.frontend.chat_renderer import chat_renderer
-from eagleray.cluster.frontend.prompts import Message, check_text
+from eagleray.cluster.frontend.prompts import Message
 from eagleray.cluster.frontend.token_bytes import TokenBytes
 from eagleray.cluster.frontend.token_spelling import Spelling
 from eagleray.cluster.frontend.tokenizer_files import MAX_BYTES, build_tokenizer
+from eagleray.cluster.options import check_text
 from eagleray.models.json_file import read_object
 
 
