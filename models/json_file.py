@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 16 << 20  # of a small file: what JSON of this size holds takes at most some hundred megabytes
+MAX_SHOWN = 80  # characters of a value in a message
 KINDS = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
@@ -43,10 +44,10 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return content
 
 
-def shown(value: object, limit: int = 80) -> str:
+def shown(value: object) -> str:
     """A value for a message: its beginning, if it is long."""
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def whole(raw: Mapping[str, Any], key: str, limit: int, *, least: int = 1) -> int:
