@@ -100,6 +100,7 @@ def test_a_command_is_one_that_there_is(where: str, words: tuple[str, ...]) -> N
         "make everything",
         'make test TESTS="tests/nowhere"',
         'make test THESE="tests/docs"',
+        "make bench BENCH=nowhere",
         "python tests/bench/nowhere.py",
         "python tests/bench/soak.py --hours 5",
         "python -m eagleray.nowhere",
@@ -148,8 +149,21 @@ def check_make(words: list[str]) -> None:
             assert re.search(rf"^{name} \?=", text, re.MULTILINE), f"the Makefile has no variable {name}"
             for path in filter(lambda each: each.startswith("tests/"), value.split()):
                 assert (ROOT / path).exists(), f"there is no {path}"
+            if name == "BENCH":
+                check_bench(value)
         else:
             assert re.search(rf"^{name}:", text, re.MULTILINE), f"the Makefile has no target {name}"
+
+
+def check_bench(scripts: str) -> None:
+    for script in scripts.split():
+        assert (ROOT / f"tests/bench/{script}.py").exists(), f"there is no benchmark {script}"
+
+
+def test_the_benchmarks_that_make_runs_are_there() -> None:
+    found = re.search(r"^BENCH \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    check_bench(found[1])
 
 
 def check_python(words: list[str]) -> None:
