@@ -4,7 +4,7 @@
 # make soak    long tests, for confidence
 # make test-gpu    the tests that need CUDA, which `make test` skips where there is none; TESTS="tests/gpu/FILE.py" too
 # make check   ruff, its formatter and mypy
-# make bench   the benchmarks in tests/bench
+# make bench   the benchmarks that take minutes and no GPU; BENCH="soak serve_kills" runs others of tests/bench
 # make tree    every source file, and what it does
 # make docs    the documentation as a site, into site/
 #
@@ -16,6 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTS ?=
+BENCH ?= step_overhead http_path serve_start demo_on_cpu
 DEMO_PROMPTS := \
 	"What is the capital of France?" \
 	"Explain in two sentences why the sky is blue." \
@@ -46,7 +47,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	set -e; for script in tests/bench/*.py; do $(BIN)/python "$$script"; done
+	set -e; for script in $(BENCH); do $(BIN)/python "tests/bench/$$script.py"; done
 
 tree:
 	@$(PYTHON) tests/support/tree.py

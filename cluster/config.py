@@ -5,11 +5,16 @@ from typing import Any
 
 from eagleray.cluster.options import check, described, option, options
 from eagleray.cluster.sampling_params import MAX_SEED
-from eagleray.parallel.device_kind import KINDS
+from eagleray.models.config import DTYPES, MAX_HEADS, MAX_POSITIONS
+from eagleray.models.loading.weight_formats import LOAD_FORMATS
+from eagleray.parallel.device_kind import CUDA, HOST, KINDS
+from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES
 
-MAX_COUNT = 2**63 - 1
+MAX_ROWS = 1 << 16  # every rank has tables with a line for each
+MAX_STEPS_IN_FLIGHT = 16
+MAX_THREADS = 1024
+MAX_BYTES = 2**63 - 1
 MAX_AMOUNT = 1e6  # of seconds, or CPUs
-COUNT: dict[str, Any] = {"bounds": (1, MAX_COUNT), "allowed": "a whole number of at least 1"}
 AMOUNT: dict[str, Any] = {"bounds": (0, MAX_AMOUNT), "excluded": 0}
 
 
@@ -27,56 +32,73 @@ class EngineConfig:
         min_length=1,
         allowed="a branch, a tag or a commit",
     )
-    tensor_parallel_size: int = option(1, "ranks, each a Ray actor, that share every layer of the model", **COUNT)
+    tensor_parallel_size: int = option(
+        1, "number of ranks, each a Ray actor, that share every layer of the model", (1, MAX_HEADS)
+    )
     dtype: str = option(
         "auto",
-        "of weights and KV cache; auto is the checkpoint's own, but float32 on CPU",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        f"number format of weights and KV cache; auto is the checkpoint's own, but {HOST.auto_dtype} on CPU",
+        choices=("auto", *DTYPES),
     )
-    device: str = option("auto", "where the ranks run; auto is cuda if the cluster has GPUs", choices=("auto", *KINDS))
+    device: str = option(
+        "auto", "where the ranks run; auto is cuda if the cluster has GPUs, or else cpu", choices=("auto", *KINDS)
+    )
     load_format: str = option(
-        "safetensors", "dummy makes random weights instead of reading them", choices=("safetensors", "dummy")
+        "safetensors", "where weights come from: safetensors files, or dummy for random ones", choices=LOAD_FORMATS
     )
     seed: int | None = option(
         None,
-        "of requests without one of their own, and of dummy weights; a fresh one at every start if not given",
+        "seed for dummy weights and for requests that bring none; a fresh one at every start if not given",
         (0, MAX_SEED),
         none="for a fresh one",
     )
     max_model_len: int | None = option(
-        None, "longest prompt and answer together, in tokens; the model's own limit if not given", **COUNT
+        None,
+        "maximum length of prompt and answer together, in tokens; the model's own limit if not given",
+        (1, MAX_POSITIONS),
     )
     block_size: int | None = option(
-        None, "tokens in a block of the KV cache; 16 on CPU and 128 on CUDA if not given", **COUNT
+        None,
+        f"tokens in each block of the KV cache; {HOST.block_size} on CPU and {CUDA.block_size} on CUDA if not given",
+        (1, MAX_POSITIONS),
     )
-    max_num_seqs: int = option(256, "most requests that run at once", **COUNT)
-    max_num_batched_tokens: int = option(8192, "most tokens in one step, over all requests", **COUNT)
+    max_num_seqs: int = option(256, "maximum number of requests that run at once", (1, MAX_ROWS))
+    max_num_batched_tokens: int = option(
+        8192, "maximum number of tokens in one step, over all requests", (1, MAX_POSITIONS)
+    )
     max_chunk_tokens: int | None = option(
-        None, "most tokens of one request in one step, which cuts long prompts into chunks", **COUNT
+        None,
+        "maximum number of tokens of one request in one step; longer prompts are cut into chunks",
+        (1, MAX_POSITIONS),
     )
     enable_prefix_caching: bool = option(True, "reuse the KV cache of prompts that begin alike")
     gpu_memory_utilization: float = option(
         0.9, "share of a GPU's memory that a rank may use", (0, 1), excluded=0, allowed="a share above 0, up to 1"
     )
     kv_cache_bytes: int | None = option(
-        None, "KV cache of each rank; if not given 1 GiB on CPU, on CUDA what the model leaves free", **COUNT
+        None,
+        f"bytes of each rank's KV cache; if not given, {HOST_KV_CACHE_BYTES >> 30} GiB on CPU, and on CUDA what the "
+        "model leaves free",
+        (1, MAX_BYTES),
     )
     steps_in_flight: int = option(
         2,
-        "most steps that the ranks have been sent and not answered: 1 waits for each before the next is sent, 2 keeps "
-        "the ranks busy meanwhile; more are used only where steps take less than some milliseconds",
-        **COUNT,
+        "most steps sent to the ranks before their outputs are back; 1 waits for each step, 2 keeps the ranks busy, and "
+        "more are used only where steps take less than some milliseconds",
+        (1, MAX_STEPS_IN_FLIGHT),
     )
     num_speculative_tokens: int = option(
         0,
-        "longest draft of a request's next tokens, looked up in its own text and verified in one step; "
+        "maximum length of a draft of a request's next tokens, looked up in its own text and verified in one step; "
         "0 turns speculation off",
         (0, 64),
     )
     compile: bool = option(False, "run the model through torch.compile")
-    cpus_per_rank: float = option(1.0, "CPUs that each rank asks of the cluster", **AMOUNT)
+    cpus_per_rank: float = option(1.0, "number of CPUs that each rank asks the cluster for", **AMOUNT)
     threads_per_rank: int | None = option(
-        None, "threads of a rank on CPU; the node's cores divided among its ranks if not given", **COUNT
+        None,
+        "number of threads of a rank on CPU; the node's cores divided among its ranks if not given",
+        (1, MAX_THREADS),
     )
     placement_timeout_s: float = option(60.0, "seconds to wait for room on the cluster", **AMOUNT)
     start_timeout_s: float = option(1800.0, "seconds to wait for the ranks to load the model", **AMOUNT)
@@ -88,6 +110,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "a step could not run one token of every request; raise the first or lower the second"
+            )
+        if self.max_chunk_tokens is not None and self.max_chunk_tokens > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_chunk_tokens is {self.max_chunk_tokens}, more than max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}: no step has room for such a chunk; lower the first or raise the second"
             )
         if self.num_speculative_tokens >= self.max_num_seqs:
             raise ValueError(

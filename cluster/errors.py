@@ -21,7 +21,7 @@ class EngineDeadError(RuntimeError):
 
 
 class EngineClosedError(EngineDeadError):
-    """The engine was closed by its owner; whoever still asks it for something comes too late."""
+    """The engine was closed by its owner and can no longer be used."""
 
 
 def check_process(owner: int) -> None:

@@ -1,5 +1,5 @@
-"""An option is said once, where its dataclass declares it: default, bounds, help. Checks, the command line, the HTTP
-schema and the documentation are made of that.
+"""An option is described once, where its dataclass declares it: default, bounds, help. Checks, the command line, the
+HTTP schema and the documentation are made of that.
 
     top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability", (0, 1))
 """
@@ -13,12 +13,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 KEY = "option"  # in a field's metadata
-NULL = "null"  # None, to whoever writes JSON or YAML
+NULL = "null"  # how None is written in JSON and YAML
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One field of a dataclass, as whoever gives it a value sees it."""
+    """One field of a dataclass, as those who set it see it."""
 
     name: str
     hint: Any  # its declared type
@@ -124,12 +124,22 @@ class OptionError(ValueError):
 
 
 def check(instance: Any) -> None:
-    """Raise `ValueError`, naming field, value and remedy, for the first option that may not be what it is."""
+    """Raise `ValueError`, naming field, value and remedy, for the first option with a value that it does not take."""
     for name, each in options(type(instance)).items():
         if not each.holds(value := getattr(instance, name)):
             raise OptionError(each, value)
         if each.max_length is not None and value is not None and len(value) > each.max_length:
             raise ValueError(f"{name} has {len(value)} items; give at most {each.max_length}")
+
+
+def check_text(text: str, name: str = "the text") -> None:
+    """Raise `ValueError` for a string that is not Unicode text, such as one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at position {error.start}, which is not a character; give UTF-8 text"
+        ) from None
 
 
 def is_int(value: object) -> bool:
@@ -180,8 +190,10 @@ def _bounds(each: Option) -> str:
 
 def _number(value: float) -> str:
     """Large limits as powers of two."""
-    if isinstance(value, int) and abs(value) >= 2**31 - 1:
+    if not isinstance(value, int):
+        return f"{value:g}"
+    if abs(value) >= 2**31 - 1:
         size = abs(value) + (value > 0)
         if size & (size - 1) == 0:
             return f"{'-' * (value < 0)}2**{size.bit_length() - 1}{' - 1' * (value > 0)}"
-    return f"{value:g}"
+    return str(value)

@@ -86,7 +86,7 @@ class RequestParts:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When things happened, in seconds of `time.monotonic()`."""
+    """When each stage was reached, in seconds of `time.monotonic()`."""
 
     arrival_time: float
     first_token_time: float | None = None

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from eagleray.cluster.frontend.prompts import check_text
-from eagleray.cluster.options import check, option, options
+from eagleray.cluster.options import check, check_text, option, options
 from eagleray.workers.protocol.messages import GREEDY_BELOW, MAX_LOGPROBS
 
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # int64 and uint64 both; those that are equal modulo 2**64 draw the same
@@ -23,7 +22,7 @@ class SamplingParams:
     `Sampling` has under the same name and type.
     """
 
-    n: int = option(1, "answers to each prompt, each with draws of its own; greedy ones are all equal", (1, MAX_N))
+    n: int = option(1, "number of answers to each prompt, each drawn on its own; greedy ones are all equal", (1, MAX_N))
     temperature: float = option(
         1.0,
         "how far to stray from the most likely token",
@@ -71,7 +70,7 @@ class SamplingParams:
     )
     seed: int | None = option(  # of the first sequence, and the others' are made from it
         None,
-        "equal seeds draw equal tokens, whatever else runs; -1 is 2**64 - 1",
+        "seed of the draws; equal seeds draw equal tokens, whatever else runs; -1 is 2**64 - 1",
         (MIN_SEED, MAX_SEED),
         none="to have one derived",
     )
@@ -94,12 +93,12 @@ class SamplingParams:
         None, "draw from these tokens only", min_length=1, allowed="a list of at least one token id"
     )
     bad_words: list[str] | None = option(
-        None, "texts that are never written, nor with a space before them", max_length=MAX_BAD_WORDS
+        None, "texts that are never written, with or without a space before them", max_length=MAX_BAD_WORDS
     )
     max_tokens: int | None = option(
-        16, "longest answer, in tokens", (1, MAX_COUNT), none="for all that the model holds"
+        16, "maximum length of the answer, in tokens", (1, MAX_COUNT), none="for all that the model holds"
     )
-    min_tokens: int = option(0, "shortest answer, in tokens: nothing ends it before", (0, MAX_COUNT))
+    min_tokens: int = option(0, "minimum length of the answer, in tokens; nothing ends it before", (0, MAX_COUNT))
     stop: str | list[str] | None = option(None, "texts before which the answer ends")
     stop_token_ids: list[int] | None = option(None, "end the answer at one of these tokens")
     ignore_eos: bool = option(False, "go on past the model's end-of-sequence token")
@@ -111,7 +110,7 @@ class SamplingParams:
     prompt_logprobs: int | None = option(
         None, "report log-probabilities of the prompt's tokens, and of the N most likely ones", (0, MAX_LOGPROBS)
     )
-    detokenize: bool = option(True, "make text of the answer's tokens")
+    detokenize: bool = option(True, "turn the answer's tokens into text")
     truncate_prompt_tokens: int | None = option(
         None,
         "keep the last N tokens of a longer prompt; -1 for as many as fit",

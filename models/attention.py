@@ -1,7 +1,7 @@
 """Attention as one op that takes only tensors and the layer's index.
 
-The op is declared here, without an implementation: whoever runs the model provides one, and knows what else attention
-needs. `torch.compile` sees one opaque op.
+The op is declared here, without an implementation: the code that runs the model provides one, and knows what else
+attention needs. `torch.compile` sees one opaque op.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class AttentionSpec:
 class Attention(nn.Module):
     """Causal attention of layer `layer_index`. It has no weights but the sinks of this rank's heads, if it has any.
 
-    Sinks, which whoever implements the op takes from here, are as in Xiao and others, Efficient Streaming Language
+    Sinks, which implementations of the op read from here, are as in Xiao and others, Efficient Streaming Language
     Models with Attention Sinks, arXiv:2309.17453, and GPT-OSS, arXiv:2508.10925: learned, and no key has them.
     """
 

@@ -2,7 +2,7 @@
 
 It is read as transformers reads it: its defaults where a key is missing, and both spellings of rotary positions,
 `rope_theta` and `rope_scaling` beside the other keys, and `rope_parameters`. What Eagleray does not implement is an
-error here, never ignored, and so is a value of another type, or one that no model has: it would cost memory and time.
+error here, never ignored, and so is a value of another type, or one so large that no model has it.
 """
 
 import math
@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {  # what transformers takes where the file says not
     "max_window_layers": 28,
 }
 _PARTS = ("per_layer_config", "text_config", "decoder", "generator")  # which only null leaves out
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 _SLIDING, _FULL = "sliding_attention", "full_attention"  # of `layer_types`
 MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 12
@@ -65,6 +65,7 @@ class ModelConfig:
     rope: RopeConfig
     attention_scale: float
     sliding_windows: tuple[int | None, ...]  # of each layer: a token sees itself and the window - 1 tokens before it
+    activation: str = "silu"  # of the MLP, by its name in transformers
     attention_soft_cap: float | None = None
     final_soft_cap: float | None = None
     qkv_bias: bool = False
@@ -112,6 +113,7 @@ class ModelConfig:
             rope=_rope(raw),
             attention_scale=_attention_scale(architecture, raw, head_size),
             sliding_windows=_sliding_windows(name, architecture, raw),
+            activation=architecture.activation[1],
             attention_soft_cap=_soft_cap(raw, "attn_logit_softcapping"),
             final_soft_cap=_soft_cap(raw, "final_logit_softcapping"),
             qkv_bias=bias or architecture.qkv_bias,
@@ -202,8 +204,8 @@ def _dtype(raw: Mapping[str, Any]) -> str:
     name = raw.get(key)
     if name is None:
         return "float32"
-    if name not in _DTYPES:
-        raise ValueError(f"{key} is {shown(name)}; supported are {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        raise ValueError(f"{key} is {shown(name)}; supported are {', '.join(DTYPES)}")
     return str(name)
 
 

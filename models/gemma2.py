@@ -37,7 +37,7 @@ class Gemma2DecoderLayer(DecoderLayer):
         self.self_attn = LlamaAttention(config, layer_index, tp)
         self.post_attention_layernorm = GemmaRMSNorm(size, eps, tp)
         self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps)
-        self.mlp = GatedMLP(config, tp, activation="gelu_tanh")
+        self.mlp = GatedMLP(config, tp)
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, tp)
 
     def forward(

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 16 << 20  # of a small file: what JSON of this size holds takes at most some hundred megabytes
+MAX_SHOWN = 80  # characters of a value in a message
 KINDS = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
-    """A small file's text. Raises `ValueError` that names the file for what is too large, or no UTF-8."""
+    """A small file's text. Raises `ValueError` that names the file if it is too large, or not UTF-8."""
     try:
         size = file.stat().st_size
         if size > max_bytes:
@@ -43,10 +44,10 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     return content
 
 
-def shown(value: object, limit: int = 80) -> str:
+def shown(value: object) -> str:
     """A value for a message: its beginning, if it is long."""
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def whole(raw: Mapping[str, Any], key: str, limit: int, *, least: int = 1) -> int:
@@ -68,7 +69,7 @@ def number(raw: Mapping[str, Any], key: str) -> float:
 
 
 def fraction(raw: Mapping[str, Any], key: str) -> float:
-    """A number above 0 that is written as no whole one, as transformers insists for some keys."""
+    """A number above 0 that is written with a decimal point, which transformers insists on for some keys."""
     if type(raw.get(key)) is int:
         raise ValueError(f"{key} is {shown(raw[key])}; write it with a decimal point")
     return number(raw, key)

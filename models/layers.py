@@ -1,6 +1,8 @@
 """The layers that families share: norms, rotary positions, the gated MLP."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -112,18 +114,24 @@ def _llama3(freqs: Tensor, rope: RopeConfig) -> Tensor:
     return (1 - smooth) * freqs / rope.factor + smooth * freqs
 
 
-class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`, with gate and up merged. `activation` is "silu" or "gelu_tanh"."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by their names in transformers
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
-    def __init__(self, config: ModelConfig, tp: TPGroup, activation: str = "silu") -> None:
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, with gate and up merged; `config.activation` is one of `ACTIVATIONS`."""
+
+    def __init__(self, config: ModelConfig, tp: TPGroup) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.activation = activation
+        self.activation = config.activation
         parts, make_weight = {"gate_proj": inner, "up_proj": inner}, linear_weight(config)
         self.gate_up_proj = ColumnParallelLinear(hidden, parts, tp, bias=bias, make_weight=make_weight)
         own = shard_columns(inner, tp.rank, tp.size)
         self.down_proj = RowParallelLinear(inner, hidden, own, tp, bias=bias, make_weight=make_weight)
-        self._in_kernel = activation == "silu" and platform_of(torch.get_default_device()).compiles_kernels
+        self._in_kernel = self.activation == "silu" and platform_of(torch.get_default_device()).compiles_kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden]` to this rank's part of the same."""
@@ -132,5 +140,4 @@ class GatedMLP(nn.Module):
             gated = merged.silu_gated(x)
             return self.down_proj(kernels.silu_mul(merged(x)) if gated is None else gated)  # type: ignore[no-any-return]
         gate, up = merged(x).chunk(2, dim=-1)
-        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down_proj(gate * up)  # type: ignore[no-any-return]
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)  # type: ignore[no-any-return]

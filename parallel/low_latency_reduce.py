@@ -4,8 +4,8 @@ barrier.
 A rank writes its words into another's inbox, 32 bits of data beside a 32-bit epoch in one 64-bit store, and reads its
 own inbox until every word bears the epoch that it waits for. (NCCL's protocol LL; Jeaugey, "NCCL 2.0", 2017.) Longer
 messages are written as they are, half as long, and the epoch once behind them, when they are there (protocol Simple).
-Inboxes come in pairs used in turn: who sends epoch n + 2 of a row has heard of epoch n + 1 from all, or from one who
-had, and they had read epoch n. Sums are taken in order of rank, so all ranks get the same bits.
+Inboxes come in pairs used in turn: a rank that sends epoch n + 2 of a row has received epoch n + 1 from all, or from
+one that had, and these had read epoch n. Sums are taken in order of rank, so all ranks get the same bits.
 
 Programs that wait for each other need not all run at once, but those of low numbers must start first, as GPUs have them
 do: then the first row that is not done is under way on every rank.

@@ -37,7 +37,8 @@ LAUNCH = {
 
 
 class Accelerator(Protocol):
-    """Of torch's module for a device beside the host, such as `torch.cuda`: its memory, and its order of work.
+    """The parts of torch's module for a device beside the host, such as `torch.cuda`, that manage memory and order of
+    work.
 
     Work is queued in streams, and so are copies from and to page-locked memory of the host, which does not wait.
     """
@@ -75,7 +76,7 @@ class Accelerator(Protocol):
     def Stream(self, device: torch.device, /) -> torch.Stream: ...
 
     def Event(self, *, blocking: bool) -> torch.Event:
-        """A moment in a stream; whoever waits for it sleeps if `blocking`."""
+        """A moment in a stream; a thread that waits for it sleeps if `blocking`."""
 
 
 class _Entered(Protocol):

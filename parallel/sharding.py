@@ -5,6 +5,8 @@ Plain arithmetic without torch, so the driver can check a tensor-parallel size b
 
 from typing import NamedTuple
 
+MAX_BLOCK = 64  # columns
+
 
 class HeadShard(NamedTuple):
     """The attention heads of one rank, as ranges of the whole model's heads."""
@@ -27,12 +29,12 @@ def shard(units: int, rank: int, size: int) -> range:
     return range(start, start + least + (rank < extra))
 
 
-def shard_columns(columns: int, rank: int, size: int, max_block: int = 64) -> range:
+def shard_columns(columns: int, rank: int, size: int) -> range:
     """The columns of `rank`, cut at multiples of a block so that every shard stays well aligned in memory.
 
-    The block is the largest power of two up to `max_block` that divides `columns` and leaves every rank a block.
+    The block is the largest power of two up to `MAX_BLOCK` that divides `columns` and leaves every rank a block.
     """
-    block = max_block
+    block = MAX_BLOCK
     while block > 1 and (columns % block or columns // block < size):
         block //= 2
     blocks = shard(columns // block, rank, size)

@@ -38,7 +38,7 @@ class TcpGather:
 
     @classmethod
     def join(cls, rank: int, size: int, store: Store, timeout_s: float) -> Self:
-        """Meet the other ranks through `store`. Only who knows the secret in the store is let in."""
+        """Meet the other ranks through `store`. Only those who know the secret in the store are let in."""
         if rank == 0:
             store.set("mesh/secret", secrets.token_hex(_SECRET_BYTES))
         address = own_address(store)

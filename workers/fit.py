@@ -9,8 +9,7 @@ from eagleray.models.loading.loader import build_model
 from eagleray.parallel.device_kind import kind_of
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import platform_of
-from eagleray.workers.kv_capacity import CPU_KV_CACHE_BYTES
-from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES, WorkerConfig
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 
@@ -21,7 +20,7 @@ def needed_bytes(folder: Path, config: WorkerConfig, rank: int, size: int) -> in
     model = ModelConfig.from_dir(folder)
     outline = build_model(model, tp=tp, dtype=getattr(torch, config.dtype), device=torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in outline.parameters())
-    return weights + (config.kv_cache_bytes or CPU_KV_CACHE_BYTES) * kind_of(config.device).on_host
+    return weights + (config.kv_cache_bytes or HOST_KV_CACHE_BYTES) * kind_of(config.device).on_host
 
 
 def memory_bytes(device: torch.device) -> int:

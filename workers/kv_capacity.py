@@ -15,14 +15,12 @@ from eagleray.workers.attention.kv_cache import block_bytes
 from eagleray.workers.graphs.decode import batch_sizes
 from eagleray.workers.graphs.mixed import token_counts
 from eagleray.workers.out_of_memory import GIB, describe_use, explained, release_unused
-from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES, WorkerConfig
 from eagleray.workers.protocol.messages import RowStart, Sampling, Step
 from eagleray.workers.worker import Worker
 
 if HAS_TRITON:
     from eagleray.workers.graphs.compile_ahead import compile_ahead
-
-CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> int:
@@ -36,7 +34,7 @@ def num_blocks_that_fit(config: WorkerConfig, model: CausalLM, tp: TPGroup) -> i
         return config.kv_cache_bytes // each
     accelerator = platform_of(model.device).accelerator
     if accelerator is None:
-        return CPU_KV_CACHE_BYTES // each
+        return HOST_KV_CACHE_BYTES // each
     need = _measure(config, model, tp, accelerator, num_profile_blocks(config) * each)
     if need.left < each:
         raise MemoryError(_no_room(config, need, model.device))

@@ -15,7 +15,7 @@ _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory; only torch's own allocator on CUDA has a class for it."""
+    """Whether an error means that memory ran out; only torch's own allocator on CUDA has a class for it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

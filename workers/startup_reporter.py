@@ -11,7 +11,7 @@ PAUSE_S = 0.1  # between counts of one phase
 
 
 class StartupReporter:
-    """Every phase at once, counts only now and then. Nothing here waits for whoever listens at `endpoint`."""
+    """Every phase at once, counts only now and then. Nothing here waits for the listener at `endpoint`."""
 
     def __init__(self, rank: int, endpoint: Endpoint) -> None:
         self._hub = Peer(endpoint, b"rank %d" % rank)

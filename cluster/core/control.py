@@ -12,7 +12,7 @@ class Verb(Protocol):
     """What one kind of control, or several that belong together, asks of the ranks."""
 
     def begin(self, control: Control) -> RankControl:
-        """What every rank is told. Raises `ValueError` if it cannot be done now; nothing has changed then."""
+        """What every rank is told. Raises `ValueError`, with nothing changed, if it cannot be done now."""
 
     def end(self, control: Control, replies: Sequence[RankReply]) -> tuple[ControlReply, RankControl | None]:
         """What the front end is told once every rank has replied, in the order of ranks.

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from eagleray.workers.protocol.messages import RankControl, RankReply, Step, StepOutput
 
-LOOK_S = 1.0  # how often whoever waits for ranks looks whether they live
+LOOK_S = 1.0  # between checks, while waiting for ranks, that they are alive
 
 
 class RankFailedError(RuntimeError):

@@ -2,8 +2,8 @@
 
 A group is what a client asked for at once: prompts, with `n` sequences each. A tenant is on whose account: an API key
 of a server, or all of a front end. What is scarce goes to the tenant that holds the fewest rows, of its groups to the
-one that holds the fewest, of those to the oldest, and in it to the oldest sequence; it is taken from who holds most,
-the youngest sequence first. Only priority, where it is used, comes before all that.
+one that holds the fewest, of those to the oldest, and in it to the oldest sequence; it is taken from those that hold
+the most, the youngest sequence first. Only priority, where it is used, comes before all that.
 """
 
 from bisect import bisect_left, insort
@@ -30,7 +30,7 @@ class Tenant:
 
     @property
     def next(self) -> "Group":
-        """Of its groups that wait, the one that goes first."""
+        """The waiting group that goes first."""
         return self.queue[0][-1]
 
     def largest_holder(self, priority: int, least: int) -> "Group | None":
@@ -166,7 +166,7 @@ class Fairness:
         insort(tenant.queue, (*group.order, group))
 
     def _count(self, group: Group, rows: int) -> None:
-        """It has more or fewer rows, and is not in its tenant's queue at the moment."""
+        """Count rows that it got or lost; it is not in its tenant's queue at the moment."""
         tenant = group.tenant
         tenant.num_rows += rows
         group.num_rows += rows

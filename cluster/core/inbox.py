@@ -1,5 +1,5 @@
-"""Decodes a hub's messages; one that cannot be decoded affects nobody but its sender. What cannot be read is counted,
-logged once and dropped, and nothing else suffers from it.
+"""Decodes a hub's messages; one that cannot be decoded affects nobody but its sender. Such a message is counted and
+dropped, and the first one is logged.
 """
 
 import logging

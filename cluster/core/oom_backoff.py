@@ -5,7 +5,7 @@ class OomBackoff:
     """How many tokens and requests a step may have.
 
     A failure halves what failed, and the limits double again each time that some requests have ended. With every
-    failure it takes twice as many of them, so that memory that stays short costs ever less.
+    failure twice as many have to end, so that a lasting shortage costs less and less.
     """
 
     def __init__(self, max_tokens: int, max_requests: int) -> None:

@@ -39,7 +39,7 @@ class PromptLookup:
         return drafted
 
     def judge(self, num_drafted: int, num_accepted: int, num_tokens: int, worth: int) -> None:
-        """Of a draft so many tokens came true, and the request has `num_tokens` now. Fewer than `worth` are too few."""
+        """Learn how much of a draft came true; the request has `num_tokens` now. Fewer than `worth` are too few."""
         if num_accepted == num_drafted:
             self._length = max(FIRST_LENGTH, 2 * num_drafted)
         else:

@@ -1,6 +1,6 @@
-"""Refuses requests that the ranks could not run, or only with harm to others.
+"""Refuses requests that the ranks could not run, or that would harm others.
 
-Front ends check what users give, in words for users. This guards against front ends that do not.
+Front ends check what users give, in words for users. This protects the engine from front ends that do not.
 """
 
 from dataclasses import dataclass

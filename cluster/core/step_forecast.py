@@ -1,7 +1,7 @@
-"""Foretells how long a step runs at least, from what steps of about its size took before.
+"""Predicts the least time that a step takes, from what steps of about its size took before.
 
-The engine core uses it to schedule a step no earlier than the ranks need it: whoever arrives while a long step runs is
-in the next one, and not in the one after that.
+The engine core uses it to schedule a step no earlier than the ranks need it: a request that arrives during a long step
+is then in the next one, and not in the one after that.
 """
 
 from collections import defaultdict, deque
@@ -21,11 +21,11 @@ class StepForecast:
         self._seconds: dict[int, deque[float]] = defaultdict(partial(deque, maxlen=NUM_KEPT))
 
     def learn(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+        """Record how long a step of this many tokens took."""
         self._seconds[_size(num_tokens)].append(seconds)
 
     def at_least(self, num_tokens: int) -> float:
-        """Seconds that a step of so many tokens will take at least; 0 if too little is known."""
+        """The least number of seconds that a step of this many tokens will take; 0 if too little is known."""
         seconds = self._seconds.get(_size(num_tokens), ())
         return SURE * min(seconds) if len(seconds) >= NUM_NEEDED else 0.0
 

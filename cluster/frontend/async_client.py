@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class AsyncClient:
-    """What `AsyncLLM` is but for its start, used from one event loop.
+    """All of `AsyncLLM` except its start; use it from one event loop.
 
     One task reads the engine's news; each request keeps only its latest state, so a slow consumer gets several steps in
     one output and memory stays bounded. Once it is closed, whatever needs the engine raises `EngineClosedError`.
@@ -160,7 +160,7 @@ class AsyncClient:
         return [Path(file) for file in await self._control(self._front_end.stop_profile())]
 
     def close(self) -> None:
-        """End the engine; whoever still waits gets `EngineDeadError`. Call it on the event loop if one ran requests.
+        """End the engine; callers that still wait get `EngineDeadError`. Call it on the event loop if one ran requests.
 
         Closing twice does nothing.
         """
@@ -213,9 +213,9 @@ class AsyncClient:
     async def _read(self) -> None:
         """Take the engine's news until it is gone; whatever ends this reaches every waiter.
 
-        All news that are there at once, so that a stream which falls behind has several tokens in one output, and
-        costs less for each: under any load the front end keeps up with the engine. A first token does not wait until
-        the others' next ones are handed on.
+        All news that are there at once, so that a stream which falls behind has several tokens in one output, and costs
+        less for each: under any load the front end keeps up with the engine. A first token does not wait for the next
+        tokens of others.
         """
         try:
             while True:

@@ -18,7 +18,7 @@ from typing import Any
 from eagleray.cluster.frontend import template_process
 from eagleray.cluster.frontend.template_process import MEMORY_BYTES, Answer, receive, send
 
-QUICK_S, SLOW_S = 0.02, 0.5  # of processor time: what most need far less than, and what none may take more than
+QUICK_S, SLOW_S = 0.02, 0.5  # of processor time: most need far less than the first, none may take more than the second
 PATIENCE_S = 60.0  # until the process counts as stuck: it has limits of its own, but may be stopped
 
 
@@ -27,7 +27,7 @@ class LaneLostError(Exception):
 
 
 class ChatRenderer:
-    """Two lanes, so that quick conversations do not wait for slow ones: who is slow in the first has the second.
+    """Two lanes, so that quick conversations do not wait for slow ones: what is slow in the first moves to the second.
 
     Threads may share it. The process starts with `start` or the first request, and ends with this one.
     """
@@ -74,12 +74,12 @@ class ChatRenderer:
 
 @cache
 def chat_renderer() -> ChatRenderer:
-    """The one of this process, for all tokenizers: it takes a second or two to start."""
+    """This process's renderer, shared by all tokenizers, since it takes a second or two to start."""
     return ChatRenderer()
 
 
 class Lane:
-    """One request at a time, in the order of their coming."""
+    """One request at a time, in the order in which they come."""
 
     def __init__(self, connection: socket.socket, process: "subprocess.Popen[bytes]") -> None:
         connection.settimeout(PATIENCE_S)
@@ -92,11 +92,11 @@ class Lane:
 
     @property
     def works(self) -> bool:
-        """Whether the process is there, and not that of one that this one was forked from."""
+        """Whether the process is there and belongs to this one, not to a process that this one was forked from."""
         return not self._lost and self._owner == os.getpid()
 
     def ask(self, seconds: float, template: str, messages: Any, options: dict[str, Any]) -> tuple[Answer, str]:
-        """Raises `LaneLostError` once the process has ended, or is stuck, and is ended therefore."""
+        """Raises `LaneLostError` if the process has ended, or was stuck and is killed."""
         request = marshal.dumps((seconds, template, plain(messages), plain(options)))
         with self._lock:
             try:

@@ -36,7 +36,7 @@ CLOSE_S = 5.0  # how long another thread may take to leave the engine
 
 
 class Client:
-    """What `LLM` is but for its start; close it or use it as a context manager.
+    """All of `LLM` except its start; close it or use it as a context manager.
 
     Any number of threads may call it at once: what they ask for runs together. One of those that wait takes the
     engine's news for all.
@@ -54,7 +54,7 @@ class Client:
         self._turn = Condition()  # guards all of this, and is notified of news
         self._receiver: int | None = None  # the thread that uses the engine now
         self._unsent: list[RequestMessage] = []  # of other threads, meanwhile
-        self._ended: dict[RequestState, list[RequestState]] = {}  # where whoever runs a request looks for its end
+        self._ended: dict[RequestState, list[RequestState]] = {}  # where a request's caller looks for its end
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -73,7 +73,7 @@ class Client:
         return self._front_end.stats
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What counts where `generate` and `chat` get none: the model's generation_config.json, as far as it says."""
+        """What `generate` and `chat` use if they get no parameters: those of the model's generation_config.json."""
         return self._front_end.default_params
 
     def generate(
@@ -146,7 +146,9 @@ class Client:
         return [Path(file) for file in self._control(self._front_end.stop_profile())]
 
     def close(self) -> None:
-        """End the engine. Closing twice does nothing, nor does closing a forked copy, whose lock nobody may let go."""
+        """End the engine. Closing twice does nothing; neither does closing a forked copy, whose lock may never be
+        released.
+        """
         if os.getpid() != self._owner:
             return
         with self._turn:
@@ -190,7 +192,7 @@ class Client:
             self._take_turn()
 
     def _run(self, generations: list[RequestState], progress: BatchProgress) -> None:
-        """Run requests to their end; whatever interrupts this ends them in the engine, too."""
+        """Run requests to their end; if this is interrupted, they end in the engine, too."""
         ended: list[RequestState] = []
         num_running = len(generations)
         try:

@@ -19,11 +19,12 @@ from eagleray.cluster.core.messages import (
 from eagleray.cluster.frontend.bad_words import bad_word_token_ids
 from eagleray.cluster.frontend.detokenizer import Detokenizer
 from eagleray.cluster.frontend.inputs import ModelLimits, derive_seed, engine_request, sampling_of
-from eagleray.cluster.frontend.prompts import Prompt, check_text, num_to_take
+from eagleray.cluster.frontend.prompts import Prompt, num_to_take
 from eagleray.cluster.frontend.request_state import Completion, RequestState
 from eagleray.cluster.frontend.stop_strings import StopStrings
 from eagleray.cluster.frontend.text_stream import TextStream
 from eagleray.cluster.frontend.tokenizer import Tokenizer
+from eagleray.cluster.options import check_text
 from eagleray.cluster.outputs import RequestOutputKind
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.workers.protocol.messages import Sampling
@@ -32,7 +33,7 @@ OnEnd = Callable[[RequestState], None]
 
 
 def unwatched(_generation: RequestState) -> None:
-    """For those who do not want to hear of every request's end."""
+    """The `on_end` of those who do not watch requests end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,7 @@ class FrontEnd:
         return ids
 
     def forget(self) -> None:
-        """The engine is gone: requests that ran never finish; whoever waits for them is to be told."""
+        """The engine is gone: running requests never finish, and their callers have to be told."""
         lost = list(self._generations.values())
         self._generations.clear()
         self._live.clear()

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection
 from os.path import isfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.options import options
@@ -14,6 +14,9 @@ from eagleray.models.json_file import read_object, shown
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+Choice = Literal["auto", "none"]  # whose sampling defaults hold
+CHOICES: tuple[str, ...] = get_args(Choice)
+CHOICE_HELP = "auto takes sampling defaults from the model's generation_config.json; none ignores that file"
 MAX_EOS = 1000  # ends of a sequence, which go with every request
 NOTHING: tuple[Any, ...] = (None, False, 0, [], {}, "")
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # each with its values that ask for nothing
@@ -44,18 +47,18 @@ def eos_token_ids(model: str | Path, tokenizer: Tokenizer | None) -> frozenset[i
 
 
 def drawable(eos: frozenset[int], vocab_size: int) -> frozenset[int]:
-    """Those ends that a model of this vocabulary can draw; a request must name no others."""
+    """The end tokens that a model of this vocabulary can draw; a request may name no others."""
     if beyond := sorted(token_id for token_id in eos if token_id >= vocab_size):
         logger.warning("%s can end no sequence: the model's vocabulary ends at %d", beyond[:10], vocab_size - 1)
     return eos.difference(beyond)
 
 
 def sampling_defaults(model: str | Path) -> dict[str, Any]:
-    """What generation_config.json would have where a request does not say: those of `DEFAULTED` that it holds.
+    """What generation_config.json says of the options in `DEFAULTED`, for requests that do not set them.
 
-    As transformers, this takes `do_sample: false` for greedy, and config.json, where older models have them, if there
-    is not a generation_config.json. Limits of length are requests' own. Raises `ValueError` for values out of range and
-    for what is not there.
+    As in transformers, `do_sample: false` means greedy, and without a generation_config.json, config.json is read,
+    where older models have these. Limits of length are left to requests. Raises `ValueError` for values out of range
+    and for what is not supported.
     """
     file = Path(model) / FILE
     if not isfile(file):
@@ -75,20 +78,19 @@ def sampling_defaults(model: str | Path) -> dict[str, Any]:
 
 
 def default_params(model: str | Path, choice: str = "auto") -> SamplingParams:
-    """Of requests that bring no parameters at all: the model's with `auto`, with `none` those of `SamplingParams`.
+    """The parameters of requests that bring none: the model's with `auto`, those of `SamplingParams` with `none`.
 
     Raises `ValueError` for another choice, and for a file that is wrong.
     """
-    if choice not in ("auto", "none"):
+    if choice not in CHOICES:
         raise ValueError(f"generation_config is {choice!r}; give 'auto' for the model's own sampling, or 'none'")
     return SamplingParams(**(sampling_defaults(model) if choice == "auto" else {}))
 
 
 def chosen_defaults(model: str | Path, choice: str, overruled: Collection[str] = ()) -> dict[str, float]:
-    """Of requests to a model: its generation_config.json's with `auto`, with `none` OpenAI's.
+    """The sampling defaults of requests to a model: those of its generation_config.json with `auto`, none with `none`.
 
-    The log says which; those that are `overruled` are left out.
-    Raises `ValueError` for a file that is wrong.
+    The log names them; those that are `overruled` are left out. Raises `ValueError` for a file that is wrong.
     """
     of_model = sampling_defaults(model) if choice == "auto" else {}
     found = {name: value for name, value in of_model.items() if name not in overruled}

@@ -140,7 +140,7 @@ def sampling_of(params: SamplingParams, limits: ModelLimits, bad_words: list[lis
 def _check_drawable(
     params: SamplingParams, limits: ModelLimits, stop_token_ids: set[int], bad_words: list[list[int]]
 ) -> None:
-    """Raise `ValueError` if the first token could be none at all. `stop_token_ids` are those that it may not be."""
+    """Raise `ValueError` if no token could be drawn as the first. `stop_token_ids` are those that it may not be."""
     barred = stop_token_ids.union(word[0] for word in bad_words if len(word) == 1)
     allowed = params.allowed_token_ids
     if len(barred) < limits.vocab_size if allowed is None else not barred.issuperset(allowed):

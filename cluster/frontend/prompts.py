@@ -42,13 +42,3 @@ def conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> 
 def num_to_take(truncate_prompt_tokens: int | None, max_model_len: int, num_new: int) -> int | None:
     """How many tokens of a prompt, the last ones, if more are to be generated; None for all."""
     return max(1, max_model_len - num_new) if truncate_prompt_tokens == -1 else truncate_prompt_tokens
-
-
-def check_text(text: str, name: str = "the text") -> None:
-    """Raise `ValueError` for a string that is not Unicode text, such as one with half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} holds {text[error.start]!r} at position {error.start}, which is not a character; give UTF-8 text"
-        ) from None

@@ -21,7 +21,7 @@ class StopStrings:
         self._link()
 
     def __bool__(self) -> bool:
-        """Whether there is any to look for."""
+        """Whether there are stop strings to look for."""
         return len(self._next) > 1
 
     def step(self, state: int, character: str) -> int:

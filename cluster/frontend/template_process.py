@@ -1,7 +1,7 @@
 """The process that renders chat templates, and limits the time and memory of each.
 
-Templates come with checkpoints, what they are filled with from clients, and nothing in Python bounds what a long loop,
-`'a' * 10**9` or a regular expression takes. So one process imports transformers' renderer, which takes a second or two,
+Templates come with checkpoints and their contents from clients, and nothing in Python bounds the cost of a long loop,
+of `'a' * 10**9` or of a regular expression. So one process imports transformers' renderer, which takes a second or two,
 and forks a child for each socket that it is given. One that the kernel ends is replaced within milliseconds.
 
 Frames are a length and that many bytes: a request is `marshal`'s, an answer an `Answer` and a text.
@@ -92,7 +92,7 @@ class Lane:
     def __init__(self, connection: socket.socket, nice: int) -> None:
         self._connection = connection
         self._nice = nice  # lanes for what is slow give way
-        self._doing = mmap.mmap(-1, 1)  # what the child does, for who sees it die
+        self._doing = mmap.mmap(-1, 1)  # what the child is doing, for its parent to see if it dies
 
     def fork(self, render: Any) -> int:
         """Start a child."""
@@ -108,7 +108,9 @@ class Lane:
             os._exit(code)
 
     def can_go_on(self, code: int) -> bool:
-        """Whether there is to be another child after one that ended so; who waits for its answer is told."""
+        """Whether to start another child after one that ended with this code; a caller that waits for its answer is
+        told.
+        """
         match Doing(self._doing[0]):
             case _ if code == ENDS:
                 return False
@@ -117,11 +119,11 @@ class Lane:
             case Doing.RENDER:
                 try:
                     send(self._connection, bytes([Answer.DIED]))
-                except OSError:  # nobody is there
+                except OSError:  # nobody listens
                     return False
                 return True
             case Doing.READ_OR_WRITE:
-                self._connection.shutdown(socket.SHUT_RDWR)  # who knows how far it was
+                self._connection.shutdown(socket.SHUT_RDWR)  # nobody knows how far it got
                 return False
 
     def _serve(self, render: Any) -> int:

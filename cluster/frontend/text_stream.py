@@ -38,7 +38,7 @@ class TextStream:
 
     @property
     def num_owed(self) -> int:
-        """How many U+FFFD at the end of the prompt's text may yet become a character."""
+        """How many U+FFFD at the end of the prompt's text may still become a character."""
         return self._owed
 
     def push(self, token_id: int) -> str:

@@ -15,10 +15,11 @@ from typing import Any, Self
 from tokenizers import Tokenizer as Backend
 
 from eagleray.cluster.frontend.chat_renderer import chat_renderer
-from eagleray.cluster.frontend.prompts import Message, check_text
+from eagleray.cluster.frontend.prompts import Message
 from eagleray.cluster.frontend.token_bytes import TokenBytes
 from eagleray.cluster.frontend.token_spelling import Spelling
 from eagleray.cluster.frontend.tokenizer_files import MAX_BYTES, build_tokenizer
+from eagleray.cluster.options import check_text
 from eagleray.models.json_file import read_object
 
 
@@ -81,12 +82,12 @@ class Tokenizer:
         return self._chat_templates.get("default")
 
     def chat_template_names(self, role: str) -> bool:
-        """Whether the chat template has this in quotes, as it has the roles that it tells apart."""
+        """Whether the chat template contains this in quotes, as it does the roles that it distinguishes."""
         template = self._chat_templates.get("default", "")
         return f"'{role}'" in template or f'"{role}"' in template
 
     def chat_template_has(self, name: str) -> bool:
-        """Whether the chat template has this word, as it has variables and the fields of messages that it uses."""
+        """Whether the chat template contains this word, as it does the variables and message fields that it uses."""
         if name not in self._words:  # few are asked for, and once for each message
             template = self._chat_templates.get("default", "")
             self._words[name] = re.search(rf"\b{re.escape(name)}\b", template) is not None

@@ -66,7 +66,7 @@ class RemoteReplica:
         return answer
 
     async def num_unfinished_tokens(self) -> int:
-        """As `Replica.num_unfinished_tokens`; none while the actor is gone, which others find out."""
+        """As `Replica.num_unfinished_tokens`; 0 while the actor is gone, which `answer` reports."""
         with suppress(ray.exceptions.RayError):
             count: int = await self._actor.num_unfinished_tokens.remote()
             return count

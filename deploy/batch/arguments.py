@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from eagleray.deploy.cli.arguments import add_engine
+from eagleray.deploy.cli.arguments import add_engine, add_generation_config
+from eagleray.deploy.cli.options import SERVED_MODEL_NAME
 
 AUTO = "auto"
 
@@ -22,8 +23,8 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="where results are kept until the end, so that a job that was killed can resume (default: beside "
-        "OUTPUT; needed where OUTPUT is a URL)",
+        help="directory where results are kept until the end, so that a job that was killed can resume "
+        "(default: beside OUTPUT; needed where OUTPUT is a URL)",
     )
     engines = parser.add_argument_group("engines")
     engines.add_argument(
@@ -31,19 +32,11 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         type=_replicas,
         default=1,
         metavar="N",
-        help="engines that share the rows; auto starts as many as the cluster has room for (default: 1)",
+        help="number of engines that share the rows; auto starts as many as the cluster has room for "
+        "(default: %(default)s)",
     )
-    engines.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        help="what rows may name as their model (default: the last part of --model)",
-    )
-    engines.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="which sampling defaults apply where rows set none: auto is the model's, none OpenAI's (default: auto)",
-    )
+    engines.add_argument("--served-model-name", metavar="NAME", help=SERVED_MODEL_NAME)
+    add_generation_config(engines)
     add_engine(parser)
 
 

@@ -39,8 +39,8 @@ class EngineOptions:
 def run(arguments: argparse.Namespace) -> int:
     """0 once every row has its result, be that an error or not.
 
-    Raises `ValueError` for what cannot be, and `EngineStartError` or `EngineDeadError`, after which the same command
-    goes on.
+    Raises `ValueError` for what cannot be run, and `EngineStartError` or `EngineDeadError`, after which the same
+    command resumes the job.
     """
     places = Places.of(arguments.input, arguments.output, arguments.work_dir)
     config = engine_config(arguments)
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _exact(config: EngineConfig) -> str:
-    """The model, such that another is never called the same."""
+    """A name for the model that no other model has."""
     return config.model if config.revision is None else f"{config.model}@{config.revision}"
 
 

@@ -68,7 +68,7 @@ class Journal:
     def recover(self, known: Survey) -> Done:
         """The lines that are done; cuts the file where its last whole line ends.
 
-        Raises `ValueError` if a result is of no line of the input, or of one that has a result already.
+        Raises `ValueError` if a result does not belong to a line of the input, or to one that has a result already.
         """
         done = Done(bytearray(len(known.ids) + 1))
         end = 0

@@ -93,7 +93,7 @@ class BatchRun:
         raise EngineDeadError(next(filter(None, ends)))
 
     async def _drive(self, replica: Replica, window: int) -> str | None:
-        """Why the replica is gone for good, or None once there is no line left to take."""
+        """Why the replica is gone for good, or None when no line is left to take."""
         recovers = False  # then suspects come first
         while True:
             if recovers and (group := self._group(window)):
@@ -119,7 +119,7 @@ class BatchRun:
         return group
 
     async def _restart(self, replica: Replica, death: str) -> str | None:
-        """None with a new engine, or why there is none. Raises `EngineDeadError` if engines do nothing but die."""
+        """None with a new engine, or why there is none. Raises `EngineDeadError` if engines keep dying."""
         self._num_in_vain += 1
         if self._num_in_vain >= MAX_IN_VAIN:
             raise EngineDeadError(f"{self._num_in_vain} engines died one after the other, and answered no row: {death}")
@@ -168,7 +168,9 @@ class BatchRun:
         self._suspects = deque(sorted(self._suspects, key=lambda each: each.num_deaths))
 
     def _give_up(self) -> None:
-        """Rows that are to blame have their results once an engine has answered another: so it was not the engines."""
+        """Rows that are to blame get their results once an engine has answered another row, which shows that engines
+        work.
+        """
         for row, death in self._blamed:
             logger.warning("line %d is given up, since engines died while they ran it", row.line.number)
             self._record(rows.result(row.line, rows.fatal(row.num_alone, death)), failed=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from eagleray.cluster.options import options
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.bench.metrics import LIMITABLE
 from eagleray.deploy.cli.arguments import add_engine
@@ -13,27 +14,46 @@ from eagleray.deploy.cli.options import add_options
 
 SAMPLED_BY = ("temperature", "top_p", "top_k")  # sampling options that change how long a step takes
 ENDPOINTS = ("completions", "chat")
+NUM_PROMPTS, INPUT_LEN = 1000, 1024  # where there is no dataset
+BATCH_SIZE = 8  # of `bench latency`
+PROFILED_SIZES = (1, 64, 256)  # batch sizes of `profile`, as many as fit, where none are asked for
 BENCH_DEFAULTS = {"enable_prefix_caching": False}  # a prompt that is met again must cost what it cost at first
 
 
 def add_latency(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray bench latency`."""
     batch = parser.add_argument_group("batches")
-    batch.add_argument("--input-len", type=count, default=32, metavar="N", help="tokens of each prompt (default: 32)")
     batch.add_argument(
-        "--output-len", type=count, default=128, metavar="N", help="tokens of each answer (default: 128)"
+        "--input-len",
+        type=count,
+        default=32,
+        metavar="N",
+        help="length of each prompt, in tokens (default: %(default)s)",
+    )
+    batch.add_argument(
+        "--output-len",
+        type=count,
+        default=128,
+        metavar="N",
+        help="length of each answer, in tokens (default: %(default)s)",
     )
     batch.add_argument(
         "--batch-size",
         type=count,
         nargs="+",
-        default=[8],
+        default=[BATCH_SIZE],
         metavar="N",
-        help="requests at once; several are run in turn (default: 8)",
+        help=f"requests at once; several sizes are run in turn (default: {BATCH_SIZE})",
     )
-    batch.add_argument("--num-iters", type=count, default=30, metavar="N", help="batches to measure (default: 30)")
     batch.add_argument(
-        "--num-iters-warmup", type=whole, default=10, metavar="N", help="batches before those (default: 10)"
+        "--num-iters", type=count, default=30, metavar="N", help="number of batches to measure (default: %(default)s)"
+    )
+    batch.add_argument(
+        "--num-iters-warmup",
+        type=whole,
+        default=10,
+        metavar="N",
+        help="number of batches to run before those that are measured (default: %(default)s)",
     )
     _add_common(parser)
 
@@ -52,38 +72,51 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         type=http_url,
         default="http://127.0.0.1:8000/v1",
         metavar="URL",
-        help="what OpenAI's clients call so (default: http://127.0.0.1:8000/v1)",
+        help="address of the server's API, as clients of OpenAI's take it (default: %(default)s)",
     )
     server.add_argument(
-        "--model", "-m", metavar="NAME", help="as the server's /models lists it, or demo (default: the only one there)"
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="name of the model, as the server's /models lists it, or demo (default: the only one there)",
     )
     server.add_argument(
-        "--endpoint", choices=ENDPOINTS, default="completions", help="which one is asked (default: completions)"
+        "--endpoint", choices=ENDPOINTS, default="completions", help="endpoint to ask (default: %(default)s)"
     )
     server.add_argument(
-        "--api-key-env", metavar="NAME", help="the environment variable with the key (default: OPENAI_API_KEY, if set)"
+        "--api-key-env", metavar="NAME", help="environment variable with the API key (default: OPENAI_API_KEY, if set)"
     )
     server.add_argument(
-        "--timeout", type=seconds, default=300.0, metavar="S", help="silence after which a request fails (default: 300)"
+        "--timeout",
+        type=seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds of silence after which a request fails (default: %(default)s)",
     )
     server.add_argument(
-        "--max-concurrency", type=count, metavar="N", help="requests at once; one more is due only when another ends"
+        "--max-concurrency",
+        type=count,
+        metavar="N",
+        help="maximum number of requests at once; one more is sent only when another ends",
     )
     server.add_argument(
         "--vocab-size",
         type=count,
         default=32000,
         metavar="N",
-        help="prompts for completions are random token ids below this (default: 32000)",
+        help="prompts for the completions endpoint are random token ids below this (default: %(default)s)",
     )
     server.add_argument(
-        "--max-model-len", type=count, metavar="N", help="refuse prompts that are longer with their answer"
+        "--max-model-len",
+        type=count,
+        metavar="N",
+        help="maximum length of prompt and answer together, in tokens; refuse to send longer ones",
     )
     server.add_argument(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="ask for answers of full length, as vLLM's extension does it (default: yes)",
+        help=f"{options(SamplingParams)['ignore_eos'].text}, with a field that vLLM has, too (default: yes)",
     )
     _add_requests(parser)
     _add_seed(parser)
@@ -93,13 +126,28 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _add_requests(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("requests")
-    load.add_argument("--num-prompts", type=count, metavar="N", help="requests (default: 1000, or all of --dataset)")
-    load.add_argument("--input-len", type=count, metavar="N", help="mean tokens of a prompt (default: 1024)")
     load.add_argument(
-        "--output-len", type=count, default=128, metavar="N", help="mean tokens of an answer (default: 128)"
+        "--num-prompts",
+        type=count,
+        metavar="N",
+        help=f"number of requests (default: {NUM_PROMPTS}, or all of --dataset)",
     )
     load.add_argument(
-        "--range-ratio", type=float, default=0.0, metavar="X", help="lengths vary evenly by this share up and down"
+        "--input-len", type=count, metavar="N", help=f"mean length of prompts, in tokens (default: {INPUT_LEN})"
+    )
+    load.add_argument(
+        "--output-len",
+        type=count,
+        default=128,
+        metavar="N",
+        help="mean length of answers, in tokens (default: %(default)s)",
+    )
+    load.add_argument(
+        "--range-ratio",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="share of the mean by which lengths vary up and down, evenly (default: %(default)s)",
     )
     for side in ("input", "output"):
         load.add_argument(
@@ -107,19 +155,26 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
             type=float,
             default=0.0,
             metavar="X",
-            help=f"{side} lengths are log-normal: the standard deviation of their logarithm; cut at the model's limit",
+            help=f"make {side} lengths log-normal, with this standard deviation of their logarithm; the longest are "
+            "cut at the model's limit",
         )
     load.add_argument(
-        "--dataset", type=Path, metavar="FILE", help="prompts from a file, as `eagleray generate --file` reads them"
+        "--dataset", type=Path, metavar="FILE", help="file with prompts, as `eagleray generate --file` reads them"
     )
     load.add_argument(
         "--request-rate",
         type=float,
         default=math.inf,
         metavar="X",
-        help="requests per second, arriving as a Poisson process (default: inf, all at once)",
+        help="requests per second, arriving as a Poisson process (default: %(default)s, all at once)",
     )
-    load.add_argument("--num-warmups", type=whole, default=1, metavar="N", help="requests before those (default: 1)")
+    load.add_argument(
+        "--num-warmups",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="number of requests before those that are measured (default: %(default)s)",
+    )
     load.add_argument(
         "--goodput",
         type=limit,
@@ -127,7 +182,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME:MS",
-        help=f"count requests that keep every limit, in milliseconds; names are {', '.join(LIMITABLE)}",
+        help=f"count the requests that keep every limit, in milliseconds; names are {', '.join(LIMITABLE)}",
     )
 
 
@@ -139,16 +194,25 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
         type=count,
         nargs="+",
         metavar="N",
-        help="requests at once; several are profiled in turn (default: as many of 1 64 256 as fit)",
+        help="requests at once; several sizes are run in turn "
+        f"(default: as many of {' '.join(map(str, PROFILED_SIZES))} as fit)",
     )
     decodes.add_argument(
-        "--context-len", type=count, default=1024, metavar="N", help="tokens of each prompt (default: 1024)"
+        "--context-len",
+        type=count,
+        default=1024,
+        metavar="N",
+        help="length of each prompt, in tokens (default: %(default)s)",
     )
     decodes.add_argument(
-        "--num-steps", type=count, default=20, metavar="N", help="steps to profile, give or take two (default: 20)"
+        "--num-steps",
+        type=count,
+        default=20,
+        metavar="N",
+        help="number of steps to profile, give or take two (default: %(default)s)",
     )
     decodes.add_argument(
-        "--output-dir", type=folder, required=True, metavar="DIR", help="Chrome traces and figures go there"
+        "--output-dir", type=folder, required=True, metavar="DIR", help="directory for Chrome traces and figures"
     )
     _add_seed(parser)
     _add_engine_and_sampling(parser, positional=True)
@@ -161,11 +225,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write settings, versions and figures there")
+    parser.add_argument(
+        "--output-json", type=Path, metavar="FILE", help="file to write settings, versions and figures to"
+    )
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
-    text = "of prompts and arrivals (default: 0)"
+    text = "seed of random prompts and times of arrival (default: %(default)s)"
     parser.add_argument("--seed", dest="workload_seed", type=whole, default=0, metavar="N", help=text)
 
 
@@ -179,7 +245,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_params(arguments: argparse.Namespace, max_tokens: int) -> SamplingParams:
-    """So many tokens exactly, drawn as asked. Raises `ValueError` for values out of range."""
+    """Parameters for exactly this many tokens, drawn as asked. Raises `ValueError` for values out of range."""
     drawn = {name: getattr(arguments, name) for name in SAMPLED_BY if hasattr(arguments, name)}
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **drawn)
 
@@ -241,7 +307,7 @@ def http_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # the port is not a number, or too large
         usable = False
     if not usable or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"{text!r} is not an address such as http://127.0.0.1:8000/v1")

@@ -36,7 +36,7 @@ class Exchange:
 
 
 def is_here(url: str) -> bool:
-    """Whether it leads to this machine by its loopback address."""
+    """Whether the URL leads to this machine by its loopback address."""
     host = httpx.URL(url).host
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -34,7 +34,7 @@ class LatencyCase:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write. Raises `ValueError` for what cannot be run before the engine starts."""
+    """Measure, print, write. Raises `ValueError`, before the engine starts, for what cannot be run."""
     config = engine_config(arguments)
     check_batches(config, arguments.batch_size, arguments.input_len + arguments.output_len)
     bench_params(arguments, arguments.output_len)  # so that what it refuses is refused now

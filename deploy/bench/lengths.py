@@ -4,14 +4,15 @@ import argparse
 
 import numpy as np
 
+from eagleray.deploy.bench.arguments import INPUT_LEN
 from eagleray.deploy.bench.workload import Lengths
 from eagleray.deploy.cli.prompts import Task, read_file
 
-NUM_PROMPTS, INPUT_LEN = 1000, 1024  # where there is no dataset
-
 
 def input_lengths(arguments: argparse.Namespace, count: int, rng: np.random.Generator, limit: int) -> list[int]:
-    """Tokens of each prompt. Raises `ValueError` for what makes no distribution, as `output_lengths` does."""
+    """Tokens of each prompt. Raises `ValueError` for parameters that do not make a distribution, as `output_lengths`
+    does.
+    """
     mean = arguments.input_len or INPUT_LEN
     lengths = Lengths(mean=mean, range_ratio=_ratio(arguments, "input"), sigma=arguments.input_len_sigma)
     return lengths.draw(count, rng, limit)
@@ -32,7 +33,7 @@ def check_fits(num_input: int, num_output: int, limit: int) -> None:
 
 
 def dataset_tasks(arguments: argparse.Namespace) -> list[Task]:
-    """As many of the file's prompts as are asked for. Raises `ValueError` for what it cannot give."""
+    """As many of the file's prompts as are asked for. Raises `ValueError` if there are too few, or for lengths."""
     if arguments.input_len is not None or arguments.input_len_sigma:
         raise ValueError("--dataset brings its own prompts; leave out --input-len and --input-len-sigma")
     tasks = read_file(arguments.dataset, "--dataset")

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from eagleray.cluster.errors import counted
 from eagleray.cluster.frontend.prompts import Message
-from eagleray.deploy.bench.arguments import SAMPLED_BY, bench_params, goodput_limits
+from eagleray.deploy.bench.arguments import NUM_PROMPTS, SAMPLED_BY, bench_params, goodput_limits
 from eagleray.deploy.bench.http_load import Ask, Exchange, HttpLoad, is_here
-from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
+from eagleray.deploy.bench.lengths import check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench.metrics import serving_figures, spread
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table
@@ -40,7 +40,7 @@ Prompt = str | list[int] | list[Message]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 if a request failed. Raises `ValueError` for what cannot be asked before anything is sent."""
+    """0, or 1 if a request failed. Raises `ValueError`, before anything is sent, for what cannot be asked."""
     check_writable(arguments.output_json, "--output-json")
     limits = goodput_limits(arguments.goodput)
     headers = _key_header(arguments.api_key_env)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> list[Ask]:
-    """The requests, in the order in which they are due. Raises `ValueError` for what cannot be.
+    """The requests, in the order in which they are due. Raises `ValueError` for options that do not work together.
 
     With equal options and a model's vocabulary size they are those of `eagleray bench throughput`.
     """
@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> list[Ask]:
 
 
 def warm_ups(arguments: argparse.Namespace, asks: Sequence[Ask]) -> list[Ask]:
-    """The first requests, with other tokens: none that is measured may find its prefix already there."""
+    """The first requests, with other tokens, so that no measured request finds its prefix in the cache."""
     rng = np.random.default_rng()
     prompts = [ask.body.get("prompt") for ask in asks[: arguments.num_warmups]]
     drawn = _drawn(arguments, warm_up_lengths(prompts), rng)
@@ -139,7 +139,7 @@ def _body(arguments: argparse.Namespace, prompt: Prompt, max_tokens: int) -> dic
 
 
 def _served_name(arguments: argparse.Namespace, headers: Mapping[str, str]) -> str:
-    """The model's name as the server has it: "demo" is the demo model's, no name is that of its only model."""
+    """The model's name on the server: "demo" stands for the demo model, None for the only model there."""
     if arguments.model not in (None, DEMO):
         return str(arguments.model)
     url = f"{arguments.base_url}/models"

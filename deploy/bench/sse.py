@@ -29,7 +29,7 @@ class HttpAnswer:
 
 
 def answer_of(events: Sequence[tuple[float, bytes]]) -> HttpAnswer:
-    """`events` are times and what came after `data:`. Raises `Failure` for an answer that is none, or not whole."""
+    """`events` are times and what came after `data:`. Raises `Failure` if the answer is malformed or incomplete."""
     parts: list[tuple[float, bool]] = []  # time, and whether there is text
     usage: object = None
     done = bool(events) and events[-1][1] == b"[DONE]"

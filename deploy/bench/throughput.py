@@ -11,9 +11,9 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import counted
 from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.runtime.resolve import check_model, folder_of
-from eagleray.deploy.bench.arguments import bench_params, goodput_limits
+from eagleray.deploy.bench.arguments import NUM_PROMPTS, bench_params, goodput_limits
 from eagleray.deploy.bench.engine_load import Load, Planned
-from eagleray.deploy.bench.lengths import NUM_PROMPTS, check_fits, dataset_tasks, input_lengths, output_lengths
+from eagleray.deploy.bench.lengths import check_fits, dataset_tasks, input_lengths, output_lengths
 from eagleray.deploy.bench.metrics import RequestTimes, serving_figures
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table
@@ -24,7 +24,7 @@ from eagleray.deploy.cli.prompts import in_chat
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 if a request failed. Raises `ValueError` for what cannot be run before the engine starts."""
+    """0, or 1 if a request failed. Raises `ValueError`, before the engine starts, for what cannot be run."""
     config = engine_config(arguments)
     check_writable(arguments.output_json, "--output-json")
     limits = goodput_limits(arguments.goodput)
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace, config: EngineConfig) -> list[Planned]:
-    """The requests, in the order in which they are due. Raises `ValueError` for what cannot be."""
+    """The requests, in the order in which they are due. Raises `ValueError` for options that do not work together."""
     rng = np.random.default_rng(arguments.workload_seed)
     model = check_model(config)
     limit = config.max_model_len or model.max_position_embeddings
@@ -79,7 +79,7 @@ def _from_dataset(arguments: argparse.Namespace, config: EngineConfig) -> list[P
 
 
 def _warm_ups(planned: list[Planned], count: int, vocab_size: int) -> list[Planned]:
-    """The first requests, with other tokens: none that is measured may find its prefix already there."""
+    """The first requests, with other tokens, so that no measured request finds its prefix in the cache."""
     alike = planned[:count]
     lengths = warm_up_lengths([each.prompt for each in alike])
     prompts = random_prompts(lengths, vocab_size, np.random.default_rng())

@@ -20,7 +20,9 @@ TIMES = {
 
 @contextmanager
 def requests_bar(total: int, err: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, for as long as it is entered; call what it gives with how many requests have ended."""
+    """A bar on a terminal while the context is entered; call what it yields with the number of requests that have
+    ended.
+    """
     columns = (
         MofNCompleteColumn(),
         BarColumn(),

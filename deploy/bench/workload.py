@@ -14,8 +14,8 @@ class Lengths:
     """A distribution of token counts around `mean`: fixed, or uniform, or log-normal.
 
     `range_ratio` r draws uniformly from `mean` x (1 - r) up to `mean` x (1 + r). `sigma` is the standard deviation of
-    the logarithm, with a median of mean / exp(sigma² / 2); the long tail is cut at `draw`'s limit.
-    Raises `ValueError` for what makes no distribution.
+    the logarithm, with a median of mean / exp(sigma² / 2); the long tail is cut at `draw`'s limit. Raises `ValueError`
+    for parameters that do not make a distribution.
     """
 
     mean: int
@@ -26,7 +26,7 @@ class Lengths:
         if self.mean < 1:
             raise ValueError(f"a length of {self.mean} tokens cannot be run; give at least 1")
         if not 0 <= self.range_ratio < 1:
-            raise ValueError(f"--range-ratio is {self.range_ratio:g}; give a share from 0 up to, but not, 1")
+            raise ValueError(f"--range-ratio is {self.range_ratio:g}; give a share from 0 up to, but not including, 1")
         if not 0 <= self.sigma <= 3:
             raise ValueError(f"the sigma of a length is {self.sigma:g}; give 0 to 3")
         if self.range_ratio and self.sigma:
@@ -48,14 +48,14 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, rng: np.random.Gener
 
 
 def warm_up_lengths(prompts: Sequence[object]) -> list[int]:
-    """How long prompts in place of these are: as long as one of token ids, and `WARM_UP_LEN` for a text."""
+    """The lengths of prompts that stand in for these: the same for token ids, and `WARM_UP_LEN` for a text."""
     return [len(prompt) if isinstance(prompt, list) else WARM_UP_LEN for prompt in prompts]
 
 
 def due_times(count: int, rate: float, rng: np.random.Generator) -> list[float]:
     """When each request is to be sent, in seconds from the start: a Poisson process of `rate` per second.
 
-    All at once if `rate` is infinite. Raises `ValueError` for a rate that is none.
+    All at once if `rate` is infinite. Raises `ValueError` unless the rate is above 0.
     """
     if not rate > 0:
         raise ValueError(f"--request-rate is {rate:g}; give requests per second above 0, or inf for all at once")

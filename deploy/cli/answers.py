@@ -58,7 +58,7 @@ class InOrder:
 
 
 def remark(sequence: CompletionOutput) -> str:
-    """What the text alone does not show: how it ended, if not by itself."""
+    """How a text ended, if not by itself: the text alone does not show it."""
     length = f"(cut at {counted(len(sequence.token_ids), 'token')})"
     endings = {"length": length, "abort": INTERRUPTED, None: INTERRUPTED}
     return endings.get(sequence.finish_reason, "")

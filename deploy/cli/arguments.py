@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eagleray.cluster.config import EngineConfig
-from eagleray.cluster.frontend.generation_config import DEFAULTED, chosen_defaults
+from eagleray.cluster.frontend.generation_config import CHOICE_HELP, CHOICES, DEFAULTED, chosen_defaults
 from eagleray.cluster.options import options
 from eagleray.cluster.runtime.resolve import check_model, found
 from eagleray.cluster.sampling_params import SamplingParams
@@ -19,9 +19,9 @@ from eagleray.deploy.cli.options import add_options, given
 
 SAMPLING_NOTES = {  # what is so on the command line alone
     "max_tokens": "none allows as many as the model holds",
-    "seed": "without, one is drawn or made of --engine-seed",
-    "bad_words": "give it again for another text",
-    "stop": "give it again for another text",
+    "seed": "without one, it is drawn, or derived from --engine-seed",
+    "bad_words": "may be given several times",
+    "stop": "may be given several times",
     "logprobs": "shown by --json",
     "prompt_logprobs": "shown by --json",
     "detokenize": "without it only --json has something to show",
@@ -32,6 +32,7 @@ CHAT_DEFAULTS = {"max_tokens": None}
 MODEL_FIRST = {name: getattr(SamplingParams(), name) for name in DEFAULTED}  # and this where it does not say
 CHAT_SAMPLING = MODEL_FIRST | {"temperature": 0.7}
 
+SYSTEM = "a system message that every conversation begins with"
 ENGINE_RENAMED = {"seed": "engine_seed"}  # --seed is the requests' own
 
 MISSING = "the following arguments are required:"
@@ -80,7 +81,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "-f",
         type=Path,
         metavar="PATH",
-        help='prompts from a file (- or nothing: standard input), one a line or as JSON lines {"prompt": "…"}, '
+        help='file with prompts (- or nothing: standard input), one a line or as JSON lines {"prompt": "…"}, '
         '{"prompt": [token ids]} or {"messages": [{"role": "user", "content": "…"}]}',
     )
     form = prompts.add_mutually_exclusive_group()
@@ -92,12 +93,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="take prompts as they are (default: chat if it can)",
     )
-    prompts.add_argument(
-        "--system", metavar="TEXT", help="a system message before every prompt; only with a chat template"
-    )
+    prompts.add_argument("--system", metavar="TEXT", help=f"{SYSTEM}; only with a chat template")
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", action="store_true", help="one JSON object for each prompt on standard output, in order"
+        "--json", action="store_true", help="print one JSON object for each prompt, in the prompts' order"
     )
     add_engine(parser)
     _add_sampling(parser, options(SamplingParams), GENERATE_DEFAULTS, MODEL_FIRST)
@@ -106,7 +105,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """Options of `eagleray chat`."""
     talk = parser.add_argument_group("conversation")
-    talk.add_argument("--system", metavar="TEXT", help="a system message that the conversation begins with")
+    talk.add_argument("--system", metavar="TEXT", help=SYSTEM)
     add_engine(parser)
     _add_sampling(parser, options(SamplingParams).keys() - NOT_IN_CHAT, CHAT_DEFAULTS, CHAT_SAMPLING)
 
@@ -134,18 +133,19 @@ def add_engine(
     )
 
 
+def add_generation_config(parser: "argparse._ArgumentGroup") -> None:
+    """Whose sampling defaults hold where a request, or the command line, says nothing."""
+    parser.add_argument(
+        "--generation-config", choices=CHOICES, default="auto", help=f"{CHOICE_HELP} (default: %(default)s)"
+    )
+
+
 def _add_sampling(
     parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any], fallback: Mapping[str, Any]
 ) -> None:
     """`fallback` is what holds for options that the model might have set, and did not."""
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--generation-config",
-        choices=("auto", "none"),
-        default="auto",
-        help="which sampling defaults apply where no option is given: auto is the model's generation_config.json, "
-        "none those shown here (default: auto)",
-    )
+    add_generation_config(sampling)
     add_options(sampling, SamplingParams, names, notes=SAMPLING_NOTES, defaults=defaults, model_first=fallback)
 
 
@@ -157,7 +157,7 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 def sampling_params(
     arguments: argparse.Namespace, folder: Path, fallback: Mapping[str, Any] = MODEL_FIRST
 ) -> SamplingParams:
-    """The options that were given, else what the model in `folder` says, unless it is not asked, else `fallback`.
+    """The options that were given, else the defaults of the model in `folder` if they are wanted, else `fallback`.
 
     Raises `ValueError` for values out of range, and for a generation_config.json that is wrong.
     """

@@ -85,7 +85,7 @@ def _stream(engine: "AsyncClient", answer: Answer, params: SamplingParams) -> As
 
 
 def _report(answers: Sequence[Answer], elapsed: float, err: Console) -> None:
-    """The figures, and each error once with the prompts that it befell."""
+    """Print the figures, and each error once with the prompts that it ended."""
     outputs = [answer.output for answer in answers if answer.output is not None]
     err.print(Figures.of(outputs, elapsed).line(), style="dim", highlight=False, soft_wrap=not err.is_terminal)
     failed: dict[str, list[str]] = {}

@@ -121,7 +121,9 @@ def _pick(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _chosen(parser: Parser, commands: Mapping[str, Command], words: list[str]) -> str:
-    """The command that the one word names; for another, the parser ends the program with the name that is nearest."""
+    """The command that the one word names; for any other word, the parser ends the program and names the nearest
+    command.
+    """
     names = list(dict.fromkeys(name.split()[0] for name in commands))
     if not words:
         parser.error(f"which command? {', '.join(names)}")
@@ -158,10 +160,10 @@ def guarded(run: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, arguments.debug)
     except SystemExit as ending:
-        if ending.code not in (TERMINATED, signal.SIGTERM):  # the second is Ray's, from the midst of its start
+        if ending.code not in (TERMINATED, signal.SIGTERM):  # the second is Ray's, in the middle of its start
             raise
         return _fail("ended by SIGTERM", TERMINATED, arguments.debug)
-    except BrokenPipeError:  # whoever read standard output has enough; Python would complain again at exit
+    except BrokenPipeError:  # the reader of standard output has closed it; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ValueError, OSError) as error:

@@ -8,6 +8,8 @@ from typing import Any
 
 from eagleray.cluster.options import Option, options
 
+SERVED_MODEL_NAME = "name by which requests ask for the model; its directory's, or OWNER/NAME, if not given"
+
 
 def add_options(
     parser: "argparse.ArgumentParser | argparse._ArgumentGroup",

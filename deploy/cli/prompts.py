@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.cluster.frontend.prompts import Message, check_text
+from eagleray.cluster.frontend.prompts import Message
+from eagleray.cluster.options import check_text
 from eagleray.deploy.cli.utf8 import utf8_text
 
 FORMS = 'give {"prompt": "text"}, {"prompt": [token ids]} or {"messages": [{"role": "user", "content": "text"}]}'

@@ -16,7 +16,7 @@ REFRESHES_PER_SECOND = 12
 
 
 class View(Protocol):
-    """Entered before the first news; left after the last, or with what there is on the way out of an interruption."""
+    """Entered before the first update; left after the last one, or, on an interruption, with what there is."""
 
     def __enter__(self) -> Self: ...
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -11,11 +11,14 @@ from starlette.exceptions import HTTPException
 
 from eagleray.cluster.errors import EngineDeadError, counted
 from eagleray.deploy.openai.errors import ApiError, BodyError, as_api_error
-from eagleray.deploy.openai.requests import CHAT_TAG, TEXT_TAG
+from eagleray.deploy.openai.requests import CHAT_TAG, TEXT_TAG, absent_in
 from eagleray.deploy.openai.truncate import MAX_SHOWN, excerpt, truncate
 from eagleray.deploy.openai.unsupported_fields import IN_CHATS, IN_COMPLETIONS
 
-KNOWN_ABSENT = IN_COMPLETIONS | IN_CHATS
+if TYPE_CHECKING:
+    from fastapi._compat import ModelField  # private: what a route's `body_field` is
+
+KNOWN_ABSENT = IN_COMPLETIONS | IN_CHATS  # what is lacking is the same everywhere
 MAX_NAMED = 20  # unknown fields in a message
 
 
@@ -35,9 +38,9 @@ def error_response(error: ApiError) -> Response:
     return Response(body, error.status, headers, "application/json")
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(validation_error(error.errors()))
+    return error_response(validation_error(error.errors(), getattr(request.scope.get("route"), "body_field", None)))
 
 
 async def _http(_: Request, error: Exception) -> Response:
@@ -53,15 +56,19 @@ async def _other(_: Request, error: Exception) -> Response:
     return error_response(as_api_error(error))
 
 
-def validation_error(errors: Sequence[Any]) -> ApiError:
-    """pydantic's findings as one message about the first field that is wrong, in words that name it."""
+def validation_error(errors: Sequence[Any], field: "ModelField | None") -> ApiError:
+    """pydantic's findings as one message about the first field that is wrong, in words that name it.
+
+    `field` is the route's body, whose model says which values it takes of a field that is not supported.
+    """
     first = errors[0]
     path = _path(first)
     match first["type"]:
         case "json_invalid":
             return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         case "extra_forbidden" if (absent := KNOWN_ABSENT.get(path)) is not None:
-            neutral = " or ".join(map(json.dumps, absent.neutral))
+            accepted = {} if field is None else absent_in(field.field_info.annotation)
+            neutral = " or ".join(map(json.dumps, absent.neutral if path in accepted else ()))
             others = f", or give {neutral}" if neutral else ""
             wanted = f"leave it out{others}"
             return ApiError(400, f"{path} is {excerpt(first.get('input'))}, but {absent.lack}; {wanted}", param=path)

@@ -11,7 +11,7 @@ from eagleray.cluster.sampling_params import MAX_BIAS, SamplingParams
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 16_384  # of all of them: a table of so many states is made for each prompt
-MAX_EXACT = 2**53  # bounds beyond it are no floats, as which FastAPI and pages have them
+MAX_EXACT = 2**53  # up to it, bounds stay exact as the floats that FastAPI and browsers make of them
 SAMPLING = options(SamplingParams)
 DEFAULT_MAX_TOKENS: int = SAMPLING["max_tokens"].default  # of completions, as OpenAI's
 

@@ -75,7 +75,7 @@ def _validated(check: Check | None, field: "ModelField | None", body: bytes, enc
         return value
     model, errors = field.validate(value, {}, loc=("body",))
     if errors:
-        raise validation_error(errors)
+        raise validation_error(errors, field)
     return model
 
 

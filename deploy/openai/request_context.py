@@ -14,7 +14,7 @@ RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 class Places:
     """So many places for all; and even if none is left, each of the tenants may have its share of as many more.
 
-    So the places that one tenant takes are never those of another, and `size` of them are free to whoever comes first.
+    So the places that one tenant takes are never those of another, and `size` of them go to the first who come.
     """
 
     def __init__(self, size: int, num_tenants: int) -> None:

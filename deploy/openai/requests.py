@@ -6,7 +6,7 @@ None, JSON's null, stands for a field's default everywhere, be that the model's 
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -81,10 +81,17 @@ class StrictModel(BaseModel):
         return schema
 
 
+def absent_in(kind: Any) -> dict[str, UnsupportedField]:
+    """What a body's model, or any of a union of models, takes as long as it asks for nothing."""
+    if isinstance(kind, type):
+        return dict(kind.absent) if issubclass(kind, StrictModel) else {}
+    return {name: each for part in get_args(kind) for name, each in absent_in(part).items()}
+
+
 class RequestBody(StrictModel):
     """A request's body."""
 
-    model: str | None = Field(None, description="As `/v1/models` lists it; the one that is served if left out.")
+    model: str | None = Field(None, description="The model's name, as `/v1/models` lists it; may be left out.")
 
 
 class StreamOptions(StrictModel):
@@ -137,12 +144,12 @@ class GenerationRequest(RequestBody):
     declared; the rest is as `SamplingParams` has it.
     """
 
-    stream: bool | None = Field(None, description="Answer with server-sent events, one for each piece of news.")
+    stream: bool | None = Field(None, description="Stream the answer as server-sent events while it is generated.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     n: NumChoices | None = Field(
         None,
-        description="Choices for each prompt, 1 by default; each draws by a seed of its own, the first by `seed`. At "
-        "`temperature` 0 they are all equal.",
+        description="Choices for each prompt, 1 by default; each is drawn with a seed of its own, the first with "
+        "`seed`. At `temperature` 0 all are equal.",
     )
     max_tokens: MaxTokens | None = Field(None, description="Maximum number of tokens generated for each choice.")
     stop: str | Stops | None = Field(
@@ -152,13 +159,13 @@ class GenerationRequest(RequestBody):
         None, description=f"Token ids, as text, to numbers from -{MAX_BIAS} to {MAX_BIAS}."
     )
 
-    user: str | None = Field(None, description=f"Who asks. {LOGGED}")
+    user: str | None = Field(None, description=f"An id of the end user. {LOGGED}")
     safety_identifier: str | None = Field(None, description=f"The new name of `user`. {LOGGED}")
     metadata: dict[str, Any] | None = Field(None, description=f"What the client wants to remember. {LOGGED}")
-    session_id: str | None = Field(None, description=f"Extension: of several requests. {LOGGED}")
+    session_id: str | None = Field(None, description=f"Extension: an id that several requests share. {LOGGED}")
     request_id: RequestId | None = Field(None, description="Extension: the answer's `id` ends with it.")
     store: bool | None = Field(None, description="Changes nothing: this server does not keep answers.")
-    service_tier: str | None = Field(None, description="Changes nothing: there is one, `default`.")
+    service_tier: str | None = Field(None, description="Changes nothing: `default` is the only tier.")
     prompt_cache_key: str | None = Field(None, description=CACHED)
     prompt_cache_retention: str | None = Field(None, description=CACHED)
     prompt_cache_options: dict[str, Any] | None = Field(None, description=CACHED)
@@ -194,8 +201,10 @@ class CompletionRequest(GenerationRequest):
         f"{DEFAULT_MAX_TOKENS} by default.",
     )
     logprobs: NumLogprobs | None = Field(None, description="Log-probabilities, also of the N most likely tokens.")
-    add_special_tokens: bool | None = Field(None, description="Extension: add a start token and such; true by default.")
-    best_of: int | None = Field(None, description="1 or `n`, which ask for nothing: no choices are ranked.")
+    add_special_tokens: bool | None = Field(
+        None, description="Extension: add a start token and the like; true by default."
+    )
+    best_of: int | None = Field(None, description="1 or `n`, which ask for nothing: choices are not ranked.")
 
 
 class TextPart(BaseModel):
@@ -233,7 +242,7 @@ class ChatMessage(BaseModel):
     content: str | Parts | None = Field(
         None, description="Text, or parts of type text, which newlines join; an assistant's may be null."
     )
-    name: str | None = Field(None, description="Who of that role; shows as far as the model's chat template uses it.")
+    name: str | None = Field(None, description="A name of the participant, if the model's chat template uses it.")
 
     @property
     def others(self) -> dict[str, Any]:
@@ -246,7 +255,8 @@ class Conversation(BaseModel):
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     add_generation_prompt: bool | None = Field(
-        None, description="Extension: let the assistant begin; true unless `continue_final_message`."
+        None,
+        description="Extension: end the prompt with the beginning of an answer; true unless `continue_final_message`.",
     )
     continue_final_message: bool | None = Field(None, description="Extension: continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: variables of the template.")
@@ -285,7 +295,7 @@ class TokenizeText(Tokenize):
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "Hello there"}]})
 
     prompt: str
-    add_special_tokens: bool | None = Field(None, description="With a start token and such; true by default.")
+    add_special_tokens: bool | None = Field(None, description="Add a start token and the like; true by default.")
 
 
 class TokenizeChat(Tokenize, Conversation):

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-NEW_IDS = "With `return_token_ids`: what was generated, the stop token included; in a stream what is new."
-PROMPT_IDS = "With `return_token_ids`: in a stream only in the first event."
+NEW_IDS = "With `return_token_ids`: ids of the generated tokens, the stop token included; in a stream, of the new ones."
+PROMPT_IDS = "With `return_token_ids`: ids of the prompt's tokens; in a stream only in the first event."
 FinishReason = Literal["stop", "length"]
 
 
@@ -14,8 +14,8 @@ class PromptTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    prompt_tokens: int = Field(description="Of all prompts; a prompt counts once, however many choices it has.")
-    completion_tokens: int = Field(description="Of all choices, end-of-sequence tokens included.")
+    prompt_tokens: int = Field(description="Tokens of all prompts; a prompt counts once, however many choices it has.")
+    completion_tokens: int = Field(description="Generated tokens of all choices, end-of-sequence tokens included.")
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
@@ -23,15 +23,19 @@ class Usage(BaseModel):
 class TextLogprobs(BaseModel):
     """Lists of one length, an entry for each token."""
 
-    tokens: list[str] = Field(description="Texts; what is not a whole character is `bytes:` and escapes, as `\\xf0`.")
-    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt.")
+    tokens: list[str] = Field(
+        description="The tokens' texts; what is not a whole character is `bytes:` and escapes, such as `\\xf0`."
+    )
+    token_logprobs: list[float | None] = Field(
+        description="Log-probability of each token; null for the first token of a prompt."
+    )
     top_logprobs: list[dict[str, float] | None] = Field(description="The most likely tokens, and the token itself.")
     text_offset: list[int] = Field(description="Where the token's text begins in the choice's, in characters.")
 
 
 class PromptLogprob(BaseModel):
     logprob: float
-    rank: int = Field(description="1 is the most likely token of the vocabulary.")
+    rank: int = Field(description="Rank in the vocabulary; 1 is the most likely token.")
     decoded_token: str | None
 
 
@@ -46,7 +50,9 @@ class Choice(BaseModel):
     stop_reason: int | str | None = Field(description="The stop text or stop token id; null for end of sequence.")
     token_ids: list[int] | None = Field(None, description=NEW_IDS)
     prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
-    prompt_logprobs: PromptLogprobs | None = Field(None, description="If asked for: of each token of the prompt.")
+    prompt_logprobs: PromptLogprobs | None = Field(
+        None, description="If asked for: log-probabilities of each token of the prompt."
+    )
 
 
 class Completion(BaseModel):
@@ -57,14 +63,16 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    usage: Usage | None = Field(None, description="In a stream only if asked for: in its last event, or in each.")
+    usage: Usage | None = Field(
+        None, description="Counts of tokens; in a stream only if asked for, in its last event or in each."
+    )
 
 
 class TopLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int] | None = Field(
-        description="What it adds to the text, be it a part of a character; null if not known."
+        description="The bytes that it adds to the text, perhaps part of a character; null if not known."
     )
 
 
@@ -100,12 +108,14 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
-    prompt_logprobs: PromptLogprobs | None = Field(None, description="If asked for: of each token of the prompt.")
-    service_tier: Literal["default"] | None = Field(None, description="Where a request names one.")
+    prompt_logprobs: PromptLogprobs | None = Field(
+        None, description="If asked for: log-probabilities of each token of the prompt."
+    )
+    service_tier: Literal["default"] | None = Field(None, description="Present if the request names one.")
 
 
 class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = Field(default=None, description="In a choice's first event.")
+    role: Literal["assistant"] | None = Field(default=None, description="Only in a choice's first event.")
     content: str
 
 
@@ -125,14 +135,14 @@ class ChatCompletionChunk(BaseModel):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
-    choices: list[ChunkChoice] = Field(description="Empty in the event with `usage` of all.")
+    choices: list[ChunkChoice] = Field(description="Empty in the event that has only `usage`.")
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = Field(None, description=PROMPT_IDS)
     service_tier: Literal["default"] | None = None
 
 
 class ModelPermission(BaseModel):
-    """What all clients may do: as vLLM has it, for programs that look for it."""
+    """What all clients may do, in the form that vLLM has, for programs that look for it."""
 
     id: str
     object: Literal["model_permission"] = "model_permission"
@@ -154,8 +164,8 @@ class ModelCard(BaseModel):
     created: int = Field(description="When the server started, in seconds since 1970.")
     owned_by: Literal["eagleray"]
     root: str = Field(description="The model's directory on the server.")
-    parent: str | None = Field(description="null: the model is not an adapter of another.")
-    max_model_len: int = Field(description="Tokens of prompt and answer together.")
+    parent: str | None = Field(description="Always null, since the model is not an adapter of another.")
+    max_model_len: int = Field(description="Maximum number of tokens of prompt and answer together.")
     permission: list[ModelPermission]
 
 
@@ -169,7 +179,7 @@ class Tokens(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str | None] | None = Field(
-        None, description="If asked for: as the vocabulary spells them; null for ids that it does not have."
+        None, description="If asked for: tokens as the vocabulary spells them; null for ids that it does not have."
     )
 
 
@@ -183,7 +193,7 @@ class TokenizerInfo(BaseModel):
 
 
 class Load(BaseModel):
-    server_load: int = Field(description="Prompts that run or wait here.")
+    server_load: int = Field(description="Number of prompts that run or wait here.")
 
 
 class Text(BaseModel):

@@ -26,10 +26,8 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
     """
     n = 1 if request.n is None else request.n
     if request.best_of not in (None, 1, n):
-        message = (
-            f"best_of is {excerpt(request.best_of)}, but this server ranks no choices; leave it out, or give 1 or n"
-        )
-        raise ApiError(400, message, param="best_of")
+        message = f"best_of is {excerpt(request.best_of)}, but this server does not rank choices"
+        raise ApiError(400, f"{message}; leave it out, or give 1 or n", param="best_of")
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)

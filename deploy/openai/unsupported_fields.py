@@ -26,10 +26,10 @@ class UnsupportedField:
 
 TOOLS = "this server does not call tools"
 GUIDES = "this server does not constrain output (JSON, grammar)"
-PROMPTS = "this server makes prompts by the model's own chat template alone"
-AUDIO = "this server answers with text alone"
+PROMPTS = "this server makes prompts only by the model's own chat template"
+AUDIO = "this server answers with text only"
 SEARCH = "this server does not search"
-BEAMS = "this server does not search by beams"
+BEAMS = "this server does not do beam search"
 TRANSFER = "this server does not transfer KV caches"
 
 EVERYWHERE: dict[str, UnsupportedField] = {
@@ -44,21 +44,21 @@ EVERYWHERE: dict[str, UnsupportedField] = {
     "spaces_between_special_tokens": UnsupportedField("this server writes tokens as the tokenizer does", (True,)),
     "thinking_token_budget": UnsupportedField("this server does not separate reasoning from answers"),
     "include_reasoning": UnsupportedField("this server does not separate reasoning from answers", (True,)),
-    "stream_interval": UnsupportedField("this server sends news as soon as it is there", (1,)),
+    "stream_interval": UnsupportedField("this server sends tokens as soon as they are generated", (1,)),
     "truncation_side": UnsupportedField("this server leaves out the beginnings of prompts", ("left",)),
     "logprob_token_ids": UnsupportedField("this server reports log-probabilities of the most likely tokens"),
-    "return_prompt_text": UnsupportedField("`/tokenize` and `/detokenize` tell a conversation's text", (False,)),
-    "return_token_offsets": UnsupportedField("this server has no such offsets", (False,)),
+    "return_prompt_text": UnsupportedField("`/tokenize` and `/detokenize` return a conversation's text", (False,)),
+    "return_token_offsets": UnsupportedField("this server does not report offsets", (False,)),
     "repetition_detection": UnsupportedField("this server does not look for repetitions"),
-    "watermarking": UnsupportedField("this server has no watermarks", (False,)),
-    "cache_salt": UnsupportedField("this server's prefix cache is one for all"),
+    "watermarking": UnsupportedField("this server does not add watermarks", (False,)),
+    "cache_salt": UnsupportedField("all requests share this server's prefix cache"),
     "kv_transfer_params": UnsupportedField(TRANSFER),
     "ec_transfer_params": UnsupportedField(TRANSFER),
-    "logits_processors": UnsupportedField("this server runs no code of clients"),
+    "logits_processors": UnsupportedField("this server does not run clients' code"),
     "vllm_xargs": UnsupportedField("this server has no extensions"),
 }
 IN_COMPLETIONS = EVERYWHERE | {
-    "suffix": UnsupportedField("this server does not fill in between two texts"),
+    "suffix": UnsupportedField("this server does not fill in text between two others"),
     "prompt_embeds": UnsupportedField("this server takes prompts as text or token ids"),
 }
 IN_CHATS = EVERYWHERE | {
@@ -69,11 +69,11 @@ IN_CHATS = EVERYWHERE | {
     "function_call": UnsupportedField(TOOLS, ("none", "auto")),
     "modalities": UnsupportedField(AUDIO, (["text"],)),
     "audio": UnsupportedField(AUDIO),
-    "prediction": UnsupportedField("this server does not take guesses at its answer"),
+    "prediction": UnsupportedField("this server does not use predicted outputs"),
     "web_search_options": UnsupportedField(SEARCH, nothing=(None,)),  # an empty one asks for a search
-    "moderation": UnsupportedField("this server does not judge what it is sent"),
-    "best_of": UnsupportedField("this server ranks no choices", (1,)),
-    "echo": UnsupportedField("this server repeats no messages", (False,)),
+    "moderation": UnsupportedField("this server does not moderate content"),
+    "best_of": UnsupportedField("this server does not rank choices", (1,)),
+    "echo": UnsupportedField("this server does not repeat messages", (False,)),
     "add_special_tokens": UnsupportedField(PROMPTS, (False,)),
     "chat_template": UnsupportedField(PROMPTS),
     "documents": UnsupportedField(PROMPTS),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core.kv_cache_manager import headroom
 from eagleray.cluster.runtime.resolve import check_model
+from eagleray.deploy.bench.arguments import PROFILED_SIZES
 
 if TYPE_CHECKING:
     from eagleray.cluster.runtime.engine_info import EngineInfo
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WARM_UP = 10  # decodes of all requests before the first one counts
-BATCH_SIZES = (1, 64, 256)  # as many as fit, where none are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,10 @@ class ProfileSizes:
         """The sizes to run; without an engine, those that would do if its KV cache were large enough.
 
         Raises `ValueError` for a size that was asked for and does not fit, and if not even the smallest of
-        `BATCH_SIZES` does.
+        `PROFILED_SIZES` does.
         """
         fit: list[int] = []
-        for size in self.batch_sizes or BATCH_SIZES:
+        for size in self.batch_sizes or PROFILED_SIZES:
             try:
                 self._check_length(config, size)
                 if engine is not None:
@@ -79,15 +79,15 @@ class ProfileSizes:
             )
 
     def _most_tokens(self, config: EngineConfig, batch_size: int) -> int:
-        """What a request may come to have. Of the decodes that are waited for there is room for as many again, since
-        steps go on while a profile starts and ends.
+        """The most tokens that a request may have in the end: twice the decodes that are waited for, since steps go on
+        while a profile starts and ends.
         """
         fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_chunk_tokens)
         return self.context_len + fill + 2 * (WARM_UP + 2 * self.num_steps)
 
 
 def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_chunk_tokens: int | None = None) -> int:
-    """So many steps at most until every prompt has run; the first request decodes a token in nearly each of them.
+    """The most steps until every prompt has run; the first request decodes a token in nearly all of them.
 
     Prompts get what decodes leave of a step's budget, which is least where they run in order: side by side they end
     later, and fewer decode meanwhile. Only where chunks are short may a step leave

@@ -84,7 +84,7 @@ class Share:
 class StepProfile:
     """The mean of a trace's steps. Where threads of the CPU overlap, groups add up to more than the step.
 
-    Kernels are launched while the one before still runs, and wait for it: what overlaps counts for who began first.
+    Kernels are launched while the one before still runs, and wait for it: overlaps count for the one that began first.
     """
 
     num_steps: int
@@ -95,7 +95,7 @@ class StepProfile:
 
 
 def read_trace(file: Path) -> dict[str, Any]:
-    """A trace, compressed if its name ends in gz. Raises `ValueError` for a file that is none."""
+    """Read a trace, compressed if its name ends in gz. Raises `ValueError` for a file that is not a trace."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         trace = json.loads(data)

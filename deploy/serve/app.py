@@ -192,7 +192,7 @@ def _launch(
 
 
 def _listen_here_only() -> None:
-    """Serve's proxies hand requests to replicas over gRPC, pickled: whoever reaches that port can run code here.
+    """Serve's proxies hand requests to replicas over gRPC, pickled: anyone who reaches that port can run code here.
 
     Serve listens on all addresses; one is enough, that by which other nodes know this one.
     """

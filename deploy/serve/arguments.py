@@ -23,10 +23,10 @@ REPEATED = {"api_keys": "--api-key"}  # options that are given once for each val
 class Site:
     """Where Ray Serve offers the application, and under which name. Raises `ValueError` as `EngineConfig` does."""
 
-    host: str = option("127.0.0.1", "where to listen; 0.0.0.0 is everywhere")
-    port: int = option(8000, "where to listen", (1, 65535))
-    name: str = option("eagleray", "of the application on Ray Serve")
-    route_prefix: str = option("/", "what all its paths begin with")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every address of the machine")
+    port: int = option(8000, "port to listen on", (1, 65535))
+    name: str = option("eagleray", "name of the application on Ray Serve")
+    route_prefix: str = option("/", "what every path of the application begins with")
 
     def __post_init__(self) -> None:
         check(self)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.frontend.generation_config import CHOICE_HELP, Choice
 from eagleray.cluster.options import NULL, OptionError, options
+from eagleray.deploy.cli.options import SERVED_MODEL_NAME
 from eagleray.deploy.openai.middleware.api_keys import check_keys, key_digest, keys_of_file
 from eagleray.deploy.openai.middleware.cors import ANY, check_origin
 from eagleray.models.loading.model_dir import public_name
@@ -27,46 +29,45 @@ class ServeArgs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: EngineConfig
-    served_model_name: str | None = Field(None, description="the model's name to clients; its directory's if not given")
-    generation_config: Literal["auto", "none"] = Field(
-        "auto",
-        description="which sampling defaults apply where requests set none: auto is the model's, none OpenAI's",
-    )
-    num_replicas: int = Field(1, ge=1, description="engines, each with ranks of its own")
+    served_model_name: str | None = Field(None, description=SERVED_MODEL_NAME)
+    generation_config: Choice = Field("auto", description=CHOICE_HELP)
+    num_replicas: int = Field(1, ge=1, description="number of engines, each with its own ranks")
     autoscaling_config: dict[str, Any] | None = Field(
         None, description="Ray Serve's AutoscalingConfig as JSON, instead of num_replicas"
     )
     max_surge_percent: int = Field(
-        0, ge=0, le=100, description="replicas beyond their number, in per cent, while an update replaces them"
+        0, ge=0, le=100, description="how many more replicas than usual may run during an update, in percent"
     )
     api_keys: tuple[SecretStr, ...] = Field(
-        (), description="keys that clients must send one of, better given in a file; none lets all in"
+        (), description="API keys, of which clients must send one, better given in a file; without any, all are let in"
     )
-    api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
+    api_keys_file: str | None = Field(None, description="file with API keys, one a line, on every node")
     guard_all: bool = Field(
-        False, description="ask for a key at the page and at /metrics, too, and not at /health alone"
+        False, description="ask for an API key at the page and at /metrics, too; only /health stays open"
     )
     allowed_origins: tuple[str, ...] = Field(
         (ANY,),
-        description="origins whose pages may send requests from a browser (CORS), separated by commas; * is any, which "
-        "is safe with keys, since no cookies count; without keys name yours, or give '' for none",
+        description="origins whose pages may send requests from a browser (CORS), separated by commas; * allows any, "
+        "which is safe with keys, since cookies are not used; without keys name yours, or give '' for none",
     )
     max_queued_requests: int = Field(
         256,
         ge=0,
-        description="requests that a replica lets wait beside max_num_seqs that run, before it answers 429; choices "
-        "of a request beyond its first have as many places of their own",
+        description="maximum number of requests that wait in a replica, beside the max_num_seqs that run; more get "
+        "429; choices of a request beyond its first have as many places of their own",
     )
     allow_priority: bool = Field(
         False,
         description="let clients set a priority: lower goes first, and others wait while such requests keep arriving",
     )
-    max_body_bytes: int = Field(16 * 2**20, ge=1, description="longest body of a request, before it answers 413")
+    max_body_bytes: int = Field(
+        16 * 2**20, ge=1, description="maximum size of a request's body, in bytes; a longer one gets 413"
+    )
     drain_timeout_s: float = Field(
-        60.0, gt=0, description="seconds that running requests may take once a replica is to stop"
+        60.0, gt=0, description="seconds that a replica which is to stop gives its running requests to finish"
     )
     stall_timeout_s: float = Field(
-        300.0, gt=0, description="seconds of silence while requests run after which the engine counts as dead"
+        300.0, gt=0, description="seconds without news while requests run, after which the engine counts as dead"
     )
     health_check_period_s: float = Field(
         2.0, gt=0, description="seconds between health checks; three failures replace the replica"
@@ -93,7 +94,7 @@ class ServeArgs(BaseModel):
     @field_validator("allowed_origins")
     @classmethod
     def _check_origins(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        """One empty text is none at all."""
+        """A single empty text stands for no origin."""
         origins = tuple(origin.strip() for origin in given)
         if origins == ("",):
             return ()

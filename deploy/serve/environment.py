@@ -95,7 +95,7 @@ def _write_command(file: Path) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, no two the same, for whoever listens there some seconds later.
+    """Ports that nobody listens on, no two the same, for processes that will listen there some seconds later.
 
     Not of those that Linux gives to connections, one of which might take it meanwhile. Raises `RuntimeError` if there
     are too few.

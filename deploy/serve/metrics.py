@@ -17,14 +17,14 @@ TIME_BUCKETS_S = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 6
 TOKEN_BUCKETS_S = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5]
 PART_BUCKETS_S = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 PARTS = {  # of `RequestParts`
-    "queue": "Of a request: until the ranks were free for its first step, and again after a preemption.",
-    "schedule": "Of a request: the engine core's work on steps while no rank computed.",
-    "broadcast": "Of a request: steps and their outputs on the way between engine core and ranks.",
-    "gpu": "Of a request: its steps on the ranks, from launch to output.",
-    "detokenize": "Of a request: its last tokens into text.",
-    "channel": "Of a request: its messages between serving process and engine core, until they were read.",
+    "queue": "Time that a request waited until the ranks were free for its first step, and again after a preemption.",
+    "schedule": "Part of a request's time: the engine core's work on steps while no rank computed.",
+    "broadcast": "Part of a request's time: steps and their outputs on the way between engine core and ranks.",
+    "gpu": "Part of a request's time: its steps on the ranks, from launch to output.",
+    "detokenize": "Part of a request's time: turning its last tokens into text.",
+    "channel": "Part of a request's time: its messages between serving process and engine core, until they were read.",
 }
-HTTP = "Of a request: in the serving process, before it went to the engine and after its last token came."
+HTTP = "Time of a request in the serving process, before it went to the engine and after its last token came."
 UNLABELLED: Mapping[str, str] = MappingProxyType({})
 
 
@@ -74,11 +74,15 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a time stamp beside every counter
         self._registry = every = CollectorRegistry()
-        self._start_s = Gauge(START_METRIC, "What the replica's start took, by part.", every, ("part",))
-        self._running = Gauge("eagleray_requests_running", "Sequences that the last step ran.", every)
-        self._waiting = Gauge("eagleray_requests_waiting", "Sequences that wait for a row or for memory.", every)
-        self._used_blocks = Gauge("eagleray_kv_blocks_used", "Blocks of the KV cache that requests hold.", every)
-        self._blocks = Gauge("eagleray_kv_blocks", "Blocks of the KV cache.", every)
+        self._start_s = Gauge(START_METRIC, "Time that the replica's start took, by part.", every, ("part",))
+        self._running = Gauge("eagleray_requests_running", "Number of sequences that the last step ran.", every)
+        self._waiting = Gauge(
+            "eagleray_requests_waiting", "Number of sequences that wait for a row or for memory.", every
+        )
+        self._used_blocks = Gauge(
+            "eagleray_kv_blocks_used", "Number of blocks of the KV cache that requests hold.", every
+        )
+        self._blocks = Gauge("eagleray_kv_blocks", "Number of blocks of the KV cache.", every)
         self._prefix_hits = Counter(
             "eagleray_prefix_hit_tokens_total", "Prompt tokens that were found in the KV cache.", every
         )
@@ -95,14 +99,20 @@ class Metrics:
         )
         self._requests = Counter("eagleray_requests_total", "Sequences that ended, and why.", every, ("finish_reason",))
         self._first_token_s = Histogram(
-            "eagleray_time_to_first_token_seconds", "From a prompt's arrival to its first token.", every, TIME_BUCKETS_S
+            "eagleray_time_to_first_token_seconds",
+            "Time from a prompt's arrival to its first token.",
+            every,
+            TIME_BUCKETS_S,
         )
         self._token_s = Histogram(
-            "eagleray_time_per_output_token_seconds", "Mean of a request after its first token.", every, TOKEN_BUCKETS_S
+            "eagleray_time_per_output_token_seconds",
+            "Mean time between the tokens of a request.",
+            every,
+            TOKEN_BUCKETS_S,
         )
         self._request_s = Histogram(
             "eagleray_request_seconds",
-            "From a prompt's arrival to its last token, unless it was cut off.",
+            "Time from a prompt's arrival to its last token, unless it was cut off.",
             every,
             TIME_BUCKETS_S,
         )

@@ -22,7 +22,7 @@ KEY = "eagleray start of "
 
 
 class ProgressReporter:
-    """An `OnProgress` in a replica, which whoever knows the application's name can read."""
+    """An `OnProgress` in a replica, which anyone who knows the application's name can read."""
 
     def __init__(self, application: str) -> None:
         self._key = f"{KEY}{application}".encode()

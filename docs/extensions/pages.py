@@ -42,13 +42,9 @@ def options(command: str, wanted: str | None) -> str:
     _named(COMMANDS[command].add_arguments)(parser)
     groups = {str(group.title): group for group in parser._action_groups if group._group_actions}
     if wanted is not None:
-        return _table("option", [(_flags(action), action.help) for action in groups[wanted]._group_actions])
+        return _of_group(parser, groups[wanted])
     own = {title: group for title, group in groups.items() if title not in ("options", "positional arguments")}
-    parts = [
-        f"**{title}**\n\n" + _table("option", [(_flags(action), action.help) for action in group._group_actions])
-        for title, group in own.items()
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join(f"**{title}**\n\n{_of_group(parser, group)}" for title, group in own.items())
 
 
 def server_options() -> str:
@@ -75,14 +71,19 @@ def link_results(markdown: str, where: str) -> str:
     return re.sub(r"\]\((?:\.\./)+tests/bench/results/([^)#]+)", on_the_site, markdown)
 
 
+def _of_group(parser: Parser, group: "argparse._ArgumentGroup") -> str:
+    expand = parser._get_formatter()._expand_help
+    return _table("option", [(_flags(action), expand(action)) for action in group._group_actions])
+
+
 def _flags(action: argparse.Action) -> str:
     names = " ".join(f"`{name}`" for name in action.option_strings if not name.startswith("--no-"))
     return names or f"`{action.metavar or action.dest}`"
 
 
-def _table(first: str, rows: list[tuple[str, str | None]], second: str = "meaning") -> str:
+def _table(first: str, rows: list[tuple[str, str]], second: str = "meaning") -> str:
     lines = [f"| {first} | {second} |", "| --- | --- |"]
     for name, text in rows:
-        shown = (text or "").replace("%%", "%").replace("|", "\\|").replace("*", "\\*")
+        shown = text.replace("|", "\\|").replace("*", "\\*")
         lines.append(f"| {name} | {shown} |")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ class Checkpoint:
                     raise ValueError(f"tensor {name} is in {file}, but the index does not say so; fetch both again")
 
     def differ(self, one: str, other: str) -> bool:
-        """Whether both tensors are there and are not equal to the last bit."""
+        """Whether both tensors are there and differ in at least one bit."""
         if one not in self.where or other not in self.where:
             return False
         first, second = (self._open(self.where[name]).get_slice(name) for name in (one, other))
@@ -128,7 +128,7 @@ class _Missing(ValueError):
 
 
 def open_file(file: Path) -> Any:
-    """A mapped safetensors file. Raises `ValueError` when it is missing, cut short, or no safetensors file."""
+    """A mapped safetensors file. Raises `ValueError` when it is missing, cut short, or not a safetensors file."""
     try:
         if not isfile(file):
             raise ValueError(f"there is no file {file}")
@@ -163,7 +163,7 @@ def _within(path: Path, index: Path, name: str, file: object) -> Path:
 
 
 def _explain(file: Path) -> str | None:
-    """What is wrong with a file that does not open, if it is that its end is missing."""
+    """The error for a file that does not open because its end is missing; None for another cause."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")

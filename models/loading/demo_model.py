@@ -42,7 +42,7 @@ def cache_dir() -> Path:
 
 
 def demo_model() -> Path:
-    """The demo model's directory. Whoever comes first makes it, others wait; raises `DemoModelError`.
+    """The demo model's directory. The first process makes it, others wait; raises `DemoModelError`.
 
     The directory appears in one rename, so that what exists is whole.
     """

@@ -26,7 +26,7 @@ class FetchError(RuntimeError):
 
 
 def is_repository(name: str) -> bool:
-    """Whether the hub may have a model of this name: OWNER/NAME. Paths such as ./models/x are none."""
+    """Whether the hub may have a model of this name: OWNER/NAME, and not a path such as ./models/x."""
     return REPOSITORY.fullmatch(name) is not None
 
 
@@ -100,7 +100,7 @@ def _weights(repository: str, folder: Path, file: str) -> None:
 
 @contextmanager
 def _explained(repository: str, revision: str | None) -> Iterator[None]:
-    """What goes wrong, in words that say what was looked for, where, and what can be done."""
+    """Errors, in words that say what was looked for, where, and what can be done."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -172,7 +172,7 @@ def _line(error: BaseException) -> str:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """A bar for each of some files of a few bytes helps nobody."""
+    """No progress bar for each of several small files."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

@@ -13,12 +13,12 @@ from eagleray.models.config import ModelConfig, check_tp
 from eagleray.models.decoder import CausalLM
 from eagleray.models.loading import dummy
 from eagleray.models.loading.checkpoint import Checkpoint
+from eagleray.models.loading.weight_formats import LOAD_FORMATS
 from eagleray.models.loading.weight_stream import WeightStream
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import platform_of
 from eagleray.parallel.weight_shard import HasWeightShards, WeightShard
 
-LOAD_FORMATS = ("safetensors", "dummy")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ class MappedFile:
     def region(self, name: str, region: tuple[slice, ...]) -> tuple[Bytes, torch.dtype]:
         """A view of a region of a tensor, with the bytes of a value as one dimension more, and the tensor's dtype.
 
-        Raises `ValueError` for a dtype that no weight has.
+        Raises `ValueError` for a dtype that weights never have.
         """
         entry = self._tensors[name]
         if entry["dtype"] not in DTYPES:

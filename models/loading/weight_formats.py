@@ -5,6 +5,7 @@ before anything starts.
 from os.path import isfile
 from pathlib import Path
 
+LOAD_FORMATS = ("safetensors", "dummy")  # what `load_model` takes
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH = ("pytorch_model*.bin", "consolidated*.pth", "*.pth", "*.pt")
 

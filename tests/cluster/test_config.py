@@ -15,12 +15,12 @@ from eagleray.models.config import ModelConfig
 @pytest.mark.parametrize(
     ("field", "values"),
     {
-        "tensor_parallel_size": [0, -1, 1.0, True, "2", None],
+        "tensor_parallel_size": [0, -1, 1.0, True, "2", None, 2**31],
         "dtype": ["float64", None],
         "device": ["tpu"],
         "load_format": ["pickle"],
         "seed": [-1, 1.5, "a", 2**64],
-        "max_model_len": [0, 2.5, "8k"],
+        "max_model_len": [0, 2.5, "8k", 2**31],
         "kv_cache_bytes": [0, -5, 1e9],
         "enable_prefix_caching": ["false", 1, None],
         "compile": ["no", 0],
@@ -29,7 +29,12 @@ from eagleray.models.config import ModelConfig
         "placement_timeout_s": [0, math.inf, math.nan],
         "start_timeout_s": [-1, math.inf],
         "step_timeout_s": ["5", math.inf, None],
-        "steps_in_flight": [0, 1.0],
+        "steps_in_flight": [0, 1.0, 2**40],
+        "max_num_seqs": [0, 2**17, 2**62],
+        "max_num_batched_tokens": [2**23],
+        "max_chunk_tokens": [0, 2**23],
+        "block_size": [0, 2**31],
+        "threads_per_rank": [0, 2**31],
         "num_speculative_tokens": [-1, 65, None],
     }.items(),
 )
@@ -87,3 +92,14 @@ def test_a_step_must_have_room_for_a_token_of_every_request() -> None:
     with pytest.raises(ValueError, match="max_num_batched_tokens is 100, less than max_num_seqs 200"):
         EngineConfig(model="m", max_num_batched_tokens=100, max_num_seqs=200)
     EngineConfig(model="m", max_num_batched_tokens=200, max_num_seqs=200)
+
+
+def test_a_chunk_must_fit_into_a_step() -> None:
+    with pytest.raises(ValueError, match="max_chunk_tokens is 600, more than max_num_batched_tokens 512"):
+        EngineConfig(model="m", max_num_batched_tokens=512, max_chunk_tokens=600)
+    EngineConfig(model="m", max_num_batched_tokens=512, max_chunk_tokens=512)
+
+
+def test_a_limit_is_told_to_the_last_digit() -> None:
+    with pytest.raises(ValueError, match=r"^max_num_seqs is 65537; give a whole number from 1 to 65536$"):
+        EngineConfig(model="m", max_num_seqs=65537)

@@ -1,9 +1,10 @@
 """What the documentation says can be done: commands parse, names exist, examples run, tables are those of the code."""
 
 import asyncio
+import builtins
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +22,16 @@ from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_N
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import Parser
 from eagleray.deploy.openai import field_types, limits
-from eagleray.deploy.serve.config import own_names
+from eagleray.deploy.serve.config import ServeArgs, own_names
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from eagleray.deploy.serve.metrics import PARTS
+from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES
+from support.defined_names import DefinedNames
 from support.doc_pages import PAGES, ROOT, CommandLine, blocks, commands, links, name_of, names, programs
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 
+DEFAULTS = EngineConfig(model="m")
 SHELL = sorted({(command.where, command.words) for command in commands()})
 UNCHECKED = {  # programs of others, of which no test here runs or parses a line; files and options of ours in it are
     "curl": "asks a server that runs",
@@ -42,7 +46,10 @@ ELSEWHERE = {  # files and folders that are not of this repository
     "config.json": "of a model",
     "generation_config.json": "of a model",
     "tokenizer.json": "of a model",
+    "results.jsonl.partial": "of a batch job",
     "results.jsonl.partial.json": "of a batch job",
+    "admin.sock": "of HAProxy",
+    "metrics.sock": "of HAProxy",
     "eagleray-UID/": "of Ray",
     "eagleray-*/hub": "of an engine",
     "ray/session_*/": "of Ray",
@@ -62,8 +69,14 @@ OTHERS_NAMES = {  # identifiers that are not in our source
     "PIP_FIND_LINKS": "of pip",
     "batch_req_n": "stands for `batch_req_1` and so on",
     "downscale_delay_s": "of Ray Serve",
+    "is_cuda": "of tensors; named so that nobody uses it",
     **{f"eagleray_{part}_seconds": "is made of `PARTS`" for part in PARTS},
 }
+
+
+def of_server(name: str) -> int:
+    """The default of one of the server's own options."""
+    return int(ServeArgs.model_fields[name].default)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +100,7 @@ def test_a_command_is_one_that_there_is(where: str, words: tuple[str, ...]) -> N
         "make everything",
         'make test TESTS="tests/nowhere"',
         'make test THESE="tests/docs"',
+        "make bench BENCH=nowhere",
         "python tests/bench/nowhere.py",
         "python tests/bench/soak.py --hours 5",
         "python -m eagleray.nowhere",
@@ -135,8 +149,21 @@ def check_make(words: list[str]) -> None:
             assert re.search(rf"^{name} \?=", text, re.MULTILINE), f"the Makefile has no variable {name}"
             for path in filter(lambda each: each.startswith("tests/"), value.split()):
                 assert (ROOT / path).exists(), f"there is no {path}"
+            if name == "BENCH":
+                check_bench(value)
         else:
             assert re.search(rf"^{name}:", text, re.MULTILINE), f"the Makefile has no target {name}"
+
+
+def check_bench(scripts: str) -> None:
+    for script in scripts.split():
+        assert (ROOT / f"tests/bench/{script}.py").exists(), f"there is no benchmark {script}"
+
+
+def test_the_benchmarks_that_make_runs_are_there() -> None:
+    found = re.search(r"^BENCH \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    check_bench(found[1])
 
 
 def check_python(words: list[str]) -> None:
@@ -203,15 +230,25 @@ def all_options() -> frozenset[str]:
     return frozenset(found)
 
 
+PACKAGES = ("cluster", "deploy", "models", "parallel", "workers")
+
+
 @cache
-def source() -> str:
-    """All that has names which a page may use, but the pages and this test."""
-    rooms = ("cluster", "deploy", "models", "parallel", "workers", "tests", "src/eagleray")
-    paths = [
-        path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml", ".sh", ".html")
-    ]
-    others = [ROOT / name for name in ("Makefile", "deploy/manifests/Dockerfile", "pyproject.toml")]
-    return "\n".join(path.read_text() for path in [*paths, *others] if path != Path(__file__))
+def packages() -> DefinedNames:
+    return DefinedNames(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+@cache
+def of_tests() -> DefinedNames:
+    return DefinedNames(path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__))
+
+
+@cache
+def manifests() -> set[str]:
+    """The words of the files for deployments, and of how this is installed; comments left out."""
+    files = [*(ROOT / "deploy/manifests").iterdir(), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    lines = (line for file in files if file.suffix != ".md" for line in file.read_text().splitlines())
+    return {word for line in lines if not line.lstrip().startswith("#") for word in re.findall(r"\w+", line)}
 
 
 NAMED = sorted({(page, code) for page, code in names()})
@@ -219,7 +256,7 @@ NAMED = sorted({(page, code) for page, code in names()})
 
 @pytest.mark.parametrize("page", [name_of(page) for page in PAGES])
 def test_what_a_page_names_is_there(page: str) -> None:
-    missing = [code for where, code in NAMED if where == page and not is_there(code)]
+    missing = [code for where, code in NAMED if where == page and not is_there(code, page)]
     assert not missing, f"{page} names {missing}"
 
 
@@ -239,10 +276,33 @@ def test_links_of_a_page_lead_to_files_of_the_repository(page: Path) -> None:
         "max_nmu_seqs",
         "eagleray bench nothing",
         "make all",
+        "Scheduler._make_rooms",
+        "Scheduler.block_size_of_nothing",
+        "Shedule.stats",
+        "llm.get_defaults()",
+        "eagleray.cluster.nowhere",
+        "max_nmu_seqs(8)",
+        "_prempt",
+        "KIND",
+        "Sit",
+        "DELIBERATE_ERRORS",
+        "DefinedNames",
     ],
 )
 def test_a_name_of_nothing_is_found(wrong: str) -> None:
-    assert not is_there(wrong)
+    """Or of tests alone, on a page for users."""
+    assert not is_there(wrong, "docs/tuning.md")
+
+
+@pytest.mark.parametrize(
+    "right", ["LLM.generate(prompts)", "Scheduler._make_room", "EngineConfig.max_num_seqs", "KINDS"]
+)
+def test_a_name_of_something_passes(right: str) -> None:
+    assert is_there(right, "docs/tuning.md")
+
+
+def test_pages_for_those_who_change_the_code_may_name_what_tests_define() -> None:
+    assert is_there("DELIBERATE_ERRORS", "docs/howto/model.md")
 
 
 def test_no_exception_is_left_that_no_page_needs() -> None:
@@ -251,8 +311,12 @@ def test_no_exception_is_left_that_no_page_needs() -> None:
     assert (unused, unrun) == (set(), set())
 
 
-def is_there(code: str) -> bool:
-    """Whether a name, an option, a path or a command within a line is one that there is; true for all other code."""
+def is_there(code: str, page: str) -> bool:
+    """Whether a name, an option, a path or a command within a line is one that there is; true for all other code.
+
+    A name in a package counts, and a word of a text in its code or of a manifest: neither comments nor docstrings.
+    Pages for those who change the code may name what tests define. Single words in lower case are not looked at.
+    """
     if code in ELSEWHERE or code in OTHERS_OPTIONS or code in OTHERS_NAMES:
         return True
     if code.startswith("eagleray "):
@@ -269,9 +333,30 @@ def is_there(code: str) -> bool:
         return code.split()[0] in all_options()
     if re.fullmatch(r"[\w-][\w./*-]*/|[\w-][\w./-]*/[\w.-]+|[\w.-]+\.(py|md|ya?ml|sh|html|json)", code):
         return (ROOT / code).exists() or (ROOT / "deploy" / "manifests" / code).exists()
-    if re.fullmatch(r"[A-Za-z]+(_[A-Za-z0-9]+)+|[A-Z][a-z]+([A-Z][A-Za-z]*)+", code):
-        return bool(re.search(rf"\b{code}\b", source()))
+    if found := re.fullmatch(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(\(.*\))?", code):
+        *owners, name = found[1].split(".")
+        if owners:
+            return has(owners, name)
+        if found[2] is not None or not name.islower() or "_" in name.strip("_") or name.startswith("_"):
+            return is_defined(name, page)
     return True
+
+
+def has(owners: Sequence[str], name: str) -> bool:
+    """Whether there is a module or an attribute of a class of ours; of another object, an attribute that may be its."""
+    if owners[0] == "eagleray":
+        return find_spec(".".join([*owners, name])) is not None
+    if owners[0][0].isupper():
+        return packages().has_attribute(owners[-1], name)
+    return find_spec(owners[0]) is not None or {*owners[1:], name} <= packages().names
+
+
+def is_defined(name: str, page: str) -> bool:
+    if page.startswith(("docs/howto/", "CONTRIBUTING")) and name in of_tests().names:
+        return True
+    if name in packages().names | packages().words | manifests() or hasattr(builtins, name):
+        return True
+    return (ROOT / name).exists() or (ROOT / "deploy" / "manifests" / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -333,6 +418,20 @@ def test_the_settings_of_ray_serve_are_those_that_are_set() -> None:
     settings = dict(found)
     assert settings.pop("RAY_SERVE_HAPROXY_BINARY_PATH").endswith("/eagleray-haproxy")
     assert settings == FASTER_STREAMS | HAPROXY
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("docs/failures.md", f"`--step-timeout-s`, {DEFAULTS.step_timeout_s:g} s by default"),
+        ("docs/tuning.md", f"on CPU it is {HOST_KV_CACHE_BYTES >> 30} GiB by default"),
+        ("docs/limits.md", f"`max_body_bytes`, {of_server('max_body_bytes') >> 20} MiB by default"),
+        ("docs/limits.md", f"requests, {DEFAULTS.max_num_seqs + of_server('max_queued_requests')} by default"),
+        ("docs/limits.md", f"{1 + DEFAULTS.max_num_seqs + of_server('max_queued_requests')} by default | each takes"),
+    ],
+)
+def test_a_default_in_a_page_is_that_of_the_code(page: str, words: str) -> None:
+    assert words in " ".join((ROOT / page).read_text().split())
 
 
 def test_the_parts_of_a_requests_time_are_those_that_are_measured() -> None:

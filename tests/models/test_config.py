@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from eagleray.models.architectures import ARCHITECTURES
 from eagleray.models.config import ModelConfig, RopeConfig, check_tp
-from eagleray.models.layers import frequencies
+from eagleray.models.layers import ACTIVATIONS, frequencies
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -89,6 +90,15 @@ def test_gemma_2_has_its_own_defaults() -> None:
     gemma = config(GEMMA2)
     assert (gemma.head_size, gemma.attention_scale, gemma.tie_word_embeddings) == (256, 1 / 16, True)
     assert (gemma.attention_soft_cap, gemma.final_soft_cap) == (50.0, 30.0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_activation_of_a_family_is_one_that_the_mlp_has(name: str) -> None:
+    """And the network has the one that its file may name."""
+    key, activation = ARCHITECTURES[name].activation
+    config = ModelConfig.from_dict(LLAMA | {"architectures": [name], key: activation})
+    assert config.activation == activation
+    assert activation in ACTIVATIONS
 
 
 def test_the_dtype_has_two_names() -> None:

@@ -155,7 +155,8 @@ def attend_kernel(
 ):
     """Programs take turns at (split, KV head), heads of one split side by side, since they share memory pages.
 
-    Each begins with the turn of its own number; further ones go to whoever asks first, since splits differ in length.
+    Each begins with the turn of its own number; further ones go to the program that asks first, since splits differ in
+    length.
     """
     if PDL:
         gdc_launch_dependents()

@@ -23,8 +23,8 @@ class KVCache:
     """Keys and values of every layer, of which each block is finite when a request gets it.
 
     Attention reads a block's slots behind a request's last token with weight 0, and 0 times NaN is NaN. So a request
-    whose keys or values overflow must leave nothing behind: whoever writes such numbers marks the block, and `clean`
-    zeroes what is marked before the block goes to another request. All of that is on the device.
+    whose keys or values overflow must leave nothing behind: the kernel that writes such numbers marks the block, and
+    `clean` zeroes what is marked before the block goes to another request. All of that is on the device.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 5000  # between nodes
 SILENT_MS = 30_000  # a node that vanishes without a word is noticed after this
-MAX_BYTES = 2**28  # of a message to a hub; whoever sends a longer one is disconnected
+MAX_BYTES = 2**28  # of a message to a hub; a peer that sends a longer one is disconnected
 MAX_DROPPED_AT_ONCE = 100  # so that a flood of nonsense leaves its receiver time for other things
 _TOKEN_BYTES = 32
 
@@ -82,7 +82,9 @@ class Hub:
             raise PeerGoneError(f"{peer.decode(errors='replace')} is not connected") from error
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        """The next (peer, bytes), or None if there is none now. What no peer of ours sends is dropped and counted."""
+        """The next (peer, bytes), or None if there is none now. Messages that none of our peers would send are dropped
+        and counted.
+        """
         for _ in range(MAX_DROPPED_AT_ONCE):
             try:
                 frames = self.socket.recv_multipart(flags=zmq.NOBLOCK)
@@ -155,6 +157,6 @@ def _never_drop(socket: "zmq.Socket[bytes]") -> None:
 
 
 def _notice_silence(socket: "zmq.Socket[bytes]") -> None:
-    """ZeroMQ's own heartbeats. Not for ipc: there they would only drop whoever is stopped for a while."""
+    """ZeroMQ's own heartbeats. Not for ipc: there they would only drop a peer that is stopped for a while."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+HOST_KV_CACHE_BYTES = 1 << 30  # of each rank on the host, where `kv_cache_bytes` is not given
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig:

@@ -51,7 +51,7 @@ def socket_place() -> Path:
 def _is_left_behind(directory: Path, min_age_s: float) -> bool:
     """Whether it is ours, has been there for a while, and holds a socket, and only that, on which nobody listens.
 
-    The kernel answers for whoever listens, however busy or stopped. It refuses once the process is gone.
+    The kernel answers for a process that listens, however busy or stopped. It refuses once the process is gone.
     """
     try:
         about = directory.lstat()

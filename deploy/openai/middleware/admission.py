@@ -19,7 +19,7 @@ MAX_COUNTED_BYTES = 6 * MAX_CHARACTERS  # JSON may write a character so
 
 
 class ApiKeys:
-    """401 without one of `keys` as bearer token, or one that has one of `digests`. None at all lets everybody in.
+    """401 without one of `keys` as bearer token, or one that has one of `digests`. Without any, everybody is let in.
 
     Only digests are kept and compared, each in constant time, and none is ever logged. Further in it is known which key
     it was: each is a tenant, and all share the engine fairly.

@@ -65,6 +65,41 @@ def test_every_field_is_an_option_with_a_help_text(capsys: pytest.CaptureFixture
     assert all(note in text for note in SAMPLING_NOTES.values())
 
 
+OF_TWO_KINDS = {  # flags that two commands take in two ways
+    "--input-len": "of all prompts, or on average",
+    "--output-len": "of all answers, or on average",
+    "--max-model-len": "of an engine, or of a server elsewhere",
+    "--model": "of an engine, or of a server elsewhere",
+    "--seed": "of a request, or of a whole load",
+    "--system": "with a chat template, which `chat` always has",
+    "--ignore-eos": "of our own engine, or of a server that may not know it",
+}
+
+
+def helps() -> dict[str, set[str]]:
+    """What all commands say of each option, without its default, which may be the command's own."""
+    said: dict[str, set[str]] = {}
+    for name, command in cli.COMMANDS.items():
+        parser = Parser(prog=name)
+        cli._named(command.add_arguments)(parser)
+        for action in parser._actions:
+            if action.option_strings:
+                text = parser._get_formatter()._expand_help(action)
+                said.setdefault(action.option_strings[0], set()).add(text.partition(" (default: ")[0])
+    return said
+
+
+def test_an_option_is_explained_in_the_same_words_by_every_command() -> None:
+    differing = {name for name, texts in helps().items() if len(texts) > 1}
+    assert differing == set(OF_TWO_KINDS)
+
+
+def test_a_help_text_can_be_read_by_itself() -> None:
+    """It does not go on where the option's name stops, and does not point at the one before it."""
+    dependent = ("of ", "where to ", "as ", "those ", "what all its", "batches before", "requests before those")
+    assert not [text for texts in helps().values() for text in texts if text.startswith(dependent)]
+
+
 def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["generate", "--help"])

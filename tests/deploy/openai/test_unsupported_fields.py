@@ -22,7 +22,9 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.openai.app import make_app
+from eagleray.deploy.openai.request_body import LARGE
 from eagleray.deploy.openai.served_model import ServedModel
+from eagleray.deploy.openai.unsupported_fields import IN_CHATS, IN_COMPLETIONS
 from support.local_engine import LocalEngine
 from support.tiny_model import END_ID, VOCAB_SIZE, write_tiny_model
 from support.typed_values import fields, values
@@ -140,6 +142,24 @@ async def test_what_is_not_there_is_refused_by_name(ask: Ask, path: str, field: 
         status, answer = await ask(path, **BODIES[path] | {field: value})
         assert (status, answer.get("error", {}).get("param")) == (400, field), (value, answer)
         assert field in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["at once", "in a thread"])
+@pytest.mark.parametrize("path", [*TYPES, "/tokenize", "/detokenize"])
+async def test_a_value_that_a_refusal_names_is_accepted(ask: Ask, path: str, large: bool) -> None:
+    body = BODIES.get(path, {"tokens": [1]} if path == "/detokenize" else {"messages": BODIES[CHATS]["messages"]})
+    if large:
+        body = body | {"x" * LARGE: None}
+    named = 0
+    for field in IN_COMPLETIONS | IN_CHATS:
+        status, answer = await ask(path, **body, **{field: {"asks": "for something"}})
+        if status == 200 or "or give " not in answer["error"]["message"]:
+            continue
+        for value in answer["error"]["message"].partition("or give ")[2].split(" or "):
+            named += 1
+            status, answer = await ask(path, **body, **{field: json.loads(value)})
+            assert status == 200, answer
+    assert named or path == "/detokenize"
 
 
 @pytest.mark.parametrize(("path", "field"), [each for each in FIELDS if each[1] in THERE])

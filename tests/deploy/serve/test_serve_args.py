@@ -62,7 +62,7 @@ def test_texts_as_serve_run_gives_them_become_what_they_mean() -> None:
     [
         ({"tensor_paralel_size": 2}, r"no such option: tensor_paralel_size; the options are .*tensor_parallel_size"),
         ({"engine": 2}, "no such option: engine"),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; give a whole number of at least 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; give a whole number from 1 to 4096"),
         ({"dtype": "int4"}, "dtype is 'int4'; choose one of"),
         ({"max_queued_requests": -1}, "^max_queued_requests is -1; give a whole number of at least 0$"),
         ({"drain_timeout_s": 0}, "^drain_timeout_s is 0; give a number above 0$"),
@@ -84,7 +84,7 @@ def test_what_nobody_knows_or_cannot_be_is_refused_with_what_is_known(given: dic
     ("given", "words"),
     [
         ({"tensor_paralel_size": 2}, "no such option: tensor_paralel_size; the options are "),
-        ({"tensor_parallel_size": "many"}, "tensor_parallel_size is 'many'; give a whole number of at least 1"),
+        ({"tensor_parallel_size": "many"}, "tensor_parallel_size is 'many'; give a whole number from 1 to 4096"),
         ({"api_keys": ["sk one"]}, "one of api_keys holds white space"),
         ({}, "device is 'auto', but there is no Ray cluster to look for GPUs in"),
     ],
@@ -201,11 +201,11 @@ def test_the_models_sampling_can_be_left_alone(model_dir: Path) -> None:
 
 
 def test_a_file_is_told_of_null_and_the_command_line_of_none(model_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number of at least 1, or null$"):
+    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number from 1 to 4194304, or null$"):
         build({"model": str(model_dir), "max_model_len": 0})
-    with pytest.raises(ValueError, match=r"^max_model_len is 'a'; give a whole number of at least 1, or null$"):
+    with pytest.raises(ValueError, match=r"^max_model_len is 'a'; give a whole number from 1 to 4194304, or null$"):
         build({"model": str(model_dir), "max_model_len": "a"})
-    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number of at least 1, or None$"):
+    with pytest.raises(ValueError, match=r"^max_model_len is 0; give a whole number from 1 to 4194304, or None$"):
         serve_args(parsed(str(model_dir), "--max-model-len", "0"))
 
 
