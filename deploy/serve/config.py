@@ -44,7 +44,8 @@ class ServeArgs(BaseModel):
     )
     api_keys_file: str | None = Field(None, description="a file with such keys on every node, one a line")
     guard_all: bool = Field(
-        False, description="ask for a key at the page and at /metrics, too, and not at /health alone"
+        False,
+        description="ask for a key at the page and at /metrics, too; then only health checks such as /health need none",
     )
     allowed_origins: tuple[str, ...] = Field(
         (ANY,),
