@@ -250,10 +250,12 @@ def _first_answer(url: str, timeout_s: float, link: ServerEnd) -> None:
 
 
 def _ask(url: str, timeout_s: float) -> None:
+    """Until the server is well. Raises `EngineStartError` with its last words once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:
+        left = max(POLL_S, deadline - time.monotonic())  # a sleep may have lasted beyond the end
         try:
-            open_here(f"{url}/health", deadline - time.monotonic()).close()
+            open_here(f"{url}/health", left).close()
         except OSError as error:
             if time.monotonic() >= deadline - POLL_S:
                 raise EngineStartError(f"the model started, but {url}/health says: {error}") from None
