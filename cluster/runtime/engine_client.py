@@ -87,37 +87,24 @@ class EngineClient:
         on_progress(Progress(PROCESSES))
         device = choose_device(config)
         room = room or place(config, device)
-        core = _create_core(room.group)
-        look = _Look(core.pid.remote() if nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id() else None)
+        core = look = None
         try:
+            core = _create_core(room.group)
+            here = nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id()
+            look = _Look(core.pid.remote() if here else None)
             info = _start_core(core, config, device, room.group, on_progress, look)
             on_progress(Progress(READY))
-        except ray.exceptions.GetTimeoutError:
-            _remove(core, room, look.pid)
-            raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
-        except ray.exceptions.RayError as error:
-            _remove(core, room, look.pid)
-            raise EngineStartError(describe(error)) from None
-        except BaseException:
-            _remove(core, room, look.pid)
+            info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
+            _log_start(info, config.tensor_parallel_size)
+            return cls(info, core, room, max(config.step_timeout_s, 10.0))
+        except BaseException as error:
+            with suppress(ray.exceptions.RayError):  # of a cluster that is gone, and the engine with it
+                _remove(core, room, None if look is None else look.pid)
+            if isinstance(error, ray.exceptions.GetTimeoutError):
+                raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise EngineStartError(describe(error)) from None
             raise
-        info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
-        logger.info(
-            "engine ready: %d rank%s on %s in %s, %s",
-            config.tensor_parallel_size,
-            "s" * (config.tensor_parallel_size > 1),
-            info.device,
-            info.dtype,
-            capacity(info.num_blocks, info.block_size, info.start.attention),
-        )
-        logger.info("%s", info.start.line())
-        if info.niceness > 0:
-            logger.warning(
-                "ranks run at nice %d, as Ray was told where it was started, and wait for other programs; "
-                "set RAY_worker_niceness=0 before `ray start`",
-                info.niceness,
-            )
-        return cls(info, core, room, max(config.step_timeout_s, 10.0))
 
     def send(self, message: RequestMessage) -> None:
         """Hand a message to the core without waiting. Raises `EngineDeadError` if the core is known to have ended."""
@@ -231,6 +218,24 @@ def _with_whole_start(info: EngineInfo, ray_seconds: float, total: float) -> Eng
     return msgspec.structs.replace(info, start=info.start.within(before, total))
 
 
+def _log_start(info: EngineInfo, num_ranks: int) -> None:
+    logger.info(
+        "engine ready: %d rank%s on %s in %s, %s",
+        num_ranks,
+        "s" * (num_ranks > 1),
+        info.device,
+        info.dtype,
+        capacity(info.num_blocks, info.block_size, info.start.attention),
+    )
+    logger.info("%s", info.start.line())
+    if info.niceness > 0:
+        logger.warning(
+            "ranks run at nice %d, as Ray was told where it was started, and wait for other programs; "
+            "set RAY_worker_niceness=0 before `ray start`",
+            info.niceness,
+        )
+
+
 def _create_core(group: PlacementGroup) -> Any:
     """Beside rank 0, so that steps stay on the node; it takes no resources of its own."""
     strategy = PlacementGroupSchedulingStrategy(group, 0)
@@ -288,11 +293,17 @@ def _remove_if_owner(owner: int, core: Any, room: Room, pid: int | None) -> None
 
 
 def _remove(core: Any, room: Room, pid: int | None = None) -> None:
-    """End the core, and see that its sockets go, too. `pid` is its process, if that is known and on this node."""
-    ray.kill(core)
-    if pid is not None:
-        kill_if_stopped(pid)
-    room.leave()
+    """End the core, if there is one, and see that its sockets go, too.
+
+    `pid` is its process, if that is known and on this node.
+    """
+    try:
+        if core is not None:
+            ray.kill(core)
+        if pid is not None:
+            kill_if_stopped(pid)
+    finally:
+        room.leave()
     begin = time.monotonic()
     while pid is not None and not has_ended(pid) and (waited := time.monotonic() - begin) < 2 * GONE_S:
         if waited > GONE_S:
