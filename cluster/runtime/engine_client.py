@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +44,10 @@ GONE_S = 1.0  # how long a core that is ended is waited for
 START_STOPPED_S = 4.0  # how long a starting core may be stopped
 
 
+def nothing_else() -> None:
+    """For starts that end for no other reason."""
+
+
 class EngineClient:
     """Owns an engine: started with it, closed with it."""
 
@@ -70,10 +74,17 @@ class EngineClient:
         )
 
     @classmethod
-    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
+    def start(
+        cls,
+        config: EngineConfig,
+        on_progress: OnProgress = unheard,
+        room: Room | None = None,
+        look: Callable[[], None] = nothing_else,
+    ) -> "EngineClient":
         """Start an engine and wait until it is ready. `on_progress` hears each phase in this thread, "ready" last.
 
-        Without `room` the engine reserves its own.
+        Without `room` the engine reserves its own. `look` is called every second or so, and may raise what ends the
+        start.
 
         Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
         a rank fails; then nothing is left running.
@@ -84,22 +95,23 @@ class EngineClient:
         on_progress(Progress(RAY))
         connect(config)
         connected = time.monotonic()
+        look()
         on_progress(Progress(PROCESSES))
         device = choose_device(config)
-        room = room or place(config, device)
-        core = look = None
+        room = room or place(config, device, look)
+        core = watch = None
         try:
             core = _create_core(room.group)
             here = nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id()
-            look = _Look(core.pid.remote() if here else None)
-            info = _start_core(core, config, device, room.group, on_progress, look)
+            watch = _CoreWatch(core.pid.remote() if here else None, look)
+            info = _start_core(core, config, device, room.group, on_progress, watch)
             on_progress(Progress(READY))
             info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
             _log_start(info, config.tensor_parallel_size)
             return cls(info, core, room, max(config.step_timeout_s, 10.0))
         except BaseException as error:
             with suppress(ray.exceptions.RayError):  # of a cluster that is gone, and the engine with it
-                _remove(core, room, None if look is None else look.pid)
+                _remove(core, room, None if watch is None else watch.pid)
             if isinstance(error, ray.exceptions.GetTimeoutError):
                 raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
             if isinstance(error, ray.exceptions.RayError):
@@ -243,7 +255,7 @@ def _create_core(group: PlacementGroup) -> Any:
 
 
 def _start_core(
-    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress, look: "_Look"
+    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress, look: "_CoreWatch"
 ) -> EngineInfo:
     """Raises what the core raises, and `GetTimeoutError`."""
     deadline = time.monotonic() + config.start_timeout_s + START_MARGIN_S
@@ -258,11 +270,12 @@ def _start_core(
         watch.close()
 
 
-class _Look:
-    """Ends a start whose core, on this node, stays stopped."""
+class _CoreWatch:
+    """Ends a start whose core, on this node, stays stopped, or that `look` has a reason to end."""
 
-    def __init__(self, pid: "ray.ObjectRef[int] | None") -> None:
+    def __init__(self, pid: "ray.ObjectRef[int] | None", look: Callable[[], None]) -> None:
         self._ref = pid
+        self._look = look
         self._pid: int | None = None
         self._ran = self._looked = time.monotonic()
 
@@ -276,6 +289,7 @@ class _Look:
         return self._pid
 
     def __call__(self) -> None:
+        self._look()
         now = time.monotonic()
         away, self._looked = now - self._looked > START_STOPPED_S / 2, now
         if away or (pid := self.pid) is None or state_of(pid) not in STOPPED:

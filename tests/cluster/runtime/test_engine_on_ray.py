@@ -155,6 +155,17 @@ def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(mode
     assert_nothing_is_left()
 
 
+def test_who_starts_an_engine_may_end_the_start_while_its_ranks_are_on_their_way(model_dir: Path) -> None:
+    def look() -> None:
+        if rank_processes():
+            raise KeyError("enough")
+
+    config = EngineConfig(model=str(model_dir), load_format="dummy", threads_per_rank=1, kv_cache_bytes=KV_CACHE_BYTES)
+    with pytest.raises(KeyError, match="enough"):
+        EngineClient.start(config, look=look)
+    assert_nothing_is_left()
+
+
 @pytest.mark.parametrize(
     ("blow", "heard"),
     [(RaySystemError("the cluster is busy"), EngineStartError), (KeyboardInterrupt(), KeyboardInterrupt)],
