@@ -39,9 +39,30 @@ class ChatRenderer:
     def start(self) -> "list[Lane]":
         """Start the process, if it does not run."""
         with self._lock:
-            if not self._lanes or not all(lane.works for lane in self._lanes):
-                self._lanes = _lanes()
+            self._start()
             return self._lanes
+
+    def warm_up(self) -> bool:
+        """As `start`; whether it did not run."""
+        with self._lock:
+            return self._start()
+
+    def end_unused(self) -> None:
+        """End the process if it was asked for nothing yet; a request starts another."""
+        with self._lock:
+            if self._works() and not any(lane.asked for lane in self._lanes):
+                for lane in self._lanes:
+                    lane.end()
+                self._lanes = []
+
+    def _start(self) -> bool:
+        if self._works():
+            return False
+        self._lanes = _lanes()
+        return True
+
+    def _works(self) -> bool:
+        return bool(self._lanes) and all(lane.works for lane in self._lanes)
 
     def render(self, template: str, messages: Any, options: dict[str, Any]) -> str:
         """The text. Raises `ValueError` for what the template refuses, or cannot do within its bounds."""
@@ -83,6 +104,7 @@ class Lane:
 
     def __init__(self, connection: socket.socket, process: "subprocess.Popen[bytes]") -> None:
         connection.settimeout(PATIENCE_S)
+        self.asked = False  # for anything yet
         self.thread = ThreadPoolExecutor(1, "chat template")
         self._connection = connection
         self._process = process
@@ -98,6 +120,7 @@ class Lane:
     def ask(self, seconds: float, template: str, messages: Any, options: dict[str, Any]) -> tuple[Answer, str]:
         """Raises `LaneLostError` if the process has ended, or was stuck and is killed."""
         request = marshal.dumps((seconds, template, plain(messages), plain(options)))
+        self.asked = True
         with self._lock:
             try:
                 send(self._connection, request)
@@ -110,12 +133,18 @@ class Lane:
                 raise LaneLostError
         return Answer(answer[0]), answer[1:].decode("utf-8", "surrogatepass")
 
+    def end(self) -> None:
+        """End the process, once it has answered what it was asked."""
+        with self._lock:
+            self._end()
+
     def _end(self) -> None:
         self._lost = True
         self._connection.close()
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.returncode is None:  # or else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _lanes() -> list[Lane]:

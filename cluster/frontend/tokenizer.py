@@ -93,10 +93,13 @@ class Tokenizer:
             self._words[name] = re.search(rf"\b{re.escape(name)}\b", template) is not None
         return self._words[name]
 
-    def warm_up(self) -> None:
-        """Start the process that chat templates need, while others wait for something else."""
-        if self.has_chat_template:
-            chat_renderer().start()
+    def warm_up(self) -> bool:
+        """Start the process that chat templates need, while others wait for something else; whether there was none."""
+        return self.has_chat_template and chat_renderer().warm_up()
+
+    def cool_down(self) -> None:
+        """End that process, unless it has been used."""
+        chat_renderer().end_unused()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, last: int | None = None) -> list[int]:
         """Token ids; special tokens are those that the tokenizer puts around a text, such as a start token.

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def in_background(run: Callable[[], T], name: str) -> "Future[T]":
-    """What `run` returns or raises, once it does. What is called when the future is done is called in that thread."""
+    """What `run` returns or raises, once it does."""
     future: Future[T] = Future()
 
     def work() -> None:

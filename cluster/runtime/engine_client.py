@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +44,10 @@ GONE_S = 1.0  # how long a core that is ended is waited for
 START_STOPPED_S = 4.0  # how long a starting core may be stopped
 
 
+def nothing_else() -> None:
+    """For starts that end for no other reason."""
+
+
 class EngineClient:
     """Owns an engine: started with it, closed with it."""
 
@@ -70,10 +74,17 @@ class EngineClient:
         )
 
     @classmethod
-    def start(cls, config: EngineConfig, on_progress: OnProgress = unheard, room: Room | None = None) -> "EngineClient":
+    def start(
+        cls,
+        config: EngineConfig,
+        on_progress: OnProgress = unheard,
+        room: Room | None = None,
+        look: Callable[[], None] = nothing_else,
+    ) -> "EngineClient":
         """Start an engine and wait until it is ready. `on_progress` hears each phase in this thread, "ready" last.
 
-        Without `room` the engine reserves its own.
+        Without `room` the engine reserves its own. `look` is called every second or so, and may raise what ends the
+        start.
 
         Raises `ValueError` for a model or an option that cannot work, `EngineStartError` if the cluster has no room or
         a rank fails; then nothing is left running.
@@ -84,40 +95,28 @@ class EngineClient:
         on_progress(Progress(RAY))
         connect(config)
         connected = time.monotonic()
+        look()
         on_progress(Progress(PROCESSES))
         device = choose_device(config)
-        room = room or place(config, device)
-        core = _create_core(room.group)
-        look = _Look(core.pid.remote() if nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id() else None)
+        room = room or place(config, device, look)
+        core = watch = None
         try:
-            info = _start_core(core, config, device, room.group, on_progress, look)
+            core = _create_core(room.group)
+            here = nodes_of(room.group)[0] == ray.get_runtime_context().get_node_id()
+            watch = _CoreWatch(core.pid.remote() if here else None, look)
+            info = _start_core(core, config, device, room.group, on_progress, watch)
             on_progress(Progress(READY))
-        except ray.exceptions.GetTimeoutError:
-            _remove(core, room, look.pid)
-            raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
-        except ray.exceptions.RayError as error:
-            _remove(core, room, look.pid)
-            raise EngineStartError(describe(error)) from None
-        except BaseException:
-            _remove(core, room, look.pid)
+            info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
+            _log_start(info, config.tensor_parallel_size)
+            return cls(info, core, room, max(config.step_timeout_s, 10.0))
+        except BaseException as error:
+            with suppress(ray.exceptions.RayError):  # of a cluster that is gone, and the engine with it
+                _remove(core, room, None if watch is None else watch.pid)
+            if isinstance(error, ray.exceptions.GetTimeoutError):
+                raise EngineStartError("the engine core did not start in time; raise start_timeout_s") from None
+            if isinstance(error, ray.exceptions.RayError):
+                raise EngineStartError(describe(error)) from None
             raise
-        info = _with_whole_start(info, connected - begin, time.monotonic() - begin)
-        logger.info(
-            "engine ready: %d rank%s on %s in %s, %s",
-            config.tensor_parallel_size,
-            "s" * (config.tensor_parallel_size > 1),
-            info.device,
-            info.dtype,
-            capacity(info.num_blocks, info.block_size, info.start.attention),
-        )
-        logger.info("%s", info.start.line())
-        if info.niceness > 0:
-            logger.warning(
-                "ranks run at nice %d, as Ray was told where it was started, and wait for other programs; "
-                "set RAY_worker_niceness=0 before `ray start`",
-                info.niceness,
-            )
-        return cls(info, core, room, max(config.step_timeout_s, 10.0))
 
     def send(self, message: RequestMessage) -> None:
         """Hand a message to the core without waiting. Raises `EngineDeadError` if the core is known to have ended."""
@@ -231,6 +230,24 @@ def _with_whole_start(info: EngineInfo, ray_seconds: float, total: float) -> Eng
     return msgspec.structs.replace(info, start=info.start.within(before, total))
 
 
+def _log_start(info: EngineInfo, num_ranks: int) -> None:
+    logger.info(
+        "engine ready: %d rank%s on %s in %s, %s",
+        num_ranks,
+        "s" * (num_ranks > 1),
+        info.device,
+        info.dtype,
+        capacity(info.num_blocks, info.block_size, info.start.attention),
+    )
+    logger.info("%s", info.start.line())
+    if info.niceness > 0:
+        logger.warning(
+            "ranks run at nice %d, as Ray was told where it was started, and wait for other programs; "
+            "set RAY_worker_niceness=0 before `ray start`",
+            info.niceness,
+        )
+
+
 def _create_core(group: PlacementGroup) -> Any:
     """Beside rank 0, so that steps stay on the node; it takes no resources of its own."""
     strategy = PlacementGroupSchedulingStrategy(group, 0)
@@ -238,7 +255,7 @@ def _create_core(group: PlacementGroup) -> Any:
 
 
 def _start_core(
-    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress, look: "_Look"
+    core: Any, config: EngineConfig, device: str, group: PlacementGroup, on_progress: OnProgress, look: "_CoreWatch"
 ) -> EngineInfo:
     """Raises what the core raises, and `GetTimeoutError`."""
     deadline = time.monotonic() + config.start_timeout_s + START_MARGIN_S
@@ -253,11 +270,12 @@ def _start_core(
         watch.close()
 
 
-class _Look:
-    """Ends a start whose core, on this node, stays stopped."""
+class _CoreWatch:
+    """Ends a start whose core, on this node, stays stopped, or that `look` has a reason to end."""
 
-    def __init__(self, pid: "ray.ObjectRef[int] | None") -> None:
+    def __init__(self, pid: "ray.ObjectRef[int] | None", look: Callable[[], None]) -> None:
         self._ref = pid
+        self._look = look
         self._pid: int | None = None
         self._ran = self._looked = time.monotonic()
 
@@ -271,6 +289,7 @@ class _Look:
         return self._pid
 
     def __call__(self) -> None:
+        self._look()
         now = time.monotonic()
         away, self._looked = now - self._looked > START_STOPPED_S / 2, now
         if away or (pid := self.pid) is None or state_of(pid) not in STOPPED:
@@ -288,11 +307,17 @@ def _remove_if_owner(owner: int, core: Any, room: Room, pid: int | None) -> None
 
 
 def _remove(core: Any, room: Room, pid: int | None = None) -> None:
-    """End the core, and see that its sockets go, too. `pid` is its process, if that is known and on this node."""
-    ray.kill(core)
-    if pid is not None:
-        kill_if_stopped(pid)
-    room.leave()
+    """End the core, if there is one, and see that its sockets go, too.
+
+    `pid` is its process, if that is known and on this node.
+    """
+    try:
+        if core is not None:
+            ray.kill(core)
+        if pid is not None:
+            kill_if_stopped(pid)
+    finally:
+        room.leave()
     begin = time.monotonic()
     while pid is not None and not has_ended(pid) and (waited := time.monotonic() - begin) < 2 * GONE_S:
         if waited > GONE_S:

@@ -1,8 +1,6 @@
 """Launches an engine with a front end, from the options that `LLM` and `AsyncLLM` share."""
 
-from concurrent.futures import Future, wait
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,13 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.frontend.front_end import FrontEnd, OnEnd, unwatched
 from eagleray.cluster.frontend.generation_config import default_params, drawable, eos_token_ids
 from eagleray.cluster.frontend.inputs import ModelLimits, derive_seed
-from eagleray.cluster.frontend.tokenizer import Tokenizer
-from eagleray.cluster.runtime.background import in_background
-from eagleray.cluster.runtime.engine_client import EngineClient
+from eagleray.cluster.runtime.engine_client import EngineClient, nothing_else
 from eagleray.cluster.runtime.placement import Room
 from eagleray.cluster.runtime.resolve import folder_of, found
 from eagleray.cluster.runtime.start_display import shown_start
+from eagleray.cluster.runtime.tokenizer_reading import TokenizerReading
 from eagleray.models.loading.model_dir import is_of_hub, model_dir
-from eagleray.workers.protocol.startup import OnProgress, Progress
-
-SOON_S = 0.2  # within which most of what may be wrong with small files is found
+from eagleray.workers.protocol.startup import OnProgress
 
 
 def config_of(model: str | Path, tensor_parallel_size: int, options: dict[str, Any]) -> EngineConfig:
@@ -47,7 +42,8 @@ def launch(
 
     Without `room` the engine reserves its own; `on_end` hears of every request that has ended. Of several engines with
     one seed each `replica` draws differently. `generation_config` is a choice of `default_params`. What is wrong with
-    the options or the small files is said before anything starts, but for what only shows once the tokenizer is built.
+    the options or the small files is said before anything starts, but for what only shows once the tokenizer is built:
+    that ends the start. Of one that has ended nothing is left but Ray.
 
     Raises `ValueError` for what the user gave, `EngineStartError` when the cluster or a rank fails.
     """
@@ -59,46 +55,24 @@ def launch(
         tokenizer = model_dir(str(tokenizer))
     defaults = default_params(folder, generation_config)
     eos_token_ids(folder, None)  # what is wrong with its files is said before anything starts
-    reading = None if skip_tokenizer_init else _begin_to_read(Path(tokenizer or folder))
+    reading = None if skip_tokenizer_init else TokenizerReading(Path(tokenizer or folder))
     shown = shown_start(config, Console(stderr=True)) if on_progress is None else nullcontext(on_progress)
-    with shown as progress:
-        engine = EngineClient.start(config, partial(_go_on, reading, progress), room)
-    text = _read(reading, engine)
-    eos = drawable(eos_token_ids(folder, text), engine.info.vocab_size)
-    limits = ModelLimits(max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
-    seed = config.seed if config.seed is None or replica == 0 else derive_seed(config.seed, replica)
-    return engine, FrontEnd(text, limits, seed, on_end, defaults)
-
-
-def _begin_to_read(folder: Path) -> "Future[Tokenizer]":
-    """A tokenizer takes a second or so, and the engine starts meanwhile. Raises `ValueError` for what is seen soon."""
-    reading = in_background(partial(Tokenizer.from_dir, folder), "tokenizer")
-    reading.add_done_callback(_warm_up)
-    wait([reading], SOON_S)
-    _raise_if_unreadable(reading)
-    return reading
-
-
-def _go_on(reading: "Future[Tokenizer] | None", progress: OnProgress, now: Progress) -> None:
-    """Hand on how far the start is, which ends here if there is no tokenizer to be had."""
-    _raise_if_unreadable(reading)
-    progress(now)
-
-
-def _read(reading: "Future[Tokenizer] | None", engine: EngineClient) -> Tokenizer | None:
-    """The tokenizer, if one was asked for; the engine ends if it cannot be read."""
+    engine = None
     try:
-        return None if reading is None else reading.result()
-    except BaseException:
-        engine.close()
+        with shown as progress:
+            engine = EngineClient.start(config, progress, room, nothing_else if reading is None else reading.check)
+        text = None if reading is None else reading.result()
+        eos = drawable(eos_token_ids(folder, text), engine.info.vocab_size)
+        limits = ModelLimits(
+            max_model_len=engine.info.max_model_len, vocab_size=engine.info.vocab_size, eos_token_ids=eos
+        )
+        seed = config.seed if config.seed is None or replica == 0 else derive_seed(config.seed, replica)
+        return engine, FrontEnd(text, limits, seed, on_end, defaults)
+    except BaseException as error:
+        if engine is not None:
+            engine.close()
+        if reading is not None:
+            reading.give_up()
+            if isinstance(error, Exception):
+                reading.check()  # files that are wrong will be so at the next start, too
         raise
-
-
-def _raise_if_unreadable(reading: "Future[Tokenizer] | None") -> None:
-    if reading is not None and reading.done():
-        reading.result()
-
-
-def _warm_up(reading: "Future[Tokenizer]") -> None:
-    if reading.exception() is None:
-        reading.result().warm_up()

@@ -25,6 +25,7 @@ from ray.util.placement_group import (
 )
 
 from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.core.executor import LOOK_S
 from eagleray.cluster.errors import EngineStartError, counted
 from eagleray.cluster.runtime.process_state import descendants
 from eagleray.cluster.runtime.ray_address import LOCAL, answers, cluster_address, how_found, is_tcp
@@ -215,21 +216,27 @@ def rank_resources(config: EngineConfig, device: str) -> Resources:
     return {"CPU": config.cpus_per_rank} | ({} if resource is None else {resource: 1.0})
 
 
-def place(config: EngineConfig, device: str) -> Room:
-    """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`."""
+def place(config: EngineConfig, device: str, look: Callable[[], None]) -> Room:
+    """Reserve a bundle per rank, close together. Raises `EngineStartError` after `placement_timeout_s`.
+
+    `look` is called every second or so, and may raise what ends the wait.
+    """
     bundle = rank_resources(config, device)
     resource = kind_of(device).resource
     if resource and not ray.cluster_resources().get(resource) and config.device == device:
         logger.warning("device is %r, but no node of the cluster has a %s yet; waiting for one", device, resource)
     group: PlacementGroup = placement_group([bundle] * config.tensor_parallel_size, strategy="PACK")
     try:
-        if group.wait(config.placement_timeout_s):
-            return Room(group)
+        ready = group.ready()
+        deadline = time.monotonic() + config.placement_timeout_s
+        while not ray.wait([ready], timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))[0]:
+            look()
+            if time.monotonic() >= deadline:
+                raise EngineStartError(_no_room(config, bundle))
+        return Room(group)
     except BaseException:
         remove_placement_group(group)
         raise
-    remove_placement_group(group)
-    raise EngineStartError(_no_room(config, bundle))
 
 
 def room_here(config: EngineConfig) -> Room:

@@ -28,9 +28,9 @@ class ReplicaActor:
         """Raises what a start of an engine raises."""
         self._replica = await asyncio.to_thread(EngineReplica, config, model_name, defaults)
 
-    async def answer(self, url: str, body: bytes) -> Answer:
+    async def answer(self, url: str, body: bytes, number: int) -> Answer:
         """As `Replica.answer`."""
-        return await self._replica.answer(url, body)
+        return await self._replica.answer(url, body, number)
 
     async def num_unfinished_tokens(self) -> int:
         """As `Replica.num_unfinished_tokens`."""
@@ -53,10 +53,10 @@ class RemoteReplica:
         """Raises what a start of an engine raises, and `RayActorError`."""
         await self._actor.start.remote(*self._engine)
 
-    async def answer(self, url: str, body: bytes) -> Answer:
+    async def answer(self, url: str, body: bytes, number: int) -> Answer:
         """Raises `EngineDeadError` if the engine or the actor is gone."""
         try:
-            answer: Answer = await self._actor.answer.remote(url, body)
+            answer: Answer = await self._actor.answer.remote(url, body, number)
         except ray.exceptions.RayActorError as error:
             raise EngineDeadError(f"the process of a replica: {describe(error)}") from None
         except ray.exceptions.RayTaskError as error:

@@ -8,6 +8,7 @@ from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.core.messages import MAX_PRIORITY
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.cluster.frontend.async_client import AsyncClient
+from eagleray.cluster.frontend.inputs import derive_seed
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.batch.replica import AppReplica
 from eagleray.deploy.batch.rows import Answer
@@ -25,13 +26,14 @@ class EngineReplica:
         self._llm, self._app = self._start()
         self._looking: asyncio.Task[None] | None = None
 
-    async def answer(self, url: str, body: bytes) -> Answer:
+    async def answer(self, url: str, body: bytes, number: int) -> Answer:
         """As `Replica.answer`.
 
         An engine that is about to die ends its requests first, as it does those that fail alone. So after a failure
         another request finds out whether it lives.
         """
-        answer = await self._app.answer(url, body)
+        seed = self._config.seed
+        answer = await self._app.answer(url, body, None if seed is None else derive_seed(seed, number))
         if answer.status == 500:
             await asyncio.shield(self._look())
         return answer

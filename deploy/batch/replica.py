@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from eagleray.cluster.errors import EngineDeadError
 from eagleray.deploy.batch.rows import Answer
+from eagleray.deploy.openai.request_context import row_seed
 
 HEADERS = [(b"content-type", b"application/json")]
 SERVER = ("batch", 80)
@@ -19,9 +20,13 @@ class AppReplica:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
-    async def answer(self, url: str, body: bytes) -> Answer:
-        """What a client of the server would get. Raises `EngineDeadError` if the engine is gone."""
+    async def answer(self, url: str, body: bytes, seed: int | None = None) -> Answer:
+        """What a client of the server would get. Raises `EngineDeadError` if the engine is gone.
+
+        A request without a seed draws by this one, or else by the engine's.
+        """
         exchange = _Exchange(body)
+        token = row_seed.set(seed)
         try:
             await self._app(exchange.scope(url), exchange.receive, exchange.send)
         except EngineDeadError:
@@ -29,6 +34,8 @@ class AppReplica:
         except Exception:  # raised again, for logs, after the answer that says so
             if not exchange.whole:
                 raise
+        finally:
+            row_seed.reset(token)
         if exchange.status == 503:
             raise EngineDeadError(exchange.body.decode(errors="replace"))
         return Answer(exchange.status, bytes(exchange.body))

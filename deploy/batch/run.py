@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 class Replica(Protocol):
     """An engine behind the server's code."""
 
-    async def answer(self, url: str, body: bytes) -> Answer:
-        """Raises `EngineDeadError` if the engine is gone; the row can be tried again."""
+    async def answer(self, url: str, body: bytes, number: int) -> Answer:
+        """Raises `EngineDeadError` if the engine is gone; the row can be tried again.
+
+        `number` is the line's: what the row draws depends on that, and not on which replica has it, or when.
+        """
 
     async def num_unfinished_tokens(self) -> int:
         """How many tokens its rows have that have not ended."""
@@ -143,7 +146,7 @@ class BatchRun:
         self._num_running += 1
         try:
             request = rows.parse(row.line)
-            answer = await replica.answer(request.url, bytes(request.body))
+            answer = await replica.answer(request.url, bytes(request.body), row.line.number)
         except RowError as error:
             self._record(rows.refusal(row.line, error), failed=True)
             await asyncio.sleep(0)  # others have their turn, however many lines are refused

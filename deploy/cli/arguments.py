@@ -115,9 +115,15 @@ def add_demo_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(
-    parser: argparse.ArgumentParser, defaults: Mapping[str, Any] = MappingProxyType({}), positional: bool = False
+    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    positional: bool = False,
+    hidden: Collection[str] = (),
 ) -> None:
-    """The model, as an option or as a word of its own, and every option of the engine; `defaults` as `add_options`'."""
+    """The model, as an option or as a word of its own, and every option of the engine.
+
+    `defaults` and `hidden` as `add_options`'.
+    """
     engine = parser.add_argument_group("engine")
     name: tuple[str, ...] = ("--model", "-m")
     required: dict[str, Any] = {"required": True, "metavar": "MODEL"}
@@ -130,6 +136,7 @@ def add_engine(
         renamed=ENGINE_RENAMED,
         aliases={"tensor_parallel_size": "--tp"},
         defaults=defaults,
+        hidden=hidden,
     )
 
 

@@ -21,12 +21,14 @@ def add_options(
     notes: Mapping[str, str] = types.MappingProxyType({}),
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
     model_first: Mapping[str, Any] = types.MappingProxyType({}),
+    hidden: Collection[str] = (),
 ) -> None:
     """Give `parser` an option for every one of the dataclass `owner` that has a default, or for those of `names`.
 
     An option that is not given leaves no trace in the parsed arguments, so that the dataclass's own default holds;
     `defaults` names those for which the command line has another, `renamed` those that it calls by another name,
-    `notes` what else it says about some, and `model_first` what holds for some if the model does not say either.
+    `notes` what else it says about some, and `model_first` what holds for some if the model does not say either. No
+    help shows those that are `hidden`, which the command knows only to refuse them in its own words.
     """
     for name, option in options(owner).items():
         if option.required or (names is not None and name not in names):
@@ -36,6 +38,7 @@ def add_options(
         reader = {"choices": option.choices} if option.choices else _reader(option)
         text = "; ".join([option.text] + ([notes[name]] if name in notes else []))
         text = _help(text, defaults.get(name, model_first.get(name, option.default)), name in model_first)
+        text = argparse.SUPPRESS if name in hidden else text
         parser.add_argument(*flags, dest=dest, default=defaults.get(name, argparse.SUPPRESS), help=text, **reader)
 
 

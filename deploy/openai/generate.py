@@ -3,17 +3,18 @@
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from eagleray.cluster.frontend.async_client import AsyncClient
+from eagleray.cluster.frontend.inputs import derive_seed
 from eagleray.cluster.frontend.prompts import TokensPrompt
 from eagleray.cluster.outputs import NO_TOKEN_LEFT, CompletionOutput, Logprob, RequestOutput, RequestOutputKind
 from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, bad_requests
 from eagleray.deploy.openai.limits import check_lists
 from eagleray.deploy.openai.merge_streams import merged
-from eagleray.deploy.openai.request_context import engine_time, place_taken, tenant_asking
+from eagleray.deploy.openai.request_context import engine_time, place_taken, row_seed, tenant_asking
 from eagleray.deploy.openai.requests import GenerationRequest
 from eagleray.deploy.openai.responses import FinishReason, PromptTokensDetails, Usage
 from eagleray.deploy.openai.sampling import FIELDS
@@ -57,6 +58,12 @@ class Job:
         """Choices of each prompt."""
         return self.params.n
 
+    def params_of(self, number: int) -> SamplingParams:
+        """Of one prompt: a row of a batch may have a seed, of which each of its prompts has a share of its own."""
+        if self.params.greedy or self.params.seed is not None or (seed := row_seed.get()) is None:
+            return self.params
+        return replace(self.params, seed=derive_seed(seed, number))
+
 
 def take_places(params: SamplingParams, num_prompts: int) -> None:
     """Take a place in the queue for each choice.
@@ -93,7 +100,7 @@ async def _outputs(
 ) -> AsyncGenerator[RequestOutput, None]:
     stream = engine.generate(
         job.prompts[number],
-        job.params,
+        job.params_of(number),
         f"{job.unique}-{number}",
         priority=job.priority,
         output_kind=kind,

@@ -1,5 +1,5 @@
 """What the middleware and the routes tell each other about the request that is being answered: its API key, its places
-in the queue, its time in the engine.
+in the queue, its time in the engine. And what a batch says of the row that is.
 """
 
 from collections import Counter
@@ -90,3 +90,4 @@ def queue_full(message: str) -> ApiError:
 tenant_asking: ContextVar[str] = ContextVar("tenant_asking", default="")  # whose API key; "" where there are none
 place_taken: ContextVar[Place | None] = ContextVar("place_taken", default=None)
 engine_time: ContextVar[EngineTime | None] = ContextVar("engine_time", default=None)
+row_seed: ContextVar[int | None] = ContextVar("row_seed", default=None)  # where the request has none; else the engine's

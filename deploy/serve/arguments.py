@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.options import check, option
-from eagleray.deploy.cli.arguments import add_engine, engine_config
+from eagleray.deploy.cli.arguments import ENGINE_RENAMED, add_engine, engine_config
 from eagleray.deploy.cli.options import add_options, given
-from eagleray.deploy.serve.config import ServeArgs, choices_of, help_of, in_one_line, own_names
+from eagleray.deploy.serve.config import UNUSED, ServeArgs, check_used, choices_of, help_of, in_one_line, own_names
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,14 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
                 how = {"choices": choices}
             text = help_of(name).replace("%", "%%")
             server.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **how)
-    add_engine(parser, positional=True)
+    add_engine(parser, positional=True, hidden=UNUSED)  # which `serve_args` refuses
 
 
 def serve_args(arguments: argparse.Namespace) -> tuple[ServeArgs, Site]:
     """The server's options, and where it is to be. Raises `ValueError` for what cannot be, in one line."""
     own = {name: getattr(arguments, name) for name in own_names() if hasattr(arguments, name)}
     site = Site(**given(Site, arguments))
+    check_used(given(EngineConfig, arguments, ENGINE_RENAMED))
     try:
         args = ServeArgs(engine=engine_config(arguments), **own | _keys(own))
     except ValidationError as error:

@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 
 END_S = 30.0  # how long the end may take beyond drain_timeout_s
 DELETE_S = 15.0  # of these, how long Serve may take to take the application away
-LEAVE_S = 20.0  # how long a start on a cluster of others may take to end
+LEAVE_S = 40.0  # how long a start on a cluster of others may take to end
+APPEAR_S = 20.0  # of these, how long Serve may take to be there, which cannot be ended before
+LAST_S = 5.0  # and how long its start may take to notice that it has ended
 SHORT = "/tmp"  # since a socket's path has 107 characters at most
 POLL_S = 0.1
 LOOK_S = 5.0  # between two looks at Serve while the model serves
@@ -105,6 +107,7 @@ def _on_ray(args: ServeArgs, link: ServerEnd, laps: Laps, show: OnProgress) -> I
 
     from eagleray.cluster.runtime.placement import connect
 
+    _check_told(link)
     quiet_ray()
     laps.end(IMPORTS)
     show(Progress(RAY))
@@ -113,6 +116,7 @@ def _on_ray(args: ServeArgs, link: ServerEnd, laps: Laps, show: OnProgress) -> I
         link.tell(private_ray())
     laps.end(RAY)
     try:
+        _check_told(link)
         yield private
     finally:
         if not private:  # or else the command ends it
@@ -124,20 +128,21 @@ def _deployed(
     args: ServeArgs, site: Site, private: bool, link: ServerEnd, laps: Laps, show: OnProgress
 ) -> Iterator[str]:
     """The application's address, for as long as it is to run. On a Ray that others use, Serve ends if it began here."""
-    from ray import serve
-
     from eagleray.deploy.serve.app import build
 
     laps.end(IMPORTS)
     show(Progress(SERVE))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ours = _check_site(site)
-    mute = served = False  # Serve hears nothing any more; there may be requests
+    _check_told(link)
+    serving = _begin_serving(site) if _check_site(site) else None
+    mute = ran = served = False  # Serve hears nothing any more; it has an application; there may be requests
     try:
-        serving = _begin_serving(site, link) if ours else None
+        if serving is not None:
+            _await_controller(serving, link)
         laps.end(SERVE)
         _check_told(link)
         show(Progress(REPLICA))
+        ran = True
         _run(build(args), site, link, show, serving)
         laps.end(REPLICA)
         yield site.url(_here(site, private))
@@ -146,26 +151,51 @@ def _deployed(
         mute = True
         raise
     finally:
-        if not mute and (link.told_to_end.is_set() or not private):
+        if not mute and ran and (link.told_to_end.is_set() or not private):
             _drain(site.name, args.drain_timeout_s + DELETE_S if served else 0.0)
-        if not mute and ours and not private:
-            serve.shutdown()
+        if not mute and serving is not None and not private:
+            _end_serve(serving)
 
 
-def _begin_serving(site: Site, link: ServerEnd) -> "Future[None]":
-    """Start Serve, as far as it can be told what to run; its proxies are on their way then, and here once this is done.
+def _begin_serving(site: Site) -> "Future[None]":
+    """Start Serve; its controller and proxies are there once this is done."""
+    from ray import serve
+
+    return in_background(lambda: serve.start(http_options={"host": site.host, "port": site.port}), "Serve")
+
+
+def _await_controller(serving: "Future[None]", link: ServerEnd) -> None:
+    """Until Serve can be told what to run, while its proxies are on their way.
 
     Raises what keeps Serve's controller from starting.
     """
-    from ray import serve
-    from ray.serve.context import _get_global_client
-
-    serving = in_background(lambda: serve.start(http_options={"host": site.host, "port": site.port}), "Serve")
-    while not serving.done() and _get_global_client(raise_if_no_controller_running=False) is None:
+    while not (serving.done() or _has_controller()):
         wait([serving], POLL_S)
         _check_told(link)
     _check_serving(serving)
-    return serving
+
+
+def _has_controller() -> bool:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+
+def _end_serve(serving: "Future[None]") -> None:
+    """Serve may not be there yet: what nobody finds would be there later, and stay on the cluster.
+
+    Its start must have ended, too, before the process that it runs in leaves Ray.
+    """
+    from ray import serve
+
+    due = time.monotonic() + APPEAR_S
+    while not (there := serving.done() or _has_controller()) and time.monotonic() < due:
+        wait([serving], POLL_S)
+    if not there:
+        logger.warning("Ray Serve has not started for %g s; if it does, `serve shutdown` ends it", APPEAR_S)
+        return
+    serve.shutdown()
+    wait([serving], LAST_S)
 
 
 def _check_serving(serving: "Future[None] | None") -> None:
@@ -185,10 +215,7 @@ def _check_told(link: ServerEnd) -> None:
 def _drain(name: str, patience_s: float) -> None:
     """Delete the application and wait: Serve sends it no more requests. Its replicas have so long to end."""
     from ray import serve
-    from ray.serve.context import _get_global_client
 
-    if _get_global_client(raise_if_no_controller_running=False) is None:
-        return  # told to end before Serve was there
     serve.delete(name, _blocking=False)
     due = time.monotonic() + patience_s
     while name in serve.status().applications and time.monotonic() < due + DELETE_S:
@@ -250,10 +277,12 @@ def _first_answer(url: str, timeout_s: float, link: ServerEnd) -> None:
 
 
 def _ask(url: str, timeout_s: float) -> None:
+    """Until the server is well. Raises `EngineStartError` with its last words once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:
+        left = max(POLL_S, deadline - time.monotonic())  # a sleep may have lasted beyond the end
         try:
-            open_here(f"{url}/health", deadline - time.monotonic()).close()
+            open_here(f"{url}/health", left).close()
         except OSError as error:
             if time.monotonic() >= deadline - POLL_S:
                 raise EngineStartError(f"the model started, but {url}/health says: {error}") from None

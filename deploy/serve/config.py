@@ -1,6 +1,7 @@
 """A server's configuration, from YAML, `serve run` or the command line."""
 
 import json
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 
 SECRET = ("api_keys",)
 BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most"}  # pydantic's
+UNUSED = {  # options of the engine that have no effect here, and why
+    "placement_timeout_s": "Ray Serve reserves a replica's room, and waits for it as long as it takes",
+}
 SCALING_FORM = """give it as '{"min_replicas": 1, "max_replicas": 4}'"""
 
 
 class ServeArgs(BaseModel):
-    """The engine's options under the names of `EngineConfig`, and these. Raises `ValidationError`, a `ValueError`."""
+    """The engine's options under the names of `EngineConfig`, and these. Raises `ValidationError`, a `ValueError`.
+
+    `placement_timeout_s` is none of them: Ray Serve waits for room itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +50,8 @@ class ServeArgs(BaseModel):
     )
     api_keys_file: str | None = Field(None, description="file with API keys, one a line, on every node")
     guard_all: bool = Field(
-        False, description="ask for an API key at the page and at /metrics, too; only /health stays open"
+        False,
+        description="ask for a key at the page and at /metrics, too; then only health checks such as /health need none",
     )
     allowed_origins: tuple[str, ...] = Field(
         (ANY,),
@@ -79,7 +87,8 @@ class ServeArgs(BaseModel):
         """Put the engine's options together; refuse names that nobody knows."""
         if not isinstance(given, dict) or isinstance(given.get("engine"), EngineConfig):
             return given
-        known = EngineConfig.names() | own_names()
+        check_used(given)
+        known = known_names()
         if unknown := sorted(given.keys() - known):
             raise ValueError(f"no such option: {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
         engine = {name: value for name, value in given.items() if name in EngineConfig.names()}
@@ -122,6 +131,7 @@ class ServeArgs(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ServeArgs":
+        check_used({name for name in UNUSED if getattr(self.engine, name) != options(EngineConfig)[name].default})
         if self.autoscaling_config is not None and "num_replicas" in self.model_fields_set:
             raise ValueError(
                 f"num_replicas is {self.num_replicas}, but autoscaling_config decides how many there are; leave one out"
@@ -212,6 +222,18 @@ def help_of(name: str) -> str:
         return str(field.description)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     return f"{field.description} (default: {default})"
+
+
+def check_used(names: Collection[str]) -> None:
+    """Raise `ValueError` for an option of the engine that would change nothing."""
+    for name, why in UNUSED.items():
+        if name in names:
+            raise ValueError(f"{name} has no effect on a server: {why}; leave it out")
+
+
+def known_names() -> frozenset[str]:
+    """What YAML and `serve run` take."""
+    return (EngineConfig.names() - UNUSED.keys()) | own_names()
 
 
 def own_names() -> frozenset[str]:

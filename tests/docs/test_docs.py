@@ -22,7 +22,7 @@ from eagleray.cluster.sampling_params import MAX_BAD_WORDS, MAX_N
 from eagleray.deploy.cli import main as cli
 from eagleray.deploy.cli.arguments import Parser
 from eagleray.deploy.openai import field_types, limits
-from eagleray.deploy.serve.config import ServeArgs, own_names
+from eagleray.deploy.serve.config import ServeArgs, known_names
 from eagleray.deploy.serve.environment import FASTER_STREAMS, HAPROXY
 from eagleray.deploy.serve.metrics import PARTS
 from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES
@@ -183,7 +183,7 @@ def check_serve(words: list[str]) -> None:
     module, _, function = words[1].partition(":")
     assert f"def {function}(" in (ROOT / f"{module.removeprefix('eagleray.').replace('.', '/')}.py").read_text()
     for word in words[2:]:
-        assert word.partition("=")[0] in EngineConfig.names() | own_names(), word
+        assert word.partition("=")[0] in known_names(), word
 
 
 def check_submit(words: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The whole engine on a local Ray cluster with a small random model: what goes wrong, and who hears of it."""
 
 import asyncio
+import errno
 import gzip
 import json
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ray.exceptions import RaySystemError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from safetensors.torch import save_file
 
@@ -37,6 +39,7 @@ from eagleray.cluster.core.scheduler import Scheduler
 from eagleray.cluster.frontend.async_client import AsyncClient
 from eagleray.cluster.frontend.front_end import FrontEnd
 from eagleray.cluster.frontend.inputs import ModelLimits
+from eagleray.cluster.runtime import placement
 from eagleray.cluster.runtime.engine_client import EngineClient
 from eagleray.cluster.runtime.launch import launch
 from eagleray.cluster.runtime.ray_executor import RayExecutor
@@ -47,7 +50,7 @@ from eagleray.models.loading.loader import checkpoint_shards, load_model
 from eagleray.parallel.group import TPGroup
 from eagleray.workers.protocol.channel import Hub
 from eagleray.workers.protocol.messages import TRACE_NUM_STEPS, RowStart, Sampling, Step, StepOutput
-from eagleray.workers.protocol.startup import FETCHING, PHASES, WEIGHTS, Progress
+from eagleray.workers.protocol.startup import FETCHING, PHASES, READY, WEIGHTS, Progress
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 from support.processes import children_named, command_line
@@ -149,6 +152,55 @@ def test_more_ranks_than_the_cluster_can_place_is_an_error_with_the_figures(mode
         start(model_dir, tensor_parallel_size=2, cpus_per_rank=100.0, placement_timeout_s=1.5)
     assert "2 ranks of 100 CPU each" in str(error.value)
     assert "8 CPU" in str(error.value)
+    assert_nothing_is_left()
+
+
+def test_who_starts_an_engine_may_end_the_start_while_its_ranks_are_on_their_way(model_dir: Path) -> None:
+    def look() -> None:
+        if rank_processes():
+            raise KeyError("enough")
+
+    config = EngineConfig(model=str(model_dir), load_format="dummy", threads_per_rank=1, kv_cache_bytes=KV_CACHE_BYTES)
+    with pytest.raises(KeyError, match="enough"):
+        EngineClient.start(config, look=look)
+    assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("blow", "heard"),
+    [(RaySystemError("the cluster is busy"), EngineStartError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["error", "interrupt"],
+)
+def test_a_start_that_ends_once_it_has_room_gives_it_back(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, blow: BaseException, heard: type[BaseException]
+) -> None:
+    """As it asks Ray where the room is."""
+
+    def fails(_: object) -> None:
+        raise blow
+
+    monkeypatch.setattr(placement, "placement_group_table", fails)
+    with pytest.raises(heard):
+        start(model_dir)
+    assert_nothing_is_left()
+
+
+def test_an_engine_that_is_ready_but_cannot_be_connected_to_is_ended(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process has no descriptors left by then."""
+
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == READY:
+            monkeypatch.setattr(os, "eventfd", no_more)
+
+    config = EngineConfig(model=str(model_dir), load_format="dummy", threads_per_rank=1, kv_cache_bytes=KV_CACHE_BYTES)
+    with pytest.raises(OSError, match="Too many open files"):
+        EngineClient.start(config, on_progress)
+    monkeypatch.undo()
     assert_nothing_is_left()
 
 

@@ -45,7 +45,7 @@ class Server:
         routes = [Route(url, self._answer, methods=["POST"]) for url in ("/v1/completions", "/v1/chat/completions")]
         self._replica = AppReplica(Starlette(routes=routes))
 
-    async def answer(self, url: str, body: bytes) -> Answer:
+    async def answer(self, url: str, body: bytes, number: int) -> Answer:
         return await self._replica.answer(url, body)
 
     async def num_unfinished_tokens(self) -> int:

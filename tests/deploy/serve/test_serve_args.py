@@ -2,12 +2,13 @@
 
 import argparse
 import hashlib
+import itertools
 import os
 import pickle
 import re
 import socket
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,11 +17,15 @@ from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.exceptions import RayServeException
 
+from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.errors import EngineStartError
 from eagleray.deploy.cli.arguments import Parser
+from eagleray.deploy.serve import command
 from eagleray.deploy.serve.app import build
 from eagleray.deploy.serve.arguments import Site, add_serve, serve_args
 from eagleray.deploy.serve.command import check_free
-from eagleray.deploy.serve.config import ServeArgs, in_one_line
+from eagleray.deploy.serve.config import ServeArgs, help_of, in_one_line
+from support.free_port import free_port
 from support.tiny_model import write_tiny_model
 
 
@@ -153,6 +158,38 @@ def test_without_keys_there_is_nothing_to_guard_with(model_dir: Path) -> None:
         serve_args(parsed(str(model_dir), "--guard-all"))
 
 
+def test_the_help_names_what_is_guarded_on_request_and_what_stays_open() -> None:
+    """As `test_serve_host` finds it."""
+    guarded, _, open_ = help_of("guard_all").partition("; then only ")
+    assert re.findall(r"/\w+", guarded) == ["/metrics"]
+    assert re.findall(r"/\w+", open_) == ["/health"]
+    assert open_.endswith("need none")
+
+
+NO_PLACEMENT = r"^placement_timeout_s has no effect on a server: Ray Serve .*; leave it out$"
+
+
+def test_a_limit_that_serve_would_not_keep_is_refused_wherever_it_is_given(
+    model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it be the default; Python's own configurations all have that."""
+    with pytest.raises(ValidationError) as caught:
+        ServeArgs.model_validate({"model": "m", "placement_timeout_s": 60})
+    assert re.search(NO_PLACEMENT, in_one_line(caught.value))
+    with pytest.raises(ValidationError) as caught:
+        ServeArgs.model_validate({"engine": EngineConfig(model="m", placement_timeout_s=5)})
+    assert re.search(NO_PLACEMENT, in_one_line(caught.value))
+    assert ServeArgs.model_validate({"engine": EngineConfig(model="m")}).engine.placement_timeout_s == 60
+    with pytest.raises(ValueError, match=NO_PLACEMENT):
+        serve_args(parsed(str(model_dir), "--placement-timeout-s", "60"))
+    with pytest.raises(ValidationError) as caught:
+        ServeArgs.model_validate({"model": "m", "nothing": 1})
+    assert "placement_timeout_s" not in in_one_line(caught.value)
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert "--placement-timeout-s" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("given", "origins"),
     [
@@ -242,6 +279,15 @@ def test_a_port_that_is_taken_is() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"^cannot listen at 127\.0\.0\.1:{port} .*; choose another --port$"):
             check_free(Site("127.0.0.1", port, "eagleray", "/"))
+
+
+def test_a_server_that_never_answers_is_named_however_long_a_sleep_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that began before the end of the time may end long after it."""
+    clock = itertools.chain([0.0, 0.0, 0.0], itertools.repeat(100.0))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _: None))
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(EngineStartError, match=f"^the model started, but {url}/health says: .*refused"):
+        command._ask(url, 10.0)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,21 @@ def test_interrupting_the_start_on_a_cluster_of_others_takes_all_back_that_it_br
         assert left == []
 
 
+@pytest.mark.parametrize(
+    ("when", "came_to"),
+    [("imports", ["imports"]), ("Ray", ["imports", "Ray"]), ("Serve", ["imports", "Ray", "Serve"])],
+)
+def test_an_order_to_end_that_comes_early_is_heeded_at_once_and_leaves_nothing_on_a_cluster_of_others(
+    cluster: Cluster, when: str, came_to: list[str]
+) -> None:
+    """What has begun is waited for, so that it can be ended; what has not does not begin."""
+    words = [sys.executable, "-m", "support.told_to_end", when]
+    done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout.splitlines()[-1])
+    assert about == {"code": 0, "came_to": came_to, "in_time": True, "joined": False, "left": []}, done.stderr
+
+
 def brought(ray: psutil.Process) -> set[psutil.Process]:
     """Actors of Serve and of engines."""
     names = ("ray::Serve", "ray::Proxy", "ray::HAProxy", "ray::Core", "ray::Rank", "haproxy")

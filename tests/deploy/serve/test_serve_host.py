@@ -51,6 +51,8 @@ def get(server: ServedCommand, path: str, key: str | None = None) -> int:
     ("path", "without", "status"),
     [
         ("/health", 200, 200),
+        ("/ping", 200, 200),
+        ("/-/healthz", 200, 200),
         ("/", 401, 200),
         ("/metrics", 401, 200),
         ("/v1/models", 401, 200),
