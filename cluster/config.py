@@ -83,8 +83,8 @@ class EngineConfig:
     )
     steps_in_flight: int = option(
         2,
-        "most steps sent to the ranks before their outputs are back; 1 waits for each step, 2 keeps the ranks busy, and "
-        "more are used only where steps take less than some milliseconds",
+        "most steps sent to the ranks before their outputs are back; 1 waits for each step, 2 keeps the ranks busy, "
+        "and more are used only where steps take less than some milliseconds",
         (1, MAX_STEPS_IN_FLIGHT),
     )
     num_speculative_tokens: int = option(

@@ -47,6 +47,8 @@ if __name__ == "__main__":
     run(
         __doc__,
         measure,
-        batches={"default": "1,16,64,128,256", "help": "numbers of requests"},
-        shares={"default": "one,a third,all", "help": "how many of them ask for the option"},
+        {
+            "--batches": {"default": "1,16,64,128,256", "help": "numbers of requests"},
+            "--shares": {"default": "one,a third,all", "help": "how many of them ask for the option"},
+        },
     )

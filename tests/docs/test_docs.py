@@ -171,6 +171,9 @@ def check_python(words: list[str]) -> None:
         assert find_spec(words[1]) is not None, f"there is no module {words[1]}"
         return
     source = (ROOT / words[0]).read_text()
+    source += "".join(
+        (ROOT / f"tests/support/{name}.py").read_text() for name in re.findall(r"from support\.(\w+)", source)
+    )
     for option in (word for word in words if word.startswith("--")):
         assert f'add_argument("{option}"' in source, f"{words[0]} has no option {option}"
 

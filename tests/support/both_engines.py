@@ -83,8 +83,12 @@ class Engine:
         return round((least(1 + num_out) - least(1)) / num_out * 1e3, 3)
 
 
-def run(doc: str | None, measure: Callable[[Engine, argparse.Namespace], None], **more: dict[str, Any]) -> None:
-    """The command line of a benchmark that does `measure` with each engine; `more` are arguments of its own.
+def run(
+    doc: str | None,
+    measure: Callable[[Engine, argparse.Namespace], None],
+    more: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """The command line of a benchmark that does `measure` with each engine; `more` are options of its own.
 
     In the end it prints all ratios, ours over theirs: below 1 is better for times, above 1 for rates.
     """
@@ -94,8 +98,8 @@ def run(doc: str | None, measure: Callable[[Engine, argparse.Namespace], None], 
     parser.add_argument("--vllm-path", help="what is put in front of Python's path for vLLM alone")
     parser.add_argument("--only", choices=ENGINES)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    for name, options in more.items():
-        parser.add_argument(f"--{name}", **options)
+    for option, settings in (more or {}).items():
+        parser.add_argument(option, **settings)
     arguments = parser.parse_args()
     if arguments.model is None:
         print(json.dumps({"skipped": "name a model directory to measure both engines on GPUs"}))

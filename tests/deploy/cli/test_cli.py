@@ -83,7 +83,7 @@ def helps() -> dict[str, set[str]]:
         parser = Parser(prog=name)
         cli._named(command.add_arguments)(parser)
         for action in parser._actions:
-            if action.option_strings:
+            if action.option_strings and action.help is not argparse.SUPPRESS:
                 text = parser._get_formatter()._expand_help(action)
                 said.setdefault(action.option_strings[0], set()).add(text.partition(" (default: ")[0])
     return said
