@@ -24,7 +24,7 @@ class LazyFields:
     __slots__ = ("_lazy",)
 
     def __getattr__(self, name: str) -> Any:
-        """Of a field that has no value yet."""
+        """Make a field that has no value yet."""
         later: dict[str, Callable[[], Any]] = object.__getattribute__(self, "_lazy")
         if name not in later:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -88,7 +88,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "ModelConfig":
-        """From the contents of `config.json`. Raises `ValueError` for what is missing, wrong or not supported."""
+        """Read the contents of `config.json`. Raises `ValueError` for what is missing, wrong or not supported."""
         name = _architecture(raw)
         architecture = ARCHITECTURES[name]
         _check_supported(name, architecture, raw)

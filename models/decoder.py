@@ -33,7 +33,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding_scale = scale
-        self.hidden_tp = tp if layer.hidden_is_part else TPGroup()  # who adds up what goes from layer to layer
+        self.hidden_tp = (
+            tp if layer.hidden_is_part else TPGroup()
+        )  # the ranks that add up what goes from layer to layer
         make_weight = vocab_weight(config)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, make_weight=make_weight)
         self.layers = nn.ModuleList(layer(config, index, tp) for index in range(config.num_layers))
@@ -82,7 +84,7 @@ class CausalLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states; weights may be kept in another."""
+        """The dtype of hidden states; weights may be kept in another."""
         return self.model.norm.weight.dtype
 
     @property

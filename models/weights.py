@@ -5,10 +5,14 @@ from eagleray.parallel.weight import DenseWeight, WeightFactory
 
 
 def vocab_weight(config: ModelConfig) -> WeightFactory:
-    """Of the embedding and the head: dense, too; formats that quantise linear layers often leave these two alone."""
+    """Weights of the embedding and the head: dense, too; formats that quantise linear layers often leave these two
+    alone.
+    """
     return DenseWeight
 
 
 def linear_weight(config: ModelConfig) -> WeightFactory:
-    """Of the linear layers in attention and MLP: dense, since `ModelConfig` refuses checkpoints in any other format."""
+    """Weights of the linear layers in attention and MLP: dense, since `ModelConfig` refuses checkpoints in any other
+    format.
+    """
     return DenseWeight

@@ -95,7 +95,7 @@ def all_reduce_rms_norm(
 
 
 def num_warps(row_size: int) -> int:
-    """Of a program for a row, a power of two: a warp for every 256 words or so."""
+    """Warps of a program for a row, a power of two: a warp for every 256 words or so."""
     warps: int = triton.next_power_of_2(row_size // 2) // 256
     return max(4, min(16, warps))
 

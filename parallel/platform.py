@@ -88,7 +88,7 @@ class _Entered(Protocol):
 
 
 class Processors(NamedTuple):
-    """Of one device, for kernels."""
+    """The processors of one device, for kernels."""
 
     number: int
     shared_memory: int  # bytes of each, for a kernel's tiles
@@ -117,7 +117,7 @@ class Platform:
 
 
 def _stand_in(device: torch.device) -> Processors:
-    """For kernels in the interpreter: Hopper's memory, and little work to share out."""
+    """Processors for kernels in the interpreter: Hopper's memory, and little work to share out."""
     return Processors(2, HOPPER, run_hopper_code=False)
 
 

@@ -15,7 +15,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def needed_bytes(folder: Path, config: WorkerConfig, rank: int, size: int) -> int:
-    """Of weights, and on the host of the KV cache; what steps take beside them is little."""
+    """Bytes of weights, and on the host of the KV cache; steps need little beside them."""
     tp = TPGroup(rank, size)
     model = ModelConfig.from_dir(folder)
     outline = build_model(model, tp=tp, dtype=getattr(torch, config.dtype), device=torch.device("meta"))

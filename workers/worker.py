@@ -27,7 +27,7 @@ class Worker:
         *,
         graph_sizes: Sequence[int] | None = None,
     ) -> None:
-        """On CUDA, graphs are captured of decode batches: of every size, or of `graph_sizes`, which may be none."""
+        """On CUDA, graphs of decode batches are captured: for every size, or for `graph_sizes`, which may be empty."""
         self.model_runner = ModelRunner(model, num_blocks + 1, config.block_size, compile=config.compile)
         self._model = model
         self._rows = Rows(

@@ -78,13 +78,13 @@ class BlockPool:
             self._hashes[block] = key
 
     def unpublish(self, keys: Iterable[bytes]) -> None:
-        """Let blocks be found no more by these hashes, those of them that are known."""
+        """Forget these hashes, as far as they are known: no block is found by them any more."""
         for key in keys:
             if (block := self._cached.get(key)) is not None:
                 self._forget(block)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop a reference of each of one request's blocks, given in order: its last blocks are to be evicted first."""
+        """Drop one reference to each block of a request, given in order: its last blocks are evicted first."""
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             assert self._ref_counts[block] >= 0, f"block {block} was released too often"

@@ -20,13 +20,13 @@ TenantId = tuple[bytes, str]  # a front end, and a tenant of it
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """On whose account groups run."""
+    """The client on whose account groups run."""
 
     id: TenantId
     num_rows: int = 0
     groups: "dict[tuple[str | int, int], Group]" = field(default_factory=dict)  # by name or number, and priority
     holding: "set[Group]" = field(default_factory=set)  # those with rows
-    queue: "list[tuple[int, int, int, Group]]" = field(default_factory=list)  # those that wait, who goes first first
+    queue: "list[tuple[int, int, int, Group]]" = field(default_factory=list)  # those that wait, the next one first
 
     @property
     def next(self) -> "Group":
@@ -34,7 +34,7 @@ class Tenant:
         return self.queue[0][-1]
 
     def largest_holder(self, priority: int, least: int) -> "Group | None":
-        """Of its groups whose priority is no better, the one with the most rows, if these are at `least` so many."""
+        """The group with the most rows, at `least` so many, among those whose priority is not better."""
         if self.num_rows - len(self.holding) + 1 < least:
             return None  # not even if all others held one
         groups = (group for group in self.holding if group.priority >= priority and group.num_rows >= least)

@@ -26,7 +26,7 @@ class Blocks:
 
 
 def headroom(num_blocks: int) -> int:
-    """Blocks left to those who run, so that a newcomer is not preempted in the next step: one hundredth of all."""
+    """Blocks kept for running requests, so that a new one is not preempted in the next step: one hundredth of all."""
     return max(1, num_blocks // 100)
 
 
@@ -41,7 +41,7 @@ class Holder(Protocol):
 
 
 def hash_full_blocks(hashes: list[bytes], token_ids: "array[int]", size: int) -> None:
-    """Add the hashes that are missing of the full blocks of these tokens."""
+    """Add the missing hashes of the full blocks of these tokens."""
     for begin in range(len(hashes) * size, len(token_ids) - size + 1, size):
         hashes.append(hash_block(hashes[-1] if hashes else ROOT, token_ids[begin : begin + size]))
 
@@ -70,12 +70,12 @@ class KVCacheManager:
 
     @property
     def num_blocks(self) -> int:
-        """Of all groups."""
+        """Blocks of all groups."""
         return sum(pool.num_blocks for pool in self._pools)
 
     @property
     def num_used(self) -> int:
-        """Blocks that requests hold, of all groups."""
+        """Blocks of all groups that requests hold."""
         return sum(pool.num_used for pool in self._pools)
 
     def new_blocks(self) -> list[Blocks]:
@@ -124,7 +124,7 @@ class KVCacheManager:
         return Prefix([ids[: num_tokens // size] for ids, size in zip(found, self._sizes, strict=True)], num_tokens)
 
     def no_prefix(self) -> Prefix:
-        """Of a request that is to run all of its tokens."""
+        """The prefix of a request that runs all of its tokens: none."""
         return Prefix([[] for _ in self._pools], 0)
 
     def start(self, holder: Holder, prefix: Prefix, num_tokens: int) -> None:
@@ -182,12 +182,12 @@ class KVCacheManager:
         holder.num_to_publish = next_full
 
     def unpublish(self, holder: Holder, num_tokens: int) -> None:
-        """Let nothing be found of what it has written after its first `num_tokens` tokens."""
+        """Offer nothing to others that it has written after its first `num_tokens` tokens."""
         for pool, size, blocks in zip(self._pools, self._sizes, holder.blocks, strict=True):
             pool.unpublish(blocks.hashes[num_tokens // size :])
 
     def release(self, holder: Holder) -> None:
-        """Take a request's blocks away. What is published stays to be found until a block is given out again."""
+        """Take a request's blocks away. What is published can be found until its block is given out again."""
         for pool, blocks in zip(self._pools, holder.blocks, strict=True):
             pool.release(blocks.ids)
             blocks.ids, blocks.num_published = [], 0

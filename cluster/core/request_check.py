@@ -22,7 +22,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """Of the model and the engine."""
+    """What the model and the engine allow."""
 
     vocab_size: int
     max_model_len: int

@@ -12,7 +12,7 @@ class Speculation:
 
     Ranks run a draft with the request's last token and draw a token at every place, by the noise of that place, as they
     would without it. The draft's tokens count as far as they are what was drawn, and so does the token drawn after
-    them: nothing else comes out than without a draft.
+    them: a draft changes no token.
     """
 
     def __init__(self, most: int) -> None:
@@ -46,7 +46,7 @@ class Speculation:
         plan.drafts[request.row] = draft.tobytes()
 
     def settle(self, request: Request, row: int, start: int, num_drawn: int, num_running: int) -> None:
-        """Of a draft that ran in this row from position `start`, all but the last of `num_drawn` tokens came true.
+        """A draft ran in this row from position `start`, and all but the last of `num_drawn` tokens came true.
 
         To be called before they are committed, so that nothing is published that was computed from a wrong token.
         """

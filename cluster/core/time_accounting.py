@@ -51,7 +51,7 @@ class TimeAccounting:
         self._stopped = True
 
     def send_or_sleep(self, seconds: float) -> None:
-        """So much of the window the engine core sent steps, or waited for something to do."""
+        """The engine core spent this much of the window on sending steps, or on waiting for something to do."""
         self._elsewhere_s += seconds
 
     def end_step(self, gpu_s: float) -> None:

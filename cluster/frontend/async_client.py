@@ -222,9 +222,11 @@ class AsyncClient:
                 changed: dict[RequestState, None] = {}
                 for news in await self._engine.areceive():
                     changed |= dict.fromkeys(self._process(news))
-                for generation in sorted(changed, key=attrgetter("has_told")):  # who waits longest has his turn first
+                for generation in sorted(
+                    changed, key=attrgetter("has_told")
+                ):  # the one that has waited longest goes first
                     self._wake(generation)
-                await asyncio.sleep(0)  # more news may be there already, and who reads these must have a turn
+                await asyncio.sleep(0)  # more news may be there already, and the readers of these need a turn
         except EngineDeadError as error:
             self._fail(str(error))
         except Exception as error:

@@ -29,7 +29,7 @@ class Detokenizer:
         return self.shown()()
 
     def shown(self, start: int = 0) -> Callable[[], str]:
-        """Makes what may be shown by now, from this character on; only then it takes as long as that is long."""
+        """A function that returns what may be shown by now, from this character on; only a call of it takes time."""
         parts: deque[str] = deque()
         begin = self._length
         for part in reversed(self._parts):

@@ -237,7 +237,7 @@ class FrontEnd:
 
     @property
     def silence_s(self) -> float:
-        """For how long requests have been running without any news; 0 if none runs."""
+        """Seconds for which requests have been running without any news; 0 if none runs."""
         return time.monotonic() - self._heard if self._generations else 0.0
 
     def _tokens(self, prompt: Prompt, last: int | None) -> tuple[str | None, list[int]]:

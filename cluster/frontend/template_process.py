@@ -74,7 +74,7 @@ class Clock:
 
 def main(files: list[int]) -> None:
     """Serve each socket by a child until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     from transformers.utils.chat_template_utils import render_jinja_template
 
     lanes = [Lane(socket.socket(fileno=file), 10 * number) for number, file in enumerate(files)]

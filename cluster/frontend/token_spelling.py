@@ -35,7 +35,7 @@ class Spelling:
 
     @cached_property
     def stripped(self) -> tuple[str, int] | None:
-        """Of pieces: the character that is left out at the start of a text, and how often."""
+        """For pieces: the character that is left out at the start of a text, and how often."""
         match self._steps[self._fuse + 1 :]:
             case [{"type": "Strip", "content": str(character), "start": int(number), "stop": 0}]:
                 return character, number
@@ -44,7 +44,7 @@ class Spelling:
 
     @cached_property
     def first_differs(self) -> bool:
-        """Of pieces: whether a text's first token is to be had from `first`."""
+        """For pieces: whether the first token of a text must be spelt by `first`."""
         return any(step["type"] in FIRST_DIFFERS for step in self._steps)
 
     def of(self, token_id: int) -> bytes | str | None:

@@ -123,7 +123,7 @@ class Tokenizer:
         return text
 
     def text_of(self, token_id: int) -> str:
-        """Of a token alone, special or not; remembered, since log-probabilities ask for many with each step."""
+        """The text of a token alone, special or not; cached, since log-probabilities ask for many with each step."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)

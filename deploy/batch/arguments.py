@@ -18,7 +18,11 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         help='a file, or a URL such as s3://bucket/key, with a row a line: {"custom_id": "1", "method": "POST", "url": '
         '"/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "…"}]}}; or /v1/completions',
     )
-    files.add_argument("output", metavar="OUTPUT", help="where results go, in the order in which they are ready")
+    files.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="a file or URL for the results, which come in the order in which they are ready",
+    )
     files.add_argument(
         "--work-dir",
         type=Path,

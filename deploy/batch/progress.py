@@ -56,7 +56,7 @@ class BatchProgress:
         self._bar.update(self._task, completed=self.num_done, description=self._figures(), left=self._left())
 
     def look(self, num_running: int, num_tokens: int) -> None:
-        """So many rows run and have so many tokens. Where there is no bar, the log says so now and then."""
+        """Show how many rows run, and their tokens. Where there is no bar, the log says so now and then."""
         self._bar.update(self._task, description=self._figures())
         now, tokens = time.monotonic(), self.num_tokens + num_tokens
         if self._bar.disable and (seconds := now - self._logged) >= LOG_EVERY_S:

@@ -148,7 +148,7 @@ def refusal(line: Line, error: RowError) -> bytes:
 
 
 def fatal(num_deaths: int, cause: str) -> Answer:
-    """For a request that ended this many engines while they ran nothing else."""
+    """The answer to a request that ended this many engines while they ran nothing else."""
     message = f"{num_deaths} engines died while they ran this row and no other; the last cause: {cause}"
     error = {"message": message, "type": "server_error", "param": None, "code": "engine_died"}
     return Answer(500, msgspec.json.encode({"error": error}))

@@ -163,7 +163,7 @@ class BatchRun:
         return None
 
     def _suspect(self, row: Suspect, death: str) -> None:
-        """To be tried again, or to blame. Those that saw fewer deaths come first."""
+        """Mark rows to be tried again, or as to blame. Those that saw fewer deaths come first."""
         if row.num_alone == MAX_ALONE:
             self._blamed.append((row, death))
             return

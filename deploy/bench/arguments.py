@@ -72,7 +72,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         type=http_url,
         default="http://127.0.0.1:8000/v1",
         metavar="URL",
-        help="address of the server's API, as clients of OpenAI's take it (default: %(default)s)",
+        help="address of the server's API, the base_url of OpenAI's clients (default: %(default)s)",
     )
     server.add_argument(
         "--model",
@@ -116,7 +116,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help=f"{options(SamplingParams)['ignore_eos'].text}, with a field that vLLM has, too (default: yes)",
+        help=f"{options(SamplingParams)['ignore_eos'].text}; sent in vLLM's field of this name (default: yes)",
     )
     _add_requests(parser)
     _add_seed(parser)

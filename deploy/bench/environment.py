@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Of this machine; ranks may run on others."""
+    """The hardware of this machine; ranks may run on others."""
     return {"cpu": _cpu(), "cpu_cores": os.cpu_count(), "memory_gib": _memory_gib(), "gpus": _gpus()}
 
 

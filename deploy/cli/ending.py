@@ -26,7 +26,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """Raise `Terminated` here when SIGTERM comes; `GRACE_S` later at the latest all ends that this process started.
+    """Raise `Terminated` here when SIGTERM comes; at most `GRACE_S` later, everything ends that this process started.
 
     For the main thread; what was set before is set again afterwards.
     """
@@ -44,7 +44,7 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 class _Once:
-    """Raises once: what closes an engine is not to be interrupted."""
+    """Raises only once, so that closing an engine is not interrupted."""
 
     def __init__(self) -> None:
         self._told = False

@@ -188,7 +188,7 @@ def _log_to_stderr(debug: bool) -> None:
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """To whatever `sys.stderr` is by then: while a bar is shown there, lines are written above it."""
+    """Writes to what `sys.stderr` is at the time: while a bar is shown there, lines are written above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.setStream(sys.stderr)

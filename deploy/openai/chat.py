@@ -127,7 +127,7 @@ async def chat_chunks(
 
 
 def _tier(request: ChatRequest) -> dict[str, Any]:
-    """The only one, for those who ask."""
+    """The only tier, for those who ask for one."""
     return {} if request.service_tier is None else {"service_tier": "default"}
 
 

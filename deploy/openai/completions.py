@@ -102,11 +102,11 @@ class Reply:
         self._offsets: dict[int, Offsets] = {}  # of choices
 
     def usage(self) -> Usage:
-        """Of all that came."""
+        """The usage of all that came."""
         return self.count.usage(prompt_only=self._prompt_only)
 
     def usage_of(self, choice: Choice, output: RequestOutput) -> Usage:
-        """Of one choice so far, and of its prompt."""
+        """The usage of one choice so far, and of its prompt."""
         return usage(output, 0 if self._prompt_only else self._growth[choice.index].num_tokens)
 
     def part(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
@@ -122,7 +122,7 @@ class Reply:
         )
 
     def events(self, number: int, output: RequestOutput) -> list[Completion | bytes]:
-        """Of one prompt's choices, if there is nothing but text to tell of any; else none."""
+        """Events of one prompt's choices, if each has nothing new but text; otherwise none."""
         if not self._text_alone or not all(map(is_text_alone, output.outputs)):
             return []
         return [self._template(number * self.job.n + each.index).event(each.text) for each in output.outputs]
@@ -133,7 +133,7 @@ class Reply:
         return self._templates[index]
 
     def news(self, number: int, output: RequestOutput) -> list[Choice]:
-        """Of one prompt's choices, those with news."""
+        """The choices of one prompt that have news."""
         found = []
         for sequence in output.outputs:
             index = number * self.job.n + sequence.index

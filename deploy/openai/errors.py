@@ -58,7 +58,7 @@ class BodyError(HTTPException):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """How an exception is told to a client, who hears only the kind of what is not foreseen; log that one."""
+    """What a client is told of an exception: of an unexpected one only its type, so log that one."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineClosedError):

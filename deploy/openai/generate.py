@@ -163,7 +163,7 @@ NOTHING_ELSE: dict[str, None] = {"logprobs": None, "finish_reason": None, "stop_
 
 
 def is_text_alone(delta: CompletionOutput) -> bool:
-    """Whether tokens came and the sequence goes on, so that nothing but the text need be told."""
+    """Whether tokens came and the sequence goes on, so that only the text has to be sent."""
     return delta.finish_reason is None and bool(delta.token_ids)
 
 
@@ -191,14 +191,14 @@ class Count:
         self.num_new += sum(len(delta.token_ids) for delta in output.outputs)
 
     def usage(self, *, prompt_only: bool = False) -> Usage:
-        """Of all that came."""
+        """The usage of all that came."""
         num_prompt = sum(len(output.prompt_token_ids) for output in self.prompts.values())
         num_cached = sum(output.num_cached_tokens or 0 for output in self.prompts.values())
         return _usage(num_prompt, num_cached, 0 if prompt_only else self.num_new)
 
 
 def usage(output: RequestOutput, num_new: int) -> Usage:
-    """Of a prompt and so many generated tokens."""
+    """The usage of a prompt and this many generated tokens."""
     return _usage(len(output.prompt_token_ids), output.num_cached_tokens or 0, num_new)
 
 

@@ -31,7 +31,7 @@ def parts(num_tokens: int) -> Iterator[slice]:
 
 
 def written(reply: BaseModel, contents: Sequence[Iterable[ChatLogprobs]]) -> bytes:
-    """An answer's JSON, whose empty contents of log-probabilities are to be these, each made when its turn comes."""
+    """An answer's JSON, in which these take the place of empty contents of log-probabilities, each made in its turn."""
     first, *others = reply.model_dump_json(exclude_unset=True).split(EMPTY)
     assert len(others) == len(contents), "each choice has one"
     body = bytearray(first.encode())

@@ -16,7 +16,7 @@ from eagleray.cluster.sampling_params import MAX_N, SamplingParams
 from eagleray.deploy.openai.errors import ApiError, too_long
 from eagleray.deploy.openai.truncate import MAX_SHOWN, truncate
 
-MAX_DEPTH = 64  # lists and objects in one another; Python's own stack ends at a few hundred
+MAX_DEPTH = 64  # levels of lists and objects; Python's own stack ends at a few hundred
 MAX_PARTS = 500_000  # lists, objects and fields of objects in a body: a token's bias each, and many messages
 MAX_ARGUMENTS = 100_000  # lists, objects and fields in the arguments of all calls of tools, which are JSON in texts
 MAX_MESSAGES = 10_000  # and as many parts of their contents
@@ -35,7 +35,7 @@ MARKS = re.compile(rb'\\.|["\[{:]', re.DOTALL)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one model. None is for what is not bounded."""
+    """The limits of one model. None stands for what is not bounded."""
 
     max_model_len: int  # tokens
     max_characters: int | None  # of a text that may fit
@@ -75,7 +75,7 @@ class Limits:
         """Raise `ApiError` 400 for more than is made into tokens, or of tokens into a text."""
         tokens, prompt = body.get("tokens"), body.get("prompt")
         if isinstance(tokens, list) and len(tokens) > MAX_TOKENIZED:
-            raise ApiError(400, f"tokens are {len(tokens)}; send at most {MAX_TOKENIZED}", param="tokens")
+            raise ApiError(400, f"tokens has {len(tokens)} token ids; send at most {MAX_TOKENIZED}", param="tokens")
         if isinstance(prompt, str):
             check_length(prompt)
 
@@ -200,7 +200,7 @@ def _check_arguments(messages: list[Any]) -> None:
 
 
 def check_depth(value: object, name: str | None) -> None:
-    """Raise `ApiError` 400 for lists and objects in one another beyond `MAX_DEPTH`."""
+    """Raise `ApiError` 400 for lists and objects nested more than `MAX_DEPTH` deep."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (list, dict))]
@@ -212,12 +212,12 @@ def check_depth(value: object, name: str | None) -> None:
 def too_deep(name: str | None = None) -> ApiError:
     """What is said of a field, or of the body."""
     short = None if name is None else truncate(name, MAX_SHOWN)
-    message = f"{short or 'the body'} is nested too deeply; put at most {MAX_DEPTH} lists and objects in one another"
+    message = f"{short or 'the body'} is nested too deeply; nest lists and objects at most {MAX_DEPTH} deep"
     return ApiError(400, message, param=short)
 
 
 def max_characters_of_a_token(backend: Backend) -> int | None:
-    """Of the text that one token can stand for, at most; None where that has no end.
+    """The most characters of text that one token can stand for; None if there is no bound.
 
     It has none where the tokenizer leaves some of a text out, or makes one unknown token of a whole word. So only
     byte-level BPE, and BPE over sentencepiece's pieces with all bytes beside them, are known to have a bound.

@@ -56,7 +56,7 @@ class Offsets:
         return other
 
     def of(self, token_id: int) -> int:
-        """Of the next token."""
+        """The offset of the next token."""
         offset = self._num_characters
         if self._stream is not None:
             self._num_characters += len(self._stream.push(token_id))
@@ -129,7 +129,7 @@ def _bytes(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> byte
 
 
 def _by_name(entry: Entry, tokenizer: Tokenizer | None, as_ids: bool) -> dict[str, float]:
-    """Of several tokens that are written alike, the most likely one."""
+    """By text; of several tokens that are written alike, the most likely one."""
     named: dict[str, float] = {}
     for token_id, logprob in entry.items():
         name = _spelling(token_id, None if as_ids else logprob.decoded_token, tokenizer)

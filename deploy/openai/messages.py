@@ -99,7 +99,7 @@ def _content(message: ChatMessage, where: str) -> str:
 
 
 def _tool_calls(calls: object, where: str) -> list[Any]:
-    """With arguments as objects, which chat templates expect, where clients have them as JSON."""
+    """The calls with arguments as objects, which chat templates expect, where clients send them as JSON."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ApiError(400, f"{where} is {excerpt(calls)}; give a list of calls", param=where)
     return [_tool_call(call, where) for call in calls]

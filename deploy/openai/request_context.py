@@ -12,7 +12,7 @@ RETRY_AFTER_S = 1  # a queue that is full moves on within a few steps
 
 
 class Places:
-    """So many places for all; and even if none is left, each of the tenants may have its share of as many more.
+    """`size` places for all; and even if none is left, each tenant may have its share of as many more.
 
     So the places that one tenant takes are never those of another, and `size` of them go to the first who come.
     """
@@ -40,7 +40,7 @@ class Places:
 
 
 class Place:
-    """Of one request, which takes further ones once it is known how many choices it wants."""
+    """The place of one request, which takes further ones once it is known how many choices it wants."""
 
     def __init__(self, further: Places, tenant: str) -> None:
         self._further, self._tenant = further, tenant
@@ -64,7 +64,7 @@ class Place:
 
 
 class EngineTime:
-    """From the first prompt's arrival at the engine to the end of the last one."""
+    """The time from the first prompt's arrival at the engine to the end of the last one."""
 
     def __init__(self) -> None:
         self._arrivals: list[float] = []

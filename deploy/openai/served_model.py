@@ -25,7 +25,7 @@ class ServedModel:
 
     @cached_property
     def limits(self) -> Limits:
-        """Of what is to be generated from."""
+        """The limits of prompts that are generated from."""
         return Limits.of(self.max_model_len, self.engine.tokenizer)
 
     @property

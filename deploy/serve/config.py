@@ -72,7 +72,7 @@ class ServeArgs(BaseModel):
         16 * 2**20, ge=1, description="maximum size of a request's body, in bytes; a longer one gets 413"
     )
     drain_timeout_s: float = Field(
-        60.0, gt=0, description="seconds that a replica which is to stop gives its running requests to finish"
+        60.0, gt=0, description="seconds that running requests have to finish when a replica stops"
     )
     stall_timeout_s: float = Field(
         300.0, gt=0, description="seconds without news while requests run, after which the engine counts as dead"

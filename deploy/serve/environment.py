@@ -50,7 +50,7 @@ PORTS = (  # of HAProxy; Serve's own numbers would let one server run on a machi
 
 
 def set_environment(host: str = "127.0.0.1", folder: str | None = None) -> None:
-    """For Ray processes that this one starts, with Serve to listen at `host`.
+    """Set variables for Ray processes that this one starts, with Serve to listen at `host`.
 
     If these are for one server alone, HAProxy's files are in its `folder`.
     """
@@ -71,7 +71,7 @@ def variables(host: str = "127.0.0.1", folder: str | None = None) -> dict[str, s
 
 
 def _haproxy(folder: str | None) -> dict[str, str]:
-    """Nothing where there is none: Serve's proxy in Python does the same, slower, and at more cost to the replicas."""
+    """Nothing where there is no HAProxy: Serve's proxy in Python does the same, slower and at more cost."""
     if bundled() is None:
         return {}
     here = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]

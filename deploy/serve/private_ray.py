@@ -40,7 +40,7 @@ def set_place() -> None:
 
 
 def private_ray() -> News:
-    """Processes without which nothing goes on. Ray must have been started here."""
+    """Processes without which nothing works. Ray must have been started here."""
     import ray
 
     node = _node()
@@ -57,7 +57,7 @@ def private_ray() -> News:
 
 
 def socket_folders(pid: int) -> list[Path]:
-    """Where sockets lie of a Ray that this process has started, or was about to start."""
+    """The folder with the sockets of a Ray that this process has started, or was about to start."""
     return list(Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray").glob(f"session_*_{pid}/sockets"))
 
 

@@ -32,7 +32,7 @@ class Process:
 
 
 def adopt_orphans() -> None:
-    """From now on a process below this one whose parent ends becomes a child of this one, and not of another."""
+    """From now on, a descendant whose parent ends becomes a child of this process, and not of another."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 

@@ -55,7 +55,7 @@ def latest(application: str) -> Progress | None:
 
 @contextmanager
 def shown_serve(args: ServeArgs) -> Iterator[OnProgress]:
-    """On a terminal the line that other commands have; in a log a line now and then."""
+    """Show progress: on a terminal in the line that other commands have, in a log by a line now and then."""
     if sys.stderr.isatty():
         with shown_start(args.engine, Console(stderr=True)) as show:
             yield show

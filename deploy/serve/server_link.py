@@ -26,7 +26,7 @@ class News(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ServerEnd:
-    """Of the process that works. It hears the word to end, and notices if the command is gone."""
+    """The end of the process that works. It hears the order to end, and notices if the command is gone."""
 
     def __init__(self, news: int, orders: int, on_orphaned: Callable[[], None]) -> None:
         """Descriptors of pipes. `on_orphaned` is called in a thread once nobody holds the other end."""
@@ -49,7 +49,7 @@ class ServerEnd:
 
 
 class CommandEnd:
-    """Of the command."""
+    """The command's end."""
 
     def __init__(self, news: int, orders: int) -> None:
         self.news = news

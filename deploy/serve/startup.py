@@ -13,14 +13,14 @@ BEFORE_ENGINE = "before the engine"
 
 
 class Laps:
-    """A stopwatch; a part that comes again grows."""
+    """A stopwatch; a part that comes again is added up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
     def end(self, part: str) -> None:
-        """What passed since the last part was this one."""
+        """Count the time since the last part as this one."""
         now = time.monotonic()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

@@ -139,7 +139,7 @@ class _Watch:
                 self._probes.append(HealthProbe(watched, self._hear_silence))
 
     def _hear_silence(self, watched: Watched) -> None:
-        """From a probe's thread."""
+        """Called in a probe's thread."""
         if self._told is None and self._code is None:
             logger.error("%s (process %d) no longer responds; the server ends", watched.name, watched.pid)
         self._code = FAILED
@@ -167,7 +167,7 @@ class _Watch:
         return os.waitstatus_to_exitcode(os.waitpid(self._server, 0)[1])
 
     def _look(self, now: float) -> None:
-        """Let those go on that were stopped, and reap those that nobody waits for."""
+        """Resume processes that were stopped, and reap those that nobody waits for."""
         processes = descendants(os.getpid())
         self._stopped = {
             process.pid: self._stopped.get(process.pid, now) for process in processes if process.state == STOPPED
@@ -204,7 +204,7 @@ def _forked(work: Work, alone_s: float) -> tuple[int, CommandEnd]:
 
 
 def _be_server(work: Work, alone_s: float, command: tuple[int, int], server: tuple[int, int]) -> None:
-    """Never returns. Signals of the terminal are for the command, which passes on what they mean."""
+    """Never returns. Signals of the terminal go to the command, which passes on what they mean."""
     code = FAILED
     try:
         os.setpgid(0, 0)
@@ -227,7 +227,7 @@ def _be_server(work: Work, alone_s: float, command: tuple[int, int], server: tup
 
 
 def _end_alone(patience_s: float) -> None:
-    """The command was killed: nobody else ends what is below, if the work does not within this time."""
+    """The command was killed: kill everything below if the work does not end within this time."""
     time.sleep(patience_s)
     end_descendants(KILL_S)
     os._exit(FAILED)
@@ -235,7 +235,7 @@ def _end_alone(patience_s: float) -> None:
 
 @contextmanager
 def _heard_signals() -> Iterator[tuple[int, int]]:
-    """A pipe that the kernel's signals, as bytes, can be read from, whatever Python does; both its ends."""
+    """Both ends of a pipe from which signals can be read as bytes, whatever Python is doing."""
     out, into = os.pipe()
     os.set_blocking(into, False)
     heard = [number for number in EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it

@@ -48,7 +48,7 @@ class DecodeBackend:
         plan_decode(self._workspace, seq_lens, self._spec)
 
     def __call__(self, q: Tensor, layer: PagedKVLayer, into: Tensor | None = None) -> Tensor:
-        """For the step that was planned last; written to `into` if given, but for requests of length 0."""
+        """Attention in the step that was planned last; written to `into` if given, except for requests of length 0."""
         return attend_planned(q, layer, self._workspace, into)
 
 
