@@ -33,7 +33,6 @@ class GraphRunner:
         """
         self._runner, self._rows, self._sampler = runner, rows, sampler
         self._platform = platform_of(runner.device)
-        self._max_num_seqs = config.max_num_seqs
         self._decodes: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
         sizes = batch_sizes(config.max_num_seqs) if decode_sizes is None else decode_sizes
