@@ -69,10 +69,10 @@ def launch(
         seed = config.seed if config.seed is None or replica == 0 else derive_seed(config.seed, replica)
         return engine, FrontEnd(text, limits, seed, on_end, defaults)
     except BaseException as error:
-        if engine is not None:
-            engine.close()
         if reading is not None:
             reading.give_up()
-            if isinstance(error, Exception):
-                reading.check()  # files that are wrong will be so at the next start, too
+        if engine is not None:
+            engine.close()
+        if reading is not None and isinstance(error, Exception):
+            reading.check()  # files that are wrong will be so at the next start, too
         raise

@@ -134,8 +134,8 @@ def _deployed(
     show(Progress(SERVE))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _check_told(link)
-    serving = _begin_serving(site) if _check_site(site) else None
     mute = ran = served = False  # Serve hears nothing any more; it has an application; there may be requests
+    serving = _begin_serving(site) if _check_site(site) else None
     try:
         if serving is not None:
             _await_controller(serving, link)

@@ -23,6 +23,7 @@ from support.tiny_model import write_tokenizer
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("ray_cluster")]
 
+PATIENCE_S = 30.0
 MANY = 2_000_000  # words that take seconds to read
 BROKEN = r"tokenizer\.json cannot be read as a tokenizer"
 
@@ -102,9 +103,9 @@ def test_no_process_for_chat_templates_is_left_of_a_start_that_fails(tmp_path: P
     before = template_processes()
     with pytest.raises(ValueError, match="max_model_len"):
         launch(config(with_chat_template(tmp_path, num_words), max_model_len=10**9))
-    assert template_processes() == before, "at once"
+    assert not template_processes() - before, "at once"
     wait_for_the_reader()
-    assert template_processes() == before, "nor later"
+    assert not template_processes() - before, "nor later"
 
 
 @pytest.mark.usefixtures("no_renderer")
@@ -112,13 +113,15 @@ def test_one_that_others_use_stays(tmp_path: Path) -> None:
     folder = with_chat_template(tmp_path, 0)
     before = template_processes()
     assert chat_renderer().warm_up()
-    (mine,) = template_processes() - before
+    deadline = time.monotonic() + PATIENCE_S
+    while not (mine := template_processes() - before):  # the kernel says a moment later how it was called
+        assert time.monotonic() < deadline
     with pytest.raises(ValueError, match="max_model_len"):
         launch(config(folder, max_model_len=10**9))
-    assert mine in template_processes()
+    assert mine <= template_processes()
     assert chat_renderer().render("{{ messages[0].role }}", [{"role": "user"}], {}) == "user"
     chat_renderer().end_unused()
-    assert mine in template_processes(), "it has been used"
+    assert mine <= template_processes(), "it has been used"
 
 
 @pytest.mark.usefixtures("no_renderer")
