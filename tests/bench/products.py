@@ -97,9 +97,7 @@ def measured(layers: list[Products], num_tokens: int) -> dict[str, float]:
         "gated": lambda layer: layer.gated(x),
         "down": lambda layer: layer.down.linear(inner),
     }
-    each = {
-        name: round(microseconds(lambda run=run: [run(layer) for layer in layers]), 2) for name, run in parts.items()
-    }
+    each = {name: round(microseconds(partial(_for_each, run, layers)), 2) for name, run in parts.items()}
     return {"tokens": num_tokens, "layer_us": round(us, 2)} | rates | each
 
 
