@@ -12,6 +12,7 @@ from eagleray.workers.protocol.config import HOST_KV_CACHE_BYTES
 
 MAX_ROWS = 1 << 16  # every rank has tables with a line for each
 MAX_STEPS_IN_FLIGHT = 16
+MIXED_STEP_TOKENS = 2048  # an H200 takes some 50 ms for a model of 8B, and is a tenth slower than with more
 MAX_THREADS = 1024
 MAX_BYTES = 2**63 - 1
 MAX_AMOUNT = 1e6  # of seconds, or CPUs
@@ -66,6 +67,13 @@ class EngineConfig:
     max_num_batched_tokens: int = option(
         8192, "maximum number of tokens in one step, over all requests", (1, MAX_POSITIONS)
     )
+    mixed_step_tokens: int | None = option(
+        None,
+        "maximum number of tokens in a step in which some requests decode and others are at their prompts, unless "
+        "more than eight times as many are to be run: fewer mean shorter waits between tokens, more an earlier first "
+        f"token in a crowd; {MIXED_STEP_TOKENS} if not given",
+        (1, MAX_POSITIONS),
+    )
     max_chunk_tokens: int | None = option(
         None,
         "maximum number of tokens of one request in one step; longer prompts are cut into chunks",
@@ -111,11 +119,12 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "a step could not run one token of every request; raise the first or lower the second"
             )
-        if self.max_chunk_tokens is not None and self.max_chunk_tokens > self.max_num_batched_tokens:
-            raise ValueError(
-                f"max_chunk_tokens is {self.max_chunk_tokens}, more than max_num_batched_tokens "
-                f"{self.max_num_batched_tokens}: no step has room for such a chunk; lower the first or raise the second"
-            )
+        for name in ("max_chunk_tokens", "mixed_step_tokens"):
+            if (value := getattr(self, name)) is not None and value > self.max_num_batched_tokens:
+                raise ValueError(
+                    f"{name} is {value}, more than max_num_batched_tokens {self.max_num_batched_tokens}: no step has "
+                    "room for so many; lower the first or raise the second"
+                )
         if self.num_speculative_tokens >= self.max_num_seqs:
             raise ValueError(
                 f"num_speculative_tokens is {self.num_speculative_tokens}, but drafts share max_num_seqs, "

@@ -30,6 +30,7 @@ NOT_FINITE = (
     "the model's logits for this request are NaN or infinite, so no token can be drawn; its weights or its precision "
     "do not stand this prompt: try a dtype with a wider range (bfloat16 or float32), or check the checkpoint"
 )
+MANY_STEPS = 8  # mixed steps' worth of prompts: where more is to be run, throughput comes first
 MAX_TOLD = 2**20  # tokens of requests that ranks are told in one step, beside those of the last: 4 MiB
 
 
@@ -47,17 +48,20 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        mixed_step_tokens: int | None = None,
         max_chunk_tokens: int | None = None,
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
     ) -> None:
-        """With `num_speculative_tokens`, drafts of up to so many tokens run with the last token of a request.
+        """A step in which requests decode runs no more than `mixed_step_tokens`, unless many more are to be run.
 
-        All drafts of a step together have fewer tokens than there are free rows.
+        With `num_speculative_tokens`, drafts of up to so many tokens run with the last token of a request. All drafts
+        of a step together have fewer tokens than there are free rows.
         """
         self.kv_cache = KVCacheManager([KVGroup(num_blocks, block_size)], enable_prefix_caching=enable_prefix_caching)
         self.clock = TimeAccounting()
         self._oom_backoff = OomBackoff(max_num_batched_tokens, max_num_seqs)
+        self._mixed_step_tokens = mixed_step_tokens or max_num_batched_tokens
         self._max_chunk_tokens = max_chunk_tokens or max_num_batched_tokens
         self._free_rows = list(range(max_num_seqs))  # a heap: low rows first keeps batches dense
         self._stopped_rows: list[int] = []  # not told to the ranks yet
@@ -193,7 +197,11 @@ class Scheduler:
             self._make_room(plan)
         if self._fairness.num_waiting and not plan.preempted:
             self._make_way()
-        self._share(self._continue_running(plan), plan)
+        with_more = self._continue_running(plan)
+        withheld = self._withhold(with_more, plan)
+        plan.budget -= withheld
+        self._share(with_more, plan)
+        plan.budget += withheld
         if not plan.chunks:
             if not self._in_flight:
                 self.clock.stop()
@@ -266,6 +274,19 @@ class Scheduler:
             self._run(request, 1, plan)
             if num_tokens > 1:
                 self._speculation.run(request, draft[: num_tokens - 1], plan)
+
+    def _withhold(self, with_more: list[Request], plan: StepPlan) -> int:
+        """How much of the budget prompts leave, for the sake of requests that decode: each waits for the whole step.
+
+        They keep half of a mixed step at least. Where more than `MANY_STEPS` such steps' worth of prompts wait or run,
+        they leave nothing.
+        """
+        used = self._oom_backoff.max_tokens - plan.budget
+        left = max(self._mixed_step_tokens - used, self._mixed_step_tokens // 2, 1)
+        if used == 0 or left >= plan.budget:
+            return 0
+        to_run = self._fairness.num_waiting_tokens + sum(request.num_runnable_tokens for request in with_more)
+        return plan.budget - left if to_run <= MANY_STEPS * self._mixed_step_tokens else 0
 
     def _share(self, with_more: list[Request], plan: StepPlan) -> None:
         """Share what single tokens left of the budget among long chunks and newcomers.

@@ -5,7 +5,7 @@ import os
 import ray
 from ray.util.placement_group import PlacementGroup
 
-from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.config import MIXED_STEP_TOKENS, EngineConfig
 from eagleray.cluster.core.engine_core import EngineCore
 from eagleray.cluster.core.request_check import EngineLimits
 from eagleray.cluster.core.scheduler import Scheduler
@@ -77,6 +77,7 @@ def _scheduler(config: EngineConfig, block_size: int, num_blocks: int) -> Schedu
         block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        mixed_step_tokens=config.mixed_step_tokens or MIXED_STEP_TOKENS,
         max_chunk_tokens=config.max_chunk_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         num_speculative_tokens=config.num_speculative_tokens,

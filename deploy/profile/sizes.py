@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eagleray.cluster.config import EngineConfig
+from eagleray.cluster.config import MIXED_STEP_TOKENS, EngineConfig
 from eagleray.cluster.core.kv_cache_manager import headroom
 from eagleray.cluster.runtime.resolve import check_model
 from eagleray.deploy.bench.arguments import PROFILED_SIZES
@@ -82,19 +82,33 @@ class ProfileSizes:
         """The most tokens that a request may have in the end: twice the decodes that are waited for, since steps go on
         while a profile starts and ends.
         """
-        fill = fill_steps(batch_size, self.context_len, config.max_num_batched_tokens, config.max_chunk_tokens)
+        fill = fill_steps(
+            batch_size,
+            self.context_len,
+            config.max_num_batched_tokens,
+            config.max_chunk_tokens,
+            config.mixed_step_tokens or MIXED_STEP_TOKENS,
+        )
         return self.context_len + fill + 2 * (WARM_UP + 2 * self.num_steps)
 
 
-def fill_steps(batch_size: int, context_len: int, max_step_tokens: int, max_chunk_tokens: int | None = None) -> int:
+def fill_steps(
+    batch_size: int,
+    context_len: int,
+    max_step_tokens: int,
+    max_chunk_tokens: int | None = None,
+    mixed_step_tokens: int | None = None,
+) -> int:
     """The most steps until every prompt has run; the first request decodes a token in nearly all of them.
 
     Prompts get what decodes leave of a step's budget, which is least where they run in order: side by side they end
-    later, and fewer decode meanwhile. Only where chunks are short may a step leave
+    later, and fewer decode meanwhile. Of a mixed step they keep half. Only where chunks are short may a step leave
     some of it, and there are no more such steps than one prompt has chunks. `batch_size` is at most `max_step_tokens`.
     """
+    mixed = mixed_step_tokens or max_step_tokens
     num_steps = num_tokens = 0
     while num_tokens < batch_size * context_len:
-        num_tokens += max_step_tokens - num_tokens // context_len
+        decodes = num_tokens // context_len
+        num_tokens += min(max_step_tokens - decodes, max(mixed - decodes, mixed // 2, 1))
         num_steps += 1
     return num_steps + -(-context_len // (max_chunk_tokens or max_step_tokens))

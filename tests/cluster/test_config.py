@@ -32,6 +32,7 @@ from eagleray.models.config import ModelConfig
         "steps_in_flight": [0, 1.0, 2**40],
         "max_num_seqs": [0, 2**17, 2**62],
         "max_num_batched_tokens": [2**23],
+        "mixed_step_tokens": [0, 2**23],
         "max_chunk_tokens": [0, 2**23],
         "block_size": [0, 2**31],
         "threads_per_rank": [0, 2**31],
@@ -98,6 +99,9 @@ def test_a_chunk_must_fit_into_a_step() -> None:
     with pytest.raises(ValueError, match="max_chunk_tokens is 600, more than max_num_batched_tokens 512"):
         EngineConfig(model="m", max_num_batched_tokens=512, max_chunk_tokens=600)
     EngineConfig(model="m", max_num_batched_tokens=512, max_chunk_tokens=512)
+    with pytest.raises(ValueError, match="mixed_step_tokens is 600, more than max_num_batched_tokens 512"):
+        EngineConfig(model="m", max_num_batched_tokens=512, mixed_step_tokens=600)
+    EngineConfig(model="m", max_num_batched_tokens=512)  # what is not asked for is not refused
 
 
 def test_a_limit_is_told_to_the_last_digit() -> None:

@@ -42,6 +42,7 @@ def some_prompts(rng: Random, count: int) -> list[list[int]]:
     [
         {},
         {"max_chunk_tokens": 7},
+        {"mixed_step_tokens": 3},
         {"enable_prefix_caching": False},
         {"num_blocks": 20},
         {"num_blocks": 20, "enable_prefix_caching": False, "max_chunk_tokens": 3},
@@ -139,6 +140,40 @@ def test_a_running_request_is_not_starved_by_a_long_prompt(depth: int) -> None:
     assert engine.token_ids(1) == []
     engine.run()
     assert engine.rank.largest_batch <= 8
+
+
+def test_a_mixed_step_is_small_for_those_who_decode(depth: int) -> None:
+    """Not where nobody decodes, nor where so much waits that throughput comes first."""
+
+    def largest(prompt: int, *, decoding: bool, others: int = 0) -> int:
+        """Of the steps until a prompt has run, beside one request that decodes and before others that wait."""
+        engine = Engine(depth, num_blocks=500, max_num_batched_tokens=100, mixed_step_tokens=10, max_num_seqs=4)
+        if decoding:
+            engine.add(0, [1, 2], max_tokens=100)
+            engine.turn()
+        for index in range(1, 2 + others):
+            engine.add(index, [3 + index] * prompt, max_tokens=1)
+        while not engine.token_ids(1):
+            engine.turn()
+        return engine.rank.largest_batch
+
+    assert largest(80, decoding=True) == 10
+    assert largest(80, decoding=False) == 80
+    assert largest(81, decoding=True) == 82
+    assert largest(40, decoding=True, others=1) == 10
+    assert largest(40, decoding=True, others=5) == 100
+
+
+def test_many_who_decode_leave_prompts_half_of_a_mixed_step(depth: int) -> None:
+    engine = Engine(depth, num_blocks=100, mixed_step_tokens=4)
+    for index in range(6):
+        engine.add(index, [1 + index], max_tokens=60)
+    engine.turn()
+    engine.add(6, [9] * 30, max_tokens=1)
+    while not engine.token_ids(6):
+        engine.turn()
+    assert engine.rank.largest_batch == 6 + 2
+    assert len(engine.token_ids(0)) <= 30 // 2 + 3 * depth
 
 
 def test_prompt_logprobs_come_once_and_in_order(depth: int) -> None:

@@ -79,11 +79,28 @@ def test_of_the_default_batch_sizes_those_run_that_fit(
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
-    ("batch_size", "context_len", "max_step_tokens", "max_chunk_tokens"),
-    [(1, 5, 8, None), (8, 64, 8, None), (8, 64, 20, None), (8, 64, 20, 3), (8, 64, 1000, 16), (9, 50, 32, 31)],
+    ("batch_size", "context_len", "max_step_tokens", "max_chunk_tokens", "mixed_step_tokens"),
+    [
+        (1, 5, 8, None, None),
+        (8, 64, 8, None, None),
+        (8, 64, 20, None, None),
+        (8, 64, 20, 3, None),
+        (8, 64, 1000, 16, None),
+        (9, 50, 32, 31, None),
+        (8, 64, 100, None, 12),
+        (8, 64, 100, 7, 12),
+        (20, 64, 100, None, 8),
+        (4, 200, 64, None, 64),
+        (9, 50, 32, None, 1),
+    ],
 )
 def test_the_steps_in_which_a_batch_fills_are_foretold(
-    batch_size: int, context_len: int, max_step_tokens: int, max_chunk_tokens: int | None, depth: int
+    batch_size: int,
+    context_len: int,
+    max_step_tokens: int,
+    max_chunk_tokens: int | None,
+    mixed_step_tokens: int | None,
+    depth: int,
 ) -> None:
     """Never too few: the first request must not outgrow the model. And hardly too many where chunks are not short."""
     num_blocks, block_size = 400, 4
@@ -93,6 +110,7 @@ def test_the_steps_in_which_a_batch_fills_are_foretold(
         max_num_seqs=batch_size,
         max_num_batched_tokens=max_step_tokens,
         max_chunk_tokens=max_chunk_tokens,
+        mixed_step_tokens=mixed_step_tokens,
         enable_prefix_caching=False,
     )
     engine = InlineEngine(scheduler, ToyRank(num_blocks, block_size), depth)
@@ -102,9 +120,9 @@ def test_the_steps_in_which_a_batch_fills_are_foretold(
     while not all(engine.token_ids(index) for index in range(batch_size)):
         engine.turn()
         num_steps += 1
-    foretold = fill_steps(batch_size, context_len, max_step_tokens, max_chunk_tokens)
+    foretold = fill_steps(batch_size, context_len, max_step_tokens, max_chunk_tokens, mixed_step_tokens)
     assert len(engine.token_ids(0)) <= num_steps <= foretold
-    if max_chunk_tokens is None:
+    if max_chunk_tokens is None and mixed_step_tokens is None:
         assert foretold <= 1 + 1.5 * num_steps
 
 
