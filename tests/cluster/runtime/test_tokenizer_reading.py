@@ -75,7 +75,8 @@ def test_it_ends_a_start_that_waits_for_room(tmp_path: Path, model_dir: Path) ->
         launch(config(model_dir, cpus_per_rank=100.0, placement_timeout_s=200.0), broken_at_its_end(tmp_path))
     assert time.monotonic() - begin < 100
     groups = placement_group_table()
-    assert {groups[name]["state"] for name in groups.keys() - before} == {"REMOVED"}
+    left = {groups[name]["state"] for name in groups.keys() - before}
+    assert left <= {"REMOVED"}, "none at all if the tokenizer was read before there was one"
 
 
 def test_it_is_what_is_said_of_a_start_that_fails_for_another_reason_too(tmp_path: Path, model_dir: Path) -> None:

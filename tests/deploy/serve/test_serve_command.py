@@ -162,7 +162,9 @@ def test_an_order_to_end_that_comes_early_is_heeded_at_once_and_leaves_nothing_o
 ) -> None:
     """What has begun is waited for, so that it can be ended; what has not does not begin."""
     words = [sys.executable, "-m", "support.told_to_end", when]
-    done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]  # for `support`
+    environment = cluster.environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     about = json.loads(done.stdout.splitlines()[-1])
     assert about == {"code": 0, "came_to": came_to, "in_time": True, "joined": False, "left": []}, done.stderr
