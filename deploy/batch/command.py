@@ -1,11 +1,11 @@
 """`eagleray batch`: answers a file of requests in OpenAI's batch format; a killed job resumes where it stopped."""
 
 import argparse
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from eagleray.deploy.batch.progress import BatchProgress
 from eagleray.deploy.batch.run import BatchRun, Replica
 from eagleray.deploy.batch.storage import Places
 from eagleray.deploy.cli.arguments import engine_config
+from eagleray.deploy.cli.ending import run_async
 from eagleray.deploy.cli.engine import starting
 from eagleray.models.loading.model_dir import public_name
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         progress = BatchProgress(err, known.num_rows, done.num_rows, done.num_failed)
         try:
             if left:
-                asyncio.run(_run_rows(file, known, done, journal, progress, engine, arguments.replicas, err))
+                run_async(partial(_run_rows, file, known, done, journal, progress, engine, arguments.replicas, err))
         except BaseException:
             if progress.num_done:
                 logger.info(

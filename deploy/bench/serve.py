@@ -1,13 +1,13 @@
 """`eagleray bench serve`: measures a server with OpenAI's API under many clients."""
 
 import argparse
-import asyncio
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import httpx
@@ -23,6 +23,7 @@ from eagleray.deploy.bench.metrics import serving_figures, spread
 from eagleray.deploy.bench.report import check_writable, record, write
 from eagleray.deploy.bench.views import rates_table, requests_bar, times_table
 from eagleray.deploy.bench.workload import due_times, random_prompts, warm_up_lengths
+from eagleray.deploy.cli.ending import run_async
 from eagleray.deploy.cli.prompts import Task, in_chat
 from eagleray.models.loading.demo_model import NAME
 from eagleray.models.loading.model_dir import DEMO
@@ -52,11 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_concurrency,
     )
     asks = plan(arguments)
-    if failed := _failures(asyncio.run(load.measure(warm_ups(arguments, asks)))):
+    if failed := _failures(run_async(partial(load.measure, warm_ups(arguments, asks)))):
         return _report(failed, "warm-up request")
     with requests_bar(len(asks), Console(stderr=True)) as advance:
         cpu_s, start = time.process_time(), time.monotonic()
-        exchanges = asyncio.run(load.measure(asks, advance))
+        exchanges = run_async(partial(load.measure, asks, advance))
         busy = (time.process_time() - cpu_s) / (time.monotonic() - start)
     figures = serving_figures((each.times for each in exchanges), {name: ms / 1000 for name, ms in limits.items()})
     case = asdict(figures) | _about_sending(exchanges) | {"client_busy_share": busy}

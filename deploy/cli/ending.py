@@ -4,18 +4,22 @@ A handler of Python's runs between two of its instructions, so not while Ray's o
 nothing. What the system hands over when a signal comes is a byte in a pipe, and a thread waits for that.
 """
 
+import asyncio
+import inspect
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 from eagleray.cluster.runtime.process_state import descendants
 from eagleray.cluster.runtime.signals import kill
 
+T = TypeVar("T")
 TERMINATED = 128 + signal.SIGTERM  # as shells have it
 GRACE_S = 5.0  # to close engines and let go of files
 
@@ -41,6 +45,48 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.set_wakeup_fd(pipe_before)
         signal.signal(signal.SIGTERM, before)
         writer.close()
+
+
+def run_async(function: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """As `asyncio.run(function())`, but a signal leaves no loop half made and no coroutine forgotten.
+
+    One that comes while the loop is made is handled once it is there.
+    """
+    runner = asyncio.Runner()
+    try:
+        with _held(signal.SIGINT, signal.SIGTERM):
+            runner.get_loop()
+        coroutine = function()
+        try:
+            return runner.run(coroutine)
+        finally:
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()
+    finally:
+        runner.close()
+
+
+@contextmanager
+def _held(*numbers: int) -> Iterator[None]:
+    """What handlers of these signals do, they do afterwards. Other threads than the main one have no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((number, frame))
+
+    handlers = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            handler = handlers[number]
+            if callable(handler):
+                handler(number, frame)
 
 
 class _Once:

@@ -5,6 +5,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from eagleray.cluster.runtime.resolve import folder_of
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.cli.answers import Answer, as_json
 from eagleray.deploy.cli.arguments import check_sampling, engine_config, sampling_params
+from eagleray.deploy.cli.ending import run_async
 from eagleray.deploy.cli.engine import chat_templates, running_engine
 from eagleray.deploy.cli.prompts import in_chat, read_tasks
 from eagleray.deploy.cli.render import write_plain
@@ -43,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     with running_engine(config, err) as engine:
         started = time.monotonic()
         try:
-            asyncio.run(_answer_all(engine, answers, params, view))
+            run_async(partial(_answer_all, engine, answers, params, view))
         finally:
             _report(answers, time.monotonic() - started, err)
     return int(any(answer.error for answer in answers))

@@ -1,5 +1,7 @@
 """SIGTERM: commands end by an exception, and soon even where Ray's own code waits."""
 
+import asyncio
+import gc
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from eagleray.deploy.cli.ending import Terminated, ending_on_sigterm, run_async
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -17,7 +20,7 @@ EAGLERAY = [sys.executable, "-m", "eagleray"]
 WAITS = """
 import asyncio, sys
 from eagleray.deploy.cli import main as cli
-from eagleray.deploy.cli.ending import ending_on_sigterm
+from eagleray.deploy.cli.ending import ending_on_sigterm, run_async
 
 async def main():
     waits = asyncio.create_task(asyncio.sleep(600))
@@ -28,7 +31,7 @@ async def main():
         print("closed", flush=True)
 
 with ending_on_sigterm():
-    sys.exit(cli.guarded(lambda _: asyncio.run(main()), cli.argparse.Namespace(debug=False)))
+    sys.exit(cli.guarded(lambda _: run_async(main), cli.argparse.Namespace(debug=False)))
 """
 
 
@@ -41,6 +44,43 @@ def test_what_runs_is_closed_and_the_exit_code_says_why() -> None:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, "closed\n", "eagleray: ended by SIGTERM\n")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_order_that_comes_while_a_loop_is_made_is_heeded_once_it_is_there(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[bool] = []
+
+    class Loop(asyncio.SelectorEventLoop):
+        def __init__(self) -> None:
+            signal.raise_signal(number)
+            super().__init__()
+
+    async def main() -> None:
+        begun.append(True)
+
+    monkeypatch.setattr(asyncio.events, "new_event_loop", Loop)
+    with ending_on_sigterm(), pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
+        run_async(main)
+    gc.collect()  # nothing that is half made complains
+    assert begun == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_coroutine_that_is_not_begun_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> int:
+        return 7
+
+    def fail(self: asyncio.Runner, coroutine: object) -> None:
+        raise Terminated(1)
+
+    assert run_async(main) == 7
+    monkeypatch.setattr(asyncio.Runner, "run", fail)
+    with pytest.raises(Terminated):
+        run_async(main)
+    gc.collect()
 
 
 @pytest.mark.parametrize("command", ["generate", "batch"])
