@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eagleray.deploy.cli.ending import Terminated, ending_on_sigterm, run_async
+from eagleray.deploy.cli.ending import Terminated, run_async
 from support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -62,8 +62,16 @@ def test_an_order_that_comes_while_a_loop_is_made_is_heeded_once_it_is_there(
         begun.append(True)
 
     monkeypatch.setattr(asyncio.events, "new_event_loop", Loop)
-    with ending_on_sigterm(), pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
-        run_async(main)
+
+    def end(*_: object) -> None:
+        raise Terminated(1)
+
+    before = signal.signal(number, end)
+    try:
+        with pytest.raises(Terminated):
+            run_async(main)
+    finally:
+        signal.signal(number, before)
     gc.collect()  # nothing that is half made complains
     assert begun == []
 
