@@ -198,10 +198,11 @@ class Scheduler:
         if self._fairness.num_waiting and not plan.preempted:
             self._make_way()
         with_more = self._continue_running(plan)
-        withheld = self._withhold(with_more, plan)
-        plan.budget -= withheld
-        self._share(with_more, plan)
-        plan.budget += withheld
+        if with_more or self._fairness.num_waiting:
+            withheld = self._withhold(with_more, plan)
+            plan.budget -= withheld
+            self._share(with_more, plan)
+            plan.budget += withheld
         if not plan.chunks:
             if not self._in_flight:
                 self.clock.stop()
