@@ -32,6 +32,7 @@ from eagleray.workers.protocol.messages import StepOutput
 
 logger = logging.getLogger(__name__)
 
+LOOK_EVERY = 16  # messages, whether it is time for a step
 MAX_MESSAGES = 1000  # of front ends in one turn, so that a flood leaves time for steps
 
 
@@ -102,12 +103,12 @@ class EngineCore:
             self._scheduler.clock.send_or_sleep(time.monotonic() - begin)
 
     def _take_messages(self) -> None:
-        for _ in range(MAX_MESSAGES):
+        for number in range(1, 1 + MAX_MESSAGES):
             if (received := self._inbox.receive()) is None:
                 return
             self._num_heard[received[0]] += 1
             self._handle(*received)
-            if self._scheduler.num_in_flight and self._may_send():
+            if number % LOOK_EVERY == 0 and self._scheduler.num_in_flight and self._may_send():
                 return  # a flood of requests does not keep the ranks waiting
 
     def _handle(self, front_end: FrontEndId, message: FrontEndMessage) -> None:
