@@ -1,6 +1,7 @@
 """Starts the engine core and connects a front end to it."""
 
 import asyncio
+import atexit
 import logging
 import os
 import time
@@ -72,6 +73,8 @@ class EngineClient:
         self._finalizer = weakref.finalize(  # for an owner that forgets to close
             self, _remove_if_owner, self._owner, core, room, pid
         )
+        self._finalizer.atexit = False  # all finalizers of a process run where its first one was made known: after
+        atexit.register(self._finalizer)  # Ray has left, if that was before Ray was imported. This runs before
 
     @classmethod
     def start(
@@ -221,6 +224,7 @@ class EngineClient:
         self._link.close()
         self._running.close()
         os.close(self._bell)
+        atexit.unregister(self._finalizer)
         self._finalizer()
 
 

@@ -69,9 +69,17 @@ class DecodeBatch:
         return 32 if row_bytes <= 512 else 16
 
     def run(self, lanes: int = FINE, sinks: Tensor | None = None, **constants: Any) -> Tensor:
-        launch = LaunchConstants(**{"tile": self.tile, "lanes": lanes, "worth_cutting": 0, **constants})
-        workspace = allocate_workspace(len(self.lens), int(self.lens.max()), self.spec, self.device, launch)
-        return self.run_in(workspace, self.table, sinks=sinks)
+        return self.run_in(self._workspace(lanes=lanes, **constants), self.table, sinks=sinks)
+
+    def run_layers(self, num_layers: int, **constants: Any) -> list[Tensor]:
+        """What each of some layers that are alike computes after one plan."""
+        workspace, layer = self._workspace(lanes=FINE, **constants), self._layer(self.cache, self.lens, self.table)
+        plan_decode(workspace, self.lens, self.spec)
+        return [attend_planned(self.q, layer, workspace) for _ in range(num_layers)]
+
+    def _workspace(self, **constants: Any) -> DecodeWorkspace:
+        launch = LaunchConstants(**{"tile": self.tile, "worth_cutting": 0, **constants})
+        return allocate_workspace(len(self.lens), int(self.lens.max()), self.spec, self.device, launch)
 
     def run_in(
         self, workspace: DecodeWorkspace, table: Tensor, rows: Tensor | None = None, sinks: Tensor | None = None

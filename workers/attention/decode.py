@@ -33,6 +33,9 @@ from eagleray.workers.attention.decode_kernels import (
 SECTION = 2048  # keys, at most until there are `MAX_SECTIONS`
 COMBINING_PROGRAMS = 1024
 FEW_PAIRS = 64  # of request and KV head
+COMBINED_AT_ONCE = 4  # heads, which fit in registers
+EARLY_TILES = 3  # of a split
+CACHE_LINE = 128  # bytes
 LARGE_TILES = 160 << 10  # bytes of shared memory that a processor must have for them
 
 
@@ -46,6 +49,7 @@ class LaunchConstants:
     programs_per_sm: int = 4  # that run at once: the registers are shared out accordingly
     lanes: int = 480  # splits that together read at full speed: a section that is more than 1 in so many is cut
     worth_cutting: int = 256  # keys of a request; with fewer, cutting costs more than it brings
+    combines: bool = False  # splits in the kernel that attends: a launch fewer, which is a good part of a small batch
 
     @property
     def num_registers(self) -> int:
@@ -55,11 +59,12 @@ class LaunchConstants:
 
 def launch_constants(spec: AttentionSpec, num_requests: int, device: torch.device) -> LaunchConstants:
     """What was the fastest on an H200: large tiles for few splits of work, many programs for many."""
+    few = num_requests * spec.num_kv_heads <= FEW_PAIRS
     if spec.head_size > 128:
-        return LaunchConstants(programs_per_sm=2, lanes=240)
-    if num_requests * spec.num_kv_heads <= FEW_PAIRS and processors(device).shared_memory >= LARGE_TILES:
-        return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2)
-    return LaunchConstants()
+        return LaunchConstants(programs_per_sm=2, lanes=240, combines=few)
+    if few and processors(device).shared_memory >= LARGE_TILES:
+        return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2, combines=True)
+    return LaunchConstants(combines=few)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +73,15 @@ class DecodeWorkspace:
 
     fixed: LaunchConstants | None  # else what `launch_constants` says
     num_sms: int
-    header: Tensor  # [2] int32
+    splits: Tensor  # [1] int32
     requests: Tensor  # [max_requests, 4] int32
     work: Tensor  # [max_splits, FIELDS] int32
+    turns: Tensor  # [1 + max_requests * kv_heads] int32, 0 when a layer begins
     partial: Tensor  # [max_splits, heads, head_size] float32
     partial_ml: Tensor  # [max_splits, heads, 2] float32
 
     def constants(self, spec: AttentionSpec, num_requests: int) -> LaunchConstants:
-        return self.fixed or launch_constants(spec, num_requests, self.header.device)
+        return self.fixed or launch_constants(spec, num_requests, self.splits.device)
 
 
 def max_splits(max_requests: int, max_seq_len: int, spec: AttentionSpec, constants: LaunchConstants) -> int:
@@ -101,9 +107,10 @@ def allocate_workspace(
     return DecodeWorkspace(
         fixed=constants,
         num_sms=processors(device).number,
-        header=torch.zeros(2, dtype=torch.int32, device=device),
+        splits=torch.zeros(1, dtype=torch.int32, device=device),
         requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
         work=torch.zeros(splits, int(FIELDS), dtype=torch.int32, device=device),
+        turns=torch.zeros(1 + max_requests * spec.num_kv_heads, dtype=torch.int32, device=device),
         partial=torch.empty(splits, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
         partial_ml=torch.empty(splits, spec.num_heads, 2, dtype=torch.float32, device=device),
     )
@@ -115,7 +122,8 @@ def plan_decode(
     """Share out the work of one step: `seq_lens` is `[n]` int32 and `rows` `[n]` int64, both contiguous.
 
     Request `i` attends over its `seq_lens[i]` tokens, the last of which is its query. No request may have more tokens
-    than the workspace is for. With `rows`, the block table is one of all rows, and `rows[i]` is the request's.
+    than the workspace is for. With `rows`, the block table is one of all rows, and `rows[i]` is the request's. The
+    block table is what it is when this is called.
     """
     n = seq_lens.shape[0]
     assert n <= workspace.requests.shape[0], "the workspace is for fewer requests"
@@ -125,7 +133,7 @@ def plan_decode(
     plan_kernel[(1,)](
         seq_lens,
         rows,
-        workspace.header,
+        workspace.splits,
         workspace.requests,
         workspace.work,
         n,
@@ -140,6 +148,9 @@ def plan_decode(
         num_warps=8,
         **LAUNCH,
     )
+    # Also after a step that failed between two launches. It begins after all before it has ended, and nothing behind it
+    # begins earlier than that: so attention may read the plan and the block table before what runs meanwhile has ended.
+    workspace.turns.zero_()
 
 
 def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, into: Tensor | None = None) -> Tensor:
@@ -170,8 +181,10 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         block_table,
         sinks,
         out,
-        workspace.header,
+        workspace.splits,
+        workspace.requests,
         workspace.work,
+        workspace.turns,
         workspace.partial,
         workspace.partial_ml,
         spec.scale * log2(e),
@@ -182,6 +195,7 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
+        n,
         KV_HEADS=spec.num_kv_heads,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
@@ -191,18 +205,26 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         TILE=constants.tile,
         HAS_CAP=spec.logits_soft_cap is not None,
         HAS_SINKS=sinks is not None,
+        COMBINES=constants.combines,
+        EACH=min(COMBINED_AT_ONCE, triton.next_power_of_2(group)),
+        FILLS=into is None,
+        EARLY=EARLY_TILES if constants.combines else 0,
+        HEAD_BYTES=head_size * k_cache.itemsize,
+        LINES=triton.next_power_of_2(triton.cdiv(head_size * k_cache.itemsize, CACHE_LINE)),
         PDL=OVERLAP,
         num_warps=constants.num_warps,
         num_stages=constants.num_stages,
         maxnreg=constants.num_registers,
         **LAUNCH,
     )
+    if constants.combines:
+        return out
     heads_each = triton.cdiv(n * heads, COMBINING_PROGRAMS)
     combine_kernel[(n, triton.cdiv(heads, heads_each))](
         out,
         sinks,
-        workspace.header,
         workspace.requests,
+        workspace.turns,
         workspace.partial,
         workspace.partial_ml,
         heads_each,

@@ -1,5 +1,6 @@
 """Which Ray cluster is joined, and what is said when there is none to be had."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,18 @@ import pytest
 from eagleray.cluster.runtime.ray_address import IN_A_JOB, answers, cluster_address
 from support.cluster_process import running_cluster
 from support.free_port import free_port
+from support.small_engine import CONFIG
 
 pytestmark = pytest.mark.engine
 
+FORGETS = """
+import sys, weakref
+class Anything: ...
+anything = Anything()
+weakref.finalize(anything, print)  # the first of the process: where it became known all of them run
+from support.small_engine import start
+llm = start(sys.argv[1])
+"""
 CONNECT = """
 from eagleray.cluster.config import EngineConfig
 from eagleray.cluster.errors import EngineStartError
@@ -91,3 +101,18 @@ def test_a_cluster_that_ray_start_left_behind_is_taken_only_if_it_answers(
 @pytest.mark.parametrize("address", ["auto", "local", "ray://10.0.0.1:10001", "head"])
 def test_addresses_of_other_forms_are_left_to_ray(address: str) -> None:
     assert answers(address)
+
+
+def test_a_program_that_forgets_to_close_ends_its_engine_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with running_cluster() as cluster:
+        search_path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        run = subprocess.run(
+            [sys.executable, "-c", FORGETS, tmp_path],
+            env=cluster.environment | search_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert "Error" not in run.stderr

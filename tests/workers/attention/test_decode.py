@@ -30,10 +30,18 @@ else:
     def decodes(*args: Any, **options: Any) -> DecodeBatch:
         return DecodeBatch(*args, device=DEVICE, **options)
 
+    @pytest.mark.parametrize("combines", [False, True])
     @pytest.mark.parametrize("name", SPECS)
-    def test_it_computes_attention(name: str) -> None:
+    def test_it_computes_attention(name: str, combines: bool) -> None:
         batch = decodes(LENGTHS, SPECS[name])
-        check(batch, batch.run())
+        check(batch, batch.run(combines=combines))
+
+    @pytest.mark.parametrize("combines", [False, True])
+    def test_a_plan_serves_one_layer_after_another(combines: bool) -> None:
+        batch = decodes([0, 550, 270, 140, 1], SPECS["plain"])
+        first, second = batch.run_layers(2, combines=combines)
+        check(batch, first)
+        assert torch.equal(first, second)
 
     @pytest.mark.parametrize("block_size", [16, 32, 128, 256])
     @pytest.mark.parametrize("tile", [16, 32])
@@ -47,13 +55,15 @@ else:
         batch = decodes([5, 100, 300], spec(), dtype=dtype)
         check(batch, batch.run())
 
+    @pytest.mark.parametrize("combines", [False, True])
     @pytest.mark.parametrize("name", ["plain", "soft cap", "window of more than a section"])
-    def test_how_the_work_is_shared_changes_no_bit(name: str) -> None:
+    def test_how_the_work_is_shared_changes_no_bit(name: str, combines: bool) -> None:
         batch = decodes([550, 270, 140, 1], SPECS[name])
-        fine = batch.run(FINE)
-        assert torch.equal(fine, batch.run(COARSE))
-        assert torch.equal(fine, batch.run(2 * batch.spec.num_kv_heads))  # half of all keys: the longest request alone
-        assert torch.equal(fine, batch.run(COARSE, programs_per_sm=1))
+        longest_alone = 2 * batch.spec.num_kv_heads  # lanes, with which half of all keys are the limit
+        fine = batch.run(FINE, combines=combines)
+        assert torch.equal(fine, batch.run(COARSE, combines=combines))
+        assert torch.equal(fine, batch.run(longest_alone, combines=combines))
+        assert torch.equal(fine, batch.run(COARSE, programs_per_sm=1, combines=combines))
 
     def test_only_a_request_that_is_much_of_the_work_is_cut() -> None:
         batch = decodes([250, 100, 90, 20], spec())
@@ -76,8 +86,9 @@ else:
         check(batch, fine)
         assert torch.equal(fine, batch.run(COARSE, tile=16))
 
+    @pytest.mark.parametrize("combines", [False, True])
     @pytest.mark.parametrize("lanes", [FINE, COARSE])
-    def test_sinks_join_the_denominator(lanes: int) -> None:
+    def test_sinks_join_the_denominator(lanes: int, combines: bool) -> None:
         """A sink is a key whose score is given and whose value is 0."""
         batch = decodes([3, 0, 100, 300], spec())
         total = torch.full((4, 4), -torch.inf, device=DEVICE)  # log of the sum of exp(scores): [requests, heads]
@@ -87,7 +98,10 @@ else:
             total[i] = scores.logsumexp(0)
         share = torch.sigmoid(total - batch.sinks)  # exp(total) / (exp(total) + exp(sink))
         torch.testing.assert_close(
-            batch.run(lanes, batch.sinks), batch.expected() * share.unsqueeze(-1), atol=2e-5, rtol=2e-5
+            batch.run(lanes, batch.sinks, combines=combines),
+            batch.expected() * share.unsqueeze(-1),
+            atol=2e-5,
+            rtol=2e-5,
         )
 
     def test_rows_choose_from_a_table_of_all_rows() -> None:
@@ -120,7 +134,7 @@ else:
             batches = [[length] * n for length in (1, 256, 257, 513, 1281, longest) for n in (1, 2, 5, 12)]
             for lens in [*batches, [longest, *[257] * 11], [*[1] * 6, *[769] * 3]]:
                 ours.plan_decode(workspace, torch.tensor(lens, dtype=torch.int32, device=DEVICE), small)
-                num_splits = int(workspace.header[0])
+                num_splits = int(workspace.splits[0])
                 assert num_splits == int(workspace.requests[: len(lens), 1].sum()) <= len(workspace.work)
                 most = max(most, num_splits)
         assert most > 12  # some were cut
