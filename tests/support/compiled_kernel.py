@@ -11,7 +11,7 @@ from eagleray.parallel.platform import LAUNCH
 RESERVED = 1 << 10  # bytes of a multiprocessor that no program can have
 POINTERS = {
     "*bf16": ("q", "k_cache", "v_cache", "out", "x", "weight"),
-    "*i32": ("table", "header", "work", "arrived"),
+    "*i32": ("table", "splits", "work", "turns", "arrived"),
     "*fp32": ("partial", "partial_ml", "parts"),
     "fp32": ("scale", "cap"),
 }

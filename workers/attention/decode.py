@@ -11,7 +11,7 @@ The plan, who does which split, is made on the GPU from the lengths, once per st
 window share it. No launch depends on a value on the GPU, so all of it can stand in a CUDA graph.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import e, log2
 
 import torch
@@ -33,8 +33,7 @@ from eagleray.workers.attention.decode_kernels import (
 SECTION = 2048  # keys, at most until there are `MAX_SECTIONS`
 COMBINING_PROGRAMS = 1024
 FEW_PAIRS = 64  # of request and KV head
-COMBINED_AT_ONCE = 4  # heads, which fit in registers
-EARLY_TILES = 3  # of a split
+FEWER_PAIRS = 32  # whose chunks are a program each at once
 CACHE_LINE = 128  # bytes
 LARGE_TILES = 160 << 10  # bytes of shared memory that a processor must have for them
 
@@ -49,7 +48,8 @@ class LaunchConstants:
     programs_per_sm: int = 4  # that run at once: the registers are shared out accordingly
     lanes: int = 480  # splits that together read at full speed: a section that is more than 1 in so many is cut
     worth_cutting: int = 256  # keys of a request; with fewer, cutting costs more than it brings
-    combines: bool = False  # splits in the kernel that attends: a launch fewer, which is a good part of a small batch
+    short_chunks: bool = False  # a request of one section has chunks of an eighth of itself, not of `SECTION`
+    early_tiles: int = 0  # of a program's first split, asked for while the kernel before still runs
 
     @property
     def num_registers(self) -> int:
@@ -59,12 +59,13 @@ class LaunchConstants:
 
 def launch_constants(spec: AttentionSpec, num_requests: int, device: torch.device) -> LaunchConstants:
     """What was the fastest on an H200: large tiles for few splits of work, many programs for many."""
-    few = num_requests * spec.num_kv_heads <= FEW_PAIRS
     if spec.head_size > 128:
-        return LaunchConstants(programs_per_sm=2, lanes=240, combines=few)
-    if few and processors(device).shared_memory >= LARGE_TILES:
-        return LaunchConstants(tile=64, num_stages=4, programs_per_sm=2, combines=True)
-    return LaunchConstants(combines=few)
+        return LaunchConstants(programs_per_sm=2, lanes=240)
+    pairs = num_requests * spec.num_kv_heads
+    if pairs <= FEW_PAIRS and processors(device).shared_memory >= LARGE_TILES:
+        few = LaunchConstants(tile=64, num_stages=4, programs_per_sm=2, early_tiles=3)
+        return replace(few, worth_cutting=128, short_chunks=True) if pairs <= FEWER_PAIRS else few
+    return LaunchConstants()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class DecodeWorkspace:
     splits: Tensor  # [1] int32
     requests: Tensor  # [max_requests, 4] int32
     work: Tensor  # [max_splits, FIELDS] int32
-    turns: Tensor  # [1 + max_requests * kv_heads] int32, 0 when a layer begins
+    turns: Tensor  # [1] int32
     partial: Tensor  # [max_splits, heads, head_size] float32
     partial_ml: Tensor  # [max_splits, heads, 2] float32
 
@@ -110,7 +111,7 @@ def allocate_workspace(
         splits=torch.zeros(1, dtype=torch.int32, device=device),
         requests=torch.zeros(max_requests, 4, dtype=torch.int32, device=device),
         work=torch.zeros(splits, int(FIELDS), dtype=torch.int32, device=device),
-        turns=torch.zeros(1 + max_requests * spec.num_kv_heads, dtype=torch.int32, device=device),
+        turns=torch.zeros(1, dtype=torch.int32, device=device),
         partial=torch.empty(splits, spec.num_heads, spec.head_size, dtype=torch.float32, device=device),
         partial_ml=torch.empty(splits, spec.num_heads, 2, dtype=torch.float32, device=device),
     )
@@ -123,7 +124,7 @@ def plan_decode(
 
     Request `i` attends over its `seq_lens[i]` tokens, the last of which is its query. No request may have more tokens
     than the workspace is for. With `rows`, the block table is one of all rows, and `rows[i]` is the request's. The
-    block table is what it is when this is called.
+    block table is to be what it will be when attention reads it.
     """
     n = seq_lens.shape[0]
     assert n <= workspace.requests.shape[0], "the workspace is for fewer requests"
@@ -143,6 +144,7 @@ def plan_decode(
         WINDOW=spec.sliding_window or 0,
         TILE=constants.tile,
         SECTION=SECTION,
+        SHORT_CHUNKS=constants.short_chunks,
         N_PAD=max(16, triton.next_power_of_2(workspace.requests.shape[0])),  # one kernel for batches of all sizes
         PDL=OVERLAP,
         num_warps=8,
@@ -182,7 +184,6 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         sinks,
         out,
         workspace.splits,
-        workspace.requests,
         workspace.work,
         workspace.turns,
         workspace.partial,
@@ -195,7 +196,6 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
-        n,
         KV_HEADS=spec.num_kv_heads,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
@@ -205,10 +205,7 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         TILE=constants.tile,
         HAS_CAP=spec.logits_soft_cap is not None,
         HAS_SINKS=sinks is not None,
-        COMBINES=constants.combines,
-        EACH=min(COMBINED_AT_ONCE, triton.next_power_of_2(group)),
-        FILLS=into is None,
-        EARLY=EARLY_TILES if constants.combines else 0,
+        EARLY_TILES=constants.early_tiles,
         HEAD_BYTES=head_size * k_cache.itemsize,
         LINES=triton.next_power_of_2(triton.cdiv(head_size * k_cache.itemsize, CACHE_LINE)),
         PDL=OVERLAP,
@@ -217,8 +214,6 @@ def attend_planned(q: Tensor, layer: PagedKVLayer, workspace: DecodeWorkspace, i
         maxnreg=constants.num_registers,
         **LAUNCH,
     )
-    if constants.combines:
-        return out
     heads_each = triton.cdiv(n * heads, COMBINING_PROGRAMS)
     combine_kernel[(n, triton.cdiv(heads, heads_each))](
         out,

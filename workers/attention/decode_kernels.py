@@ -1,8 +1,8 @@
 """Triton kernels of decode attention: the plan (`plan_kernel`), the attention itself, and the combination of its
 splits.
 
-How a request's keys are cut, and why its result does not depend on the batch: see `decode.py`. The plan and the block
-table are read before the kernels that run meanwhile have ended, which `plan_decode` makes safe.
+How a request's keys are cut, and why its result does not depend on the batch: see `decode.py`. Plan and block table are
+read before the kernels that run meanwhile have ended, which `plan_decode` makes safe.
 """
 
 # Kernels are compiled by Triton, which has no types.
@@ -31,6 +31,7 @@ def plan_kernel(
     WINDOW: tl.constexpr,  # 0: none
     TILE: tl.constexpr,
     SECTION: tl.constexpr,
+    SHORT_CHUNKS: tl.constexpr,
     N_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -51,7 +52,7 @@ def plan_kernel(
     sections = tl.minimum((span + SECTION - 1) // SECTION, MAX_SECTIONS)
     least: tl.constexpr = CHUNKS * TILE
     even = ((span + sections - 1) // tl.maximum(sections, 1) + least - 1) // least * least
-    section = tl.where(sections > 1, even, SECTION)
+    section = tl.maximum(even, least) if SHORT_CHUNKS else tl.where(sections > 1, even, SECTION)
     is_long = tl.minimum(section, span).to(tl.int64) * lanes > tl.sum(span, 0)
     ratio = tl.where(is_long & (span > worth_cutting), CHUNKS, 1)
     size = section // ratio
@@ -123,97 +124,12 @@ def load_split(work, split):
 
 
 @triton.jit
-def load_request(requests, request):
-    """First split, splits, and in how many each section is cut."""
-    field = requests + request * 4
-    return tl.load(field), tl.load(field + 1), tl.load(field + 2)
-
-
-@triton.jit
-def _part(
-    partial, partial_ml, start, index, count, head,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
-):  # fmt: skip
-    """The maximum, sum and weighted values of `head` in splits `index` of a request, empty from `count` on.
-
-    From the L2 cache, since the processor that this runs on may hold what the layer before left in their place.
-    """
-    dim = tl.arange(0, HEAD_PAD)
-    valid = (index < count) & (head < HEADS)
-    part = (start + index).to(tl.int64) * HEADS + head
-    m = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"), cache_modifier=".cg")
-    l = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0, cache_modifier=".cg")  # noqa: E741
-    place = partial + part[:, None] * HEAD_SIZE + dim[None, :]
-    return m, l, tl.load(place, mask=valid[:, None] & (dim < HEAD_SIZE)[None, :], other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def sum_sections(
-    partial, partial_ml, sinks, start, ratio, count, first,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
-    EACH: tl.constexpr, SECTIONS: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Means `[EACH, HEAD_PAD]` of the heads from `first` on over up to `SECTIONS` sections.
-
-    Chunks become sections one after the other, and sections the result all at once. With `AT_ONCE` all chunks are asked
-    for before the first has come, which takes registers.
-    """
-    line = tl.arange(0, SECTIONS * EACH)  # heads of one section side by side
-    section, head = line // EACH * ratio, first + line % EACH
-    m = tl.full([SECTIONS * EACH], float("-inf"), tl.float32)
-    l = tl.zeros([SECTIONS * EACH], tl.float32)  # noqa: E741
-    acc = tl.zeros([SECTIONS * EACH, HEAD_PAD], tl.float32)
-    if AT_ONCE:
-        for j in tl.static_range(CHUNKS):
-            end = tl.where(j < ratio, count, 0)
-            part = _part(partial, partial_ml, start, section + j, end, head, HEADS, HEAD_SIZE, HEAD_PAD)
-            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
-    else:
-        for j in range(ratio):
-            part = _part(partial, partial_ml, start, section + j, count, head, HEADS, HEAD_SIZE, HEAD_PAD)
-            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
-    m, l = tl.reshape(m, [SECTIONS, EACH]), tl.reshape(l, [SECTIONS, EACH])  # noqa: E741
-    m_all = tl.max(m, 0)
-    weight = tl.exp2(m - m_all[None, :])
-    l_all = tl.sum(l * weight, 0)
-    if HAS_SINKS:
-        own = first + tl.arange(0, EACH)
-        sink = tl.load(sinks + own, mask=own < HEADS, other=float("-inf"))
-        l_all += tl.exp2(sink * 1.4426950408889634 - m_all)
-    values = tl.reshape(acc, [SECTIONS, EACH, HEAD_PAD]) * weight[:, :, None]
-    return tl.sum(values, 0) / l_all[:, None]
-
-
-@triton.jit
-def combine(
-    out, sinks, partial, partial_ml, request, start, count, ratio, first, heads,
-    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, HAS_SINKS: tl.constexpr, EACH: tl.constexpr,
-):  # fmt: skip
-    """Put together the splits of `heads` heads of a request from `first` on, and write the result; 0 with no split."""
-    dim, each = tl.arange(0, HEAD_PAD), tl.arange(0, EACH)
-    for head in range(first, first + heads, EACH):
-        mean = tl.zeros([EACH, HEAD_PAD], tl.float32)
-        if count > ratio:
-            mean = sum_sections(
-                partial, partial_ml, sinks, start, ratio, count, head,
-                HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, EACH, MAX_SECTIONS, False,
-            )  # fmt: skip
-        elif count > 0:
-            mean = sum_sections(
-                partial, partial_ml, sinks, start, ratio, count, head,
-                HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, EACH, 1, True,
-            )  # fmt: skip
-        own = (head + each < first + heads)[:, None] & (dim < HEAD_SIZE)[None, :]
-        place = out + (request * HEADS + head + each)[:, None] * HEAD_SIZE + dim[None, :]
-        tl.store(place, mean.to(out.dtype.element_ty), mask=own)
-
-
-@triton.jit
-def prefetch(keys, values, blocks, lowest, end, block_stride, slot_stride,
+def prefetch(
+    keys, values, blocks, lowest, end, block_stride, slot_stride,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, HEAD_BYTES: tl.constexpr,
     LINES: tl.constexpr,  # of the cache for a key, or the next power of two
 ):  # fmt: skip
-    """Have the first `TILES` tiles of a split brought to the L2 cache, at which nobody waits."""
+    """Have the first `TILES` tiles of a split brought to the L2 cache, for which nobody waits."""
     line: tl.constexpr = 128  # bytes
     lane = tl.arange(0, TILE * LINES)
     first = lowest // TILE * TILE
@@ -234,7 +150,7 @@ def prefetch(keys, values, blocks, lowest, end, block_stride, slot_stride,
             )
 
 
-@triton.jit(do_not_specialize=["table", "table_stride", "n"])
+@triton.jit(do_not_specialize=["table", "table_stride"])
 def attend_kernel(
     q,  # [n, KV_HEADS * GROUP, HEAD_SIZE]
     k_cache,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_SIZE], as v_cache
@@ -243,9 +159,8 @@ def attend_kernel(
     sinks,  # [heads] float32, only if HAS_SINKS
     out,  # like q, contiguous
     splits,  # the plan
-    requests,
     work,
-    turns,  # [1 + n * KV_HEADS] int32, 0: how many turns were taken, and how many splits of a request and head are done
+    turns,  # [1] int32: how many were taken, 0 when a layer begins
     partial,  # [splits, heads, HEAD_SIZE] float32
     partial_ml,  # [splits, heads, 2] float32: maximum and sum
     scale,  # times log2(e)
@@ -256,7 +171,6 @@ def attend_kernel(
     block_stride,
     slot_stride,
     head_stride,
-    n,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -266,18 +180,15 @@ def attend_kernel(
     TILE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    COMBINES: tl.constexpr,
-    EACH: tl.constexpr,  # heads at once, if it combines
-    FILLS: tl.constexpr,  # the lines of requests of length 0, if it combines
-    EARLY: tl.constexpr,  # tiles of its first split that a program asks for before it may read them
+    EARLY_TILES: tl.constexpr,
     HEAD_BYTES: tl.constexpr,
     LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Programs take turns at (split, KV head), heads of one split side by side, since they share memory pages.
 
-    Each begins with the turn of its own number. If it does not combine, further ones go to the program that asks first,
-    since splits differ in length. If it combines, who ends the last split of a request's head has all of them read.
+    Each begins with the turn of its own number; further ones go to the program that asks first, since splits differ in
+    length.
     """
     if PDL:
         gdc_launch_dependents()
@@ -287,26 +198,17 @@ def attend_kernel(
     item = tl.program_id(0)
     tag, row, lowest, end, chunk = load_split(work, item // KV_HEADS)
     if PDL:
-        if EARLY > 0 and item < items:
+        if EARLY_TILES > 0 and item < items:
+            blocks, own_head = table + row.to(tl.int64) * table_stride, item % KV_HEADS * head_stride
             prefetch(
-                k_cache + item % KV_HEADS * head_stride, v_cache + item % KV_HEADS * head_stride,
-                table + row.to(tl.int64) * table_stride, lowest, end, block_stride, slot_stride,
-                BLOCK_SIZE, TILE, EARLY, HEAD_BYTES, LINES,
+                k_cache + own_head, v_cache + own_head, blocks, lowest, end, block_stride, slot_stride,
+                BLOCK_SIZE, TILE, EARLY_TILES, HEAD_BYTES, LINES,
             )  # fmt: skip
         gdc_wait()
-    if COMBINES and FILLS:
-        for empty in range(item, n, tl.num_programs(0)):
-            if tl.load(requests + empty * 4 + 1) == 0:
-                for head in range(KV_HEADS * GROUP):
-                    line = out + (empty * (KV_HEADS * GROUP) + head) * HEAD_SIZE  # few requests: 32 bits will do
-                    tl.store(line + dim, tl.zeros([HEAD_PAD], out.dtype.element_ty), mask=dim < HEAD_SIZE)
     while item < items:
         split, kv_head = item // KV_HEADS, item % KV_HEADS
         # What comes next is looked up early, or each split would begin with a chain of loads.
-        if COMBINES:
-            following = item + tl.num_programs(0)
-        else:
-            following = tl.num_programs(0) + tl.atomic_add(turns, 1, sem="relaxed")
+        following = tl.num_programs(0) + tl.atomic_add(turns, 1, sem="relaxed")
         next_split = tl.minimum(following, items - 1) // KV_HEADS
         next_tag, next_row, next_lowest, next_end, next_chunk = load_split(work, next_split)
         request = (tag // 2).to(tl.int64)
@@ -360,17 +262,53 @@ def attend_kernel(
             tl.store(partial + part[:, None] * HEAD_SIZE + dim[None, :], acc_all, mask=own)
             tl.store(partial_ml + part * 2, m_all, mask=head_row < GROUP)
             tl.store(partial_ml + part * 2 + 1, l_all, mask=head_row < GROUP)
-            if COMBINES:
-                start, count, ratio = load_request(requests, request)
-                arrivals = turns + 1 + request * KV_HEADS + kv_head
-                tl.debug_barrier()  # what all threads have stored goes before the count
-                if tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1:
-                    tl.store(arrivals, 0)
-                    combine(
-                        out, sinks, partial, partial_ml, request, start, count, ratio, kv_head * GROUP, GROUP,
-                        KV_HEADS * GROUP, HEAD_SIZE, HEAD_PAD, HAS_SINKS, EACH,
-                    )  # fmt: skip
         item, tag, row, lowest, end, chunk = following, next_tag, next_row, next_lowest, next_end, next_chunk
+
+
+@triton.jit
+def _part(
+    partial, partial_ml, start, index, count, head,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
+):  # fmt: skip
+    """The maximum, sum and weighted values of one head in splits `index` of a request, empty from `count` on."""
+    dim = tl.arange(0, HEAD_PAD)
+    valid = index < count
+    part = (start + index).to(tl.int64) * HEADS + head
+    m = tl.load(partial_ml + part * 2, mask=valid, other=float("-inf"))
+    l = tl.load(partial_ml + part * 2 + 1, mask=valid, other=0.0)  # noqa: E741
+    mask = valid[:, None] & (dim < HEAD_SIZE)[None, :]
+    return m, l, tl.load(partial + part[:, None] * HEAD_SIZE + dim[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def sum_sections(
+    partial, partial_ml, sinks, start, ratio, count, head,
+    HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr, HAS_SINKS: tl.constexpr,
+    SECTIONS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """One head's mean `[HEAD_PAD]` over up to `SECTIONS` sections: chunks to sections in order, then all at once.
+
+    With `AT_ONCE` all chunks are asked for before the first has come, which takes registers.
+    """
+    section = tl.arange(0, SECTIONS) * ratio
+    m = tl.full([SECTIONS], float("-inf"), tl.float32)
+    l = tl.zeros([SECTIONS], tl.float32)  # noqa: E741
+    acc = tl.zeros([SECTIONS, HEAD_PAD], tl.float32)
+    if AT_ONCE:
+        for j in tl.static_range(CHUNKS):
+            end = tl.where(j < ratio, count, 0)
+            part = _part(partial, partial_ml, start, section + j, end, head, HEADS, HEAD_SIZE, HEAD_PAD)
+            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
+    else:
+        for j in range(ratio):
+            part = _part(partial, partial_ml, start, section + j, count, head, HEADS, HEAD_SIZE, HEAD_PAD)
+            m, l, acc = merge(m, l, acc, part[0], part[1], part[2])  # noqa: E741
+    m_all = tl.max(m, 0)
+    weight = tl.exp2(m - m_all)
+    l_all = tl.sum(l * weight, 0)
+    if HAS_SINKS:
+        l_all += tl.exp2(tl.load(sinks + head) * 1.4426950408889634 - m_all)
+    return tl.sum(acc * weight[:, None], 0) / l_all
 
 
 @triton.jit(do_not_specialize=["heads_each"])
@@ -393,14 +331,28 @@ def combine_kernel(
     request, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads_each
     if PDL:
         gdc_launch_dependents()
-    start, count, ratio = load_request(requests, request)
+    start, count, ratio = (
+        tl.load(requests + request * 4),
+        tl.load(requests + request * 4 + 1),
+        tl.load(requests + request * 4 + 2),
+    )
     if PDL:
         gdc_wait()
     if request + first == 0:
-        tl.store(turns, 0)  # turns begin anew with the next layer
+        tl.store(turns, 0)  # they begin anew with the next layer
+    dim = tl.arange(0, HEAD_PAD)
     if count > 1 or (FILLS and count == 0):
-        heads = tl.minimum(heads_each, HEADS - first)
-        combine(
-            out, sinks, partial, partial_ml, request, start, count, ratio, first, heads,
-            HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1,
-        )  # fmt: skip
+        for head in range(first, tl.minimum(first + heads_each, HEADS)):
+            mean = tl.zeros([HEAD_PAD], tl.float32)
+            if count > ratio:
+                mean = sum_sections(
+                    partial, partial_ml, sinks, start, ratio, count, head,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, MAX_SECTIONS, False,
+                )  # fmt: skip
+            elif count > 1:
+                mean = sum_sections(
+                    partial, partial_ml, sinks, start, ratio, count, head,
+                    HEADS, HEAD_SIZE, HEAD_PAD, HAS_SINKS, 1, True,
+                )  # fmt: skip
+            place = out + (request * HEADS + head) * HEAD_SIZE + dim
+            tl.store(place, mean.to(out.dtype.element_ty), mask=dim < HEAD_SIZE)

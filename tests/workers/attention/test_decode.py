@@ -30,16 +30,16 @@ else:
     def decodes(*args: Any, **options: Any) -> DecodeBatch:
         return DecodeBatch(*args, device=DEVICE, **options)
 
-    @pytest.mark.parametrize("combines", [False, True])
+    @pytest.mark.parametrize("short_chunks", [False, True])
     @pytest.mark.parametrize("name", SPECS)
-    def test_it_computes_attention(name: str, combines: bool) -> None:
+    def test_it_computes_attention(name: str, short_chunks: bool) -> None:
         batch = decodes(LENGTHS, SPECS[name])
-        check(batch, batch.run(combines=combines))
+        check(batch, batch.run(short_chunks=short_chunks))
 
-    @pytest.mark.parametrize("combines", [False, True])
-    def test_a_plan_serves_one_layer_after_another(combines: bool) -> None:
+    @pytest.mark.parametrize("short_chunks", [False, True])
+    def test_a_plan_serves_one_layer_after_another(short_chunks: bool) -> None:
         batch = decodes([0, 550, 270, 140, 1], SPECS["plain"])
-        first, second = batch.run_layers(2, combines=combines)
+        first, second = batch.run_layers(2, short_chunks=short_chunks)
         check(batch, first)
         assert torch.equal(first, second)
 
@@ -55,15 +55,15 @@ else:
         batch = decodes([5, 100, 300], spec(), dtype=dtype)
         check(batch, batch.run())
 
-    @pytest.mark.parametrize("combines", [False, True])
+    @pytest.mark.parametrize("short_chunks", [False, True])
     @pytest.mark.parametrize("name", ["plain", "soft cap", "window of more than a section"])
-    def test_how_the_work_is_shared_changes_no_bit(name: str, combines: bool) -> None:
+    def test_how_the_work_is_shared_changes_no_bit(name: str, short_chunks: bool) -> None:
         batch = decodes([550, 270, 140, 1], SPECS[name])
         longest_alone = 2 * batch.spec.num_kv_heads  # lanes, with which half of all keys are the limit
-        fine = batch.run(FINE, combines=combines)
-        assert torch.equal(fine, batch.run(COARSE, combines=combines))
-        assert torch.equal(fine, batch.run(longest_alone, combines=combines))
-        assert torch.equal(fine, batch.run(COARSE, programs_per_sm=1, combines=combines))
+        fine = batch.run(FINE, short_chunks=short_chunks)
+        assert torch.equal(fine, batch.run(COARSE, short_chunks=short_chunks))
+        assert torch.equal(fine, batch.run(longest_alone, short_chunks=short_chunks))
+        assert torch.equal(fine, batch.run(COARSE, programs_per_sm=1, short_chunks=short_chunks))
 
     def test_only_a_request_that_is_much_of_the_work_is_cut() -> None:
         batch = decodes([250, 100, 90, 20], spec())
@@ -86,9 +86,9 @@ else:
         check(batch, fine)
         assert torch.equal(fine, batch.run(COARSE, tile=16))
 
-    @pytest.mark.parametrize("combines", [False, True])
+    @pytest.mark.parametrize("short_chunks", [False, True])
     @pytest.mark.parametrize("lanes", [FINE, COARSE])
-    def test_sinks_join_the_denominator(lanes: int, combines: bool) -> None:
+    def test_sinks_join_the_denominator(lanes: int, short_chunks: bool) -> None:
         """A sink is a key whose score is given and whose value is 0."""
         batch = decodes([3, 0, 100, 300], spec())
         total = torch.full((4, 4), -torch.inf, device=DEVICE)  # log of the sum of exp(scores): [requests, heads]
@@ -97,12 +97,8 @@ else:
             scores = torch.einsum("hd,khd->kh", batch.q[i], keys) * batch.spec.scale
             total[i] = scores.logsumexp(0)
         share = torch.sigmoid(total - batch.sinks)  # exp(total) / (exp(total) + exp(sink))
-        torch.testing.assert_close(
-            batch.run(lanes, batch.sinks, combines=combines),
-            batch.expected() * share.unsqueeze(-1),
-            atol=2e-5,
-            rtol=2e-5,
-        )
+        out = batch.run(lanes, batch.sinks, short_chunks=short_chunks)
+        torch.testing.assert_close(out, batch.expected() * share.unsqueeze(-1), atol=2e-5, rtol=2e-5)
 
     def test_rows_choose_from_a_table_of_all_rows() -> None:
         batch = decodes([40, 300, 0, 17], spec())

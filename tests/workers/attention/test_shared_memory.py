@@ -26,6 +26,7 @@ def test_decode_attention_fits(monkeypatch: pytest.MonkeyPatch, have: int, capab
     constants = {
         "KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": 16, "HEAD_SIZE": head_size, "HEAD_PAD": head_size, "BLOCK_SIZE": 128,
         "TILE": launch.tile, "HAS_CAP": False, "HAS_SINKS": False, "PDL": capability >= 90, "sinks": None,
+        "EARLY_TILES": launch.early_tiles, "HEAD_BYTES": 2 * head_size, "LINES": 2 * head_size // 128,
     }  # fmt: skip
     needed = compiled_bytes(
         attend_kernel, capability, constants, num_warps=launch.num_warps, num_stages=launch.num_stages
