@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -125,16 +126,28 @@ def _init(address: str, config: EngineConfig, num_engines: int, options: dict[st
     options |= {"num_cpus": max(os.cpu_count() or 1, wanted)}  # logical ones, which are ours to choose
     for limit in RAYS_LIMITS:
         os.environ.setdefault(limit, str(ceil(config.start_timeout_s)))
-    elsewhere = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # so it listens at 127.0.0.1 alone, as it does on other systems
-    try:
+    with _private_ports():
         start_patiently(
             lambda: ray.init(address=LOCAL, include_dashboard=False, **options),
             _end_of_ray(),
             config.start_timeout_s,
         )
+
+
+@contextmanager
+def _private_ports() -> Iterator[None]:
+    """A Ray that starts meanwhile listens at 127.0.0.1 alone, as it does on systems other than Linux.
+
+    Its agent takes any port that is free. It would have 52365, and wait for it for 3 s where another Ray has it.
+    """
+    parameter: Any = ray._private.parameter
+    elsewhere, parameters = ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    parameter.RayParams = partial(parameters, dashboard_agent_listen_port=None)
+    try:
+        yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = elsewhere
+        ray_constants.ENABLE_RAY_CLUSTER, parameter.RayParams = elsewhere, parameters
 
 
 def start_patiently(start: Callable[[], object], clear: Callable[[], None], timeout_s: float) -> None:
