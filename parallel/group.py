@@ -71,6 +71,12 @@ class TPGroup:
             return x.unsqueeze(0)
         return torch.ops.eagleray.all_gather(x, self.size, self.name)  # type: ignore[no-any-return]
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """What every rank has for this one: of `x` [size, ...] each rank gets its own part, and returns like `x`."""
+        if self.size == 1:
+            return x
+        return torch.ops.eagleray.all_to_all(x, self.size, self.name)  # type: ignore[no-any-return]
+
 
 @dataclass(frozen=True)
 class _Links:
@@ -154,6 +160,7 @@ torch.library.define(
     "(Tensor x, Tensor? residual, Tensor weight, float eps, int size, str group) -> (Tensor, Tensor)",
 )
 torch.library.define("eagleray::all_gather", "(Tensor x, int size, str group) -> Tensor")
+torch.library.define("eagleray::all_to_all", "(Tensor x, int size, str group) -> Tensor")
 
 
 def _links_of(name: str) -> _Links:
@@ -175,6 +182,14 @@ def _gather(x: Tensor, size: int, group: str) -> Tensor:
 @torch.library.impl("eagleray::all_gather", _EVERYWHERE)
 def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return _gather(x, size, group)
+
+
+@torch.library.impl("eagleray::all_to_all", _EVERYWHERE)
+def _all_to_all(x: Tensor, size: int, group: str) -> Tensor:
+    assert x.shape[0] == size
+    came = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(came, x.contiguous(), group=_links_of(group).process_group)
+    return came
 
 
 def _reduce_in_order(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
@@ -259,3 +274,8 @@ def _all_reduce_fake(x: Tensor, op: ReduceOp, size: int, group: str) -> Tensor:
 @torch.library.register_fake("eagleray::all_gather")  # type: ignore[untyped-decorator]
 def _all_gather_fake(x: Tensor, size: int, group: str) -> Tensor:
     return x.new_empty(size, *x.shape)
+
+
+@torch.library.register_fake("eagleray::all_to_all")  # type: ignore[untyped-decorator]
+def _all_to_all_fake(x: Tensor, size: int, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -38,12 +38,13 @@ def test_sums(run_gpu_ranks: RunRanks, size: int, in_graph: bool, say: Callable[
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_gathered_and_maxima(run_gpu_ranks: RunRanks, size: int) -> None:
+def test_what_is_gathered_and_exchanged_and_maxima(run_gpu_ranks: RunRanks, size: int) -> None:
     of_ranks = run_gpu_ranks("gathers", size, numel=[1, 63, 64, 5000, 300_000])
     for at_one_size in zip(*of_ranks, strict=True):
-        whole = torch.stack([x for x, _, _ in at_one_size])
-        for _, gathered, highest in at_one_size:
+        whole = torch.stack([x for x, *_ in at_one_size])
+        for rank, (_, gathered, highest, exchanged) in enumerate(at_one_size):
             assert torch.equal(gathered, whole)
+            assert torch.equal(exchanged, whole + rank)
             assert torch.equal(highest, whole.amax(dim=0))
 
 

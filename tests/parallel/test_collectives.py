@@ -16,17 +16,18 @@ NUMEL = [1, 3, 576, 16 * 1024 + 1, 200_001]  # below and above what goes in one 
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_sums_maxima_and_gathering(size: int, run_ranks: RunRanks) -> None:
+def test_sums_maxima_gathering_and_exchange(size: int, run_ranks: RunRanks) -> None:
     results = run_ranks("collectives", size, numel=NUMEL)
     for n, per_rank in zip(NUMEL, zip(*results, strict=True), strict=True):
         inputs = torch.stack([torch.randn(n, generator=torch.Generator().manual_seed(rank)) for rank in range(size)])
         total = inputs[0].clone()
         for other in inputs[1:]:
             total += other
-        for result in per_rank:  # bitwise, in order of rank, whatever the size of the message
+        for rank, result in enumerate(per_rank):  # bitwise, in order of rank, whatever the size of the message
             assert torch.equal(result["sum"], total)
             assert torch.equal(result["max"], inputs.amax(0))
             assert torch.equal(result["gathered"], inputs)
+            assert torch.equal(result["exchanged"], inputs + rank)
 
 
 @pytest.mark.slow
@@ -39,6 +40,7 @@ def test_a_group_of_one_never_communicates() -> None:
     x = torch.arange(3.0)
     assert TPGroup().all_reduce(x) is x
     assert torch.equal(TPGroup().all_gather(x), x.unsqueeze(0))
+    assert TPGroup().all_to_all(x.unsqueeze(0)).equal(x.unsqueeze(0))
 
 
 def test_a_shard_without_a_process_group_cannot_communicate() -> None:

@@ -90,12 +90,13 @@ def judge(total: Tensor, inputs: list[Tensor]) -> tuple[str, float]:
     return digest, float(((total.double() - exact).abs() / allowed).nan_to_num(0.0).max())
 
 
-def gathers(tp: TPGroup, numel: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's random tensor of each size, what was gathered, and the maximum."""
-    results = []
+def gathers(tp: TPGroup, numel: list[int]) -> list[tuple[Tensor, ...]]:
+    """This rank's random tensor of each size, what was gathered, the maximum, and what was exchanged."""
+    results: list[tuple[Tensor, ...]] = []
     for n in numel:
         x = torch.randn(n, generator=torch.Generator().manual_seed(tp.rank)).to(device_of(tp.rank))
-        results.append((x.cpu(), tp.all_gather(x).cpu(), tp.all_reduce(x, "max").cpu()))
+        exchanged = tp.all_to_all(torch.stack([x + rank for rank in range(tp.size)]))
+        results.append((x.cpu(), tp.all_gather(x).cpu(), tp.all_reduce(x, "max").cpu(), exchanged.cpu()))
     return results
 
 

@@ -103,12 +103,13 @@ class Paged:
 
 
 def collectives(tp: TPGroup, numel: list[int]) -> list[dict[str, Tensor]]:
-    """Sum, maximum and gathering of a tensor of each size, drawn from this rank's own seed."""
+    """Sum, maximum, gathering and exchange of a tensor of each size, drawn from this rank's own seed."""
     results = []
     for n in numel:
         x = torch.randn(n, generator=torch.Generator().manual_seed(tp.rank))
         before = x.clone()
         results.append({"sum": tp.all_reduce(x), "max": tp.all_reduce(x, "max"), "gathered": tp.all_gather(x)})
+        results[-1]["exchanged"] = tp.all_to_all(torch.stack([x + rank for rank in range(tp.size)]))
         assert torch.equal(x, before), "a collective changed its input"
         assert torch.equal(tp.add_up(x), results[-1]["sum"])
         assert torch.equal(x, results[-1]["sum"])
@@ -145,10 +146,11 @@ def two_generations(tp: TPGroup, folder: str) -> tuple[str, Tensor]:
 
 
 def compiled_collectives(tp: TPGroup) -> tuple[Tensor, Tensor]:
-    """A function with both collectives, compiled as one graph, and its eager result."""
+    """A function with all collectives, compiled as one graph, and its eager result."""
 
     def f(x: Tensor) -> Tensor:
-        return tp.all_gather(tp.all_reduce(x * 2) + tp.all_reduce(x, "max") + tp.add_up(x + 1)).sum(0)
+        gathered = tp.all_gather(tp.all_reduce(x * 2) + tp.all_reduce(x, "max") + tp.add_up(x + 1))
+        return tp.all_to_all(gathered * x).sum(0)
 
     x = torch.arange(6.0) + tp.rank
     return torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x)

@@ -118,7 +118,7 @@ class Kernels:
         before = self.tokens.clone()
         self.sampler.redraw(raw, rows, lengths, pairs, features)
         self.sampler.logprobs(raw, rows, pairs)
-        logprobs = self.sampler.found_logprobs(len(rows))
+        logprobs = self.sampler.found_logprobs(slice(len(rows)))
         ids, not_finite, all_masked = unpack_host(pairs.cpu().numpy())
         assert not self.sampler._token_counts.any()
         before[rows, lengths.long()] = torch.tensor(ids, dtype=torch.int32, device=DEVICE)

@@ -18,6 +18,7 @@ from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import INTERPRETED
 from eagleray.workers import model_runner
 from eagleray.workers.protocol.config import WorkerConfig
+from eagleray.workers.protocol.messages import TokenLogprobs
 from eagleray.workers.worker import Worker
 from support.inline_engine import InlineEngine
 
@@ -43,14 +44,20 @@ class Run:
 
     token_ids: list[list[int]]
     captured: tuple[bool, bool]  # whether decodes, and mixed steps, ran as graphs would
+    logprobs: dict[int, list[TokenLogprobs]]  # of prompts that ask
 
 
 def run_worker(
-    tp: TPGroup, path: str, prompts: list[list[int]], in_kernels: bool, samplings: list[dict[str, Any]] | None = None
+    tp: TPGroup,
+    path: str,
+    prompts: list[list[int]],
+    in_kernels: bool,
+    samplings: list[dict[str, Any]] | None = None,
+    lines_at_once: int = 64,
 ) -> Run:
     """Tokens after prompts that run in chunks of seven tokens beside requests that are decoding.
 
-    They are greedy, or drawn by each prompt's own `samplings`, in small tiles.
+    They are greedy, or drawn by each prompt's own `samplings`, in small tiles, `lines_at_once` by a rank.
 
     With `in_kernels`, which wants Triton's interpreter, both of our kernels attend, else plain PyTorch.
     """
@@ -58,11 +65,14 @@ def run_worker(
         return _run(tp, path, prompts, samplings, graph_sizes=[])
     assert INTERPRETED
     from eagleray.workers.attention.varlen import VarlenBackend  # the interpreter only
+    from eagleray.workers.sampling import kernel_sampler, sampler
     from support.redraw import small
 
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(model_runner, "choose_backend", lambda *layer: VarlenBackend())  # as on GPUs
         small(patches)
+        for module in (kernel_sampler, sampler):
+            patches.setattr(module, "LINES_AT_ONCE", lines_at_once)
         return _run(tp, path, prompts, samplings, graph_sizes=None)
 
 
@@ -93,5 +103,9 @@ def _run(
     for index, prompt in enumerate(prompts):
         engine.add(index, prompt, 4 + index % 3, **(samplings[index] if samplings else {"temperature": 0.0}))
     engine.run()
+    indices = range(len(prompts))
+    logprobs = {index: [each for news in engine.news[index] for each in news.logprobs or []] for index in indices}
     captured = rank.graphs.has_decodes, rank.graphs.has_mixed
-    return Run([engine.token_ids(index) for index in range(len(prompts))], captured)
+    return Run(
+        [engine.token_ids(index) for index in indices], captured, {i: each for i, each in logprobs.items() if each}
+    )

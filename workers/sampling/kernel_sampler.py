@@ -143,12 +143,12 @@ class KernelSampler:
                 num_warps=8, **EXACT,
             )  # fmt: skip
 
-    def found_logprobs(self, num_lines: int) -> LogprobTensors:
-        """What `logprobs` has found for so many lines, which the next call overwrites.
+    def found_logprobs(self, places: slice) -> LogprobTensors:
+        """What `logprobs` has found there, which the next call overwrites; views.
 
         What stands in lines of rows that do not ask, and beyond what a row asks for, means nothing.
         """
-        return LogprobTensors(self._logprob_ids[:num_lines], self._logprobs[:num_lines], self._ranks[:num_lines])
+        return LogprobTensors(self._logprob_ids[places], self._logprobs[places], self._ranks[places])
 
     def _edit(self, raw: Tensor, rows: Tensor, num_tokens: Tensor, pairs: Tensor, features: Feature) -> None:
         assert raw.stride(1) == 1

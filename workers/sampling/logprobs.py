@@ -37,6 +37,12 @@ class LogprobTensors:
         """The same with other tensors."""
         return LogprobTensors(change(self.token_ids), change(self.logprobs), change(self.ranks))
 
+    def copy_(self, others: "LogprobTensors") -> None:
+        """Become those of as many positions with the same width."""
+        self.token_ids.copy_(others.token_ids)
+        self.logprobs.copy_(others.logprobs)
+        self.ranks.copy_(others.ranks)
+
     def to_messages(self, num_top: list[int] | None = None) -> list[TokenLogprobs]:
         """One struct a position, which keeps the first `num_top[i]` of the most likely tokens, or all of them."""
         num_top = num_top or [self.token_ids.shape[1] - 1] * len(self.token_ids)

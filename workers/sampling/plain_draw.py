@@ -24,7 +24,7 @@ class PlainDraw:
             torch.zeros(max_rows + 1, shard, dtype=dtype, device=device),
             torch.full((max_rows + 1,), spare_row, dtype=torch.int64, device=device),
             torch.zeros(max_rows + 1, dtype=torch.int32, device=device),
-            torch.zeros(max_rows + 1, dtype=torch.int64, device=device),
+            torch.full((max_rows + 1,), 0xFFFFFFFF, dtype=torch.int64, device=device),  # of token 0
         )
 
     def of(self, lines: Tensor | slice) -> "PlainDraw":

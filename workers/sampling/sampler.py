@@ -7,18 +7,17 @@ from functools import partial, reduce
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from eagleray.models.decoder import CausalLM
 from eagleray.parallel.group import TPGroup
 from eagleray.parallel.platform import HAS_TRITON, platform_of
-from eagleray.parallel.sharding import shard_columns
 from eagleray.workers.arrays import IntArray
 from eagleray.workers.protocol.messages import RowStart
 from eagleray.workers.rows import Chunks, Rows
 from eagleray.workers.sampling.frequent_graphs import FrequentGraphs
+from eagleray.workers.sampling.line_shares import LineShares
 from eagleray.workers.sampling.logprobs import LogprobTensors
-from eagleray.workers.sampling.packed_pairs import marks_of
+from eagleray.workers.sampling.packed_pairs import marks_of, unpack_ids
 from eagleray.workers.sampling.plain_draw import PlainDraw
 from eagleray.workers.sampling.reference import ReferenceSampler, SampleOutput
 from eagleray.workers.sampling.table import Feature, SamplingTable
@@ -34,8 +33,8 @@ class Sampler:
     """The sampling parameters of the rows, and how each row is drawn by them.
 
     Where kernels run, one draws all rows as if they asked for nothing but a temperature. Others draw the rest anew, but
-    for rows with very long lists, which the reference draws. Of several ranks, each gets the whole logits of those
-    rows and draws all of them: the same integers are added up on each, so all come to the same tokens.
+    for rows with very long lists, which the reference draws. Of several ranks, each gets the whole logits of a share of
+    those rows, draws them, and tells the others.
     Every rank makes the same calls in the same order. Construction is a collective call, too.
     """
 
@@ -45,6 +44,7 @@ class Sampler:
         self._tp = tp
         self._table = SamplingTable(rows.spare, model.vocab_shard, rows.tokens.device)
         self._reference = ReferenceSampler(self._table, model.vocab_shard, model.config.vocab_size, tp)
+        self._shares = LineShares(tp, model.config.vocab_size, rows.spare)
         self._kernels: KernelSampler | None = None  # where kernels run
         device = rows.tokens.device
         if platform_of(device).runs_kernels:
@@ -169,20 +169,30 @@ class Sampler:
     ) -> LogprobTensors | None:
         """Draw `lines` [m] int64 anew, or all that `plain` has. With log-probabilities of each, if somebody asks.
 
-        Asks nothing of the host. A slab at a time, so that whole logits take little memory.
+        Each rank draws its share of them, and they tell each other. Asks nothing of the host. A slab at a time, so that
+        whole logits take little memory.
         """
         num_lines = len(plain.rows if lines is None else lines)
-        for begin in range(0, num_lines, LINES_AT_ONCE):
-            part = slice(begin, min(begin + LINES_AT_ONCE, num_lines))
-            some = plain.of(part if lines is None else lines[part])
-            whole = self._whole(some.logits)
+        at_once = LINES_AT_ONCE * self._tp.size
+        for begin in range(0, num_lines, at_once):
+            part = slice(begin, min(begin + at_once, num_lines))
+            which = part if lines is None else lines[part]
+            some = plain.of(which)
+            own = self._shares.own(some)
             if features:
-                kernels.redraw(whole, some.rows, some.num_tokens, some.pairs, features, may_be_wide=may_be_wide)
+                kernels.redraw(own.logits, own.rows, own.num_tokens, own.pairs, features, may_be_wide=may_be_wide)
+                if self._tp.size > 1:
+                    some.pairs.copy_(self._shares.all(own.pairs, len(some.pairs)))
+                    self._rows.tokens[some.rows, some.num_tokens.long()] = unpack_ids(some.pairs).int()
                 if lines is not None:
-                    plain.pairs[lines[part]] = some.pairs
+                    plain.pairs[which] = some.pairs
             if with_logprobs:
-                kernels.logprobs(whole, some.rows, some.pairs, begin)
-        return kernels.found_logprobs(num_lines) if with_logprobs else None
+                kernels.logprobs(own.logits, own.rows, own.pairs, begin)
+                if self._tp.size > 1:
+                    found = kernels.found_logprobs(slice(begin, begin + len(own.rows)))
+                    everyones = found.map(partial(self._shares.all, num_lines=len(some.rows)))
+                    kernels.found_logprobs(part).copy_(everyones)
+        return kernels.found_logprobs(slice(num_lines)) if with_logprobs else None
 
     def _fill_static_lines(self, lines: IntArray, count: int, spare: int) -> Tensor:
         """The numbers of `lines`, made up to `count` with the spare one, where graphs read them."""
@@ -191,15 +201,6 @@ class Sampler:
             self._static_lines[len(lines) :] = spare
             self._last_lines = lines
         return self._static_lines[:count]
-
-    def _whole(self, raw_logits: Tensor) -> Tensor:
-        """The logits [n, vocab] of which each rank has its shard [n, shard]."""
-        if self._tp.size == 1:
-            return raw_logits
-        shards = [shard_columns(self._model.config.vocab_size, rank, self._tp.size) for rank in range(self._tp.size)]
-        width = max(map(len, shards))
-        gathered = self._tp.all_gather(pad(raw_logits, (0, width - raw_logits.shape[1])))
-        return torch.cat([logits[:, : len(shard)] for logits, shard in zip(gathered, shards, strict=True)], dim=1)
 
     def _draw_lines_by_reference(
         self, lines: IntArray, rows: IntArray, num_tokens: IntArray, plain: PlainDraw

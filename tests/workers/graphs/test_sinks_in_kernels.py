@@ -81,19 +81,35 @@ else:
     def test_tokens_are_those_of_plain_attention(path: Path, plain: Run, size: int, run_ranks: RunRanks) -> None:
         """Of two ranks, each has the sinks of two heads."""
         for run in run_ranks("run_worker", size, path=str(path), prompts=PROMPTS, in_kernels=True):
-            assert run == Run(plain.token_ids, captured=(True, True))
+            assert run == Run(plain.token_ids, captured=(True, True), logprobs={})
 
-    def test_what_rows_with_options_draw_depends_on_no_number_of_ranks(path: Path, run_ranks: RunRanks) -> None:
-        """Whose shards of the vocabulary are unequal, too. One rank's draws are the reference's (`test_redraw.py`)."""
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_what_rows_with_options_draw_depends_on_no_number_of_ranks(
+        path: Path, size: int, run_ranks: RunRanks
+    ) -> None:
+        """Whose shards of the vocabulary are unequal, too. One rank's draws are the reference's (`test_redraw.py`).
+
+        Each rank draws some of three rows among five, one at a time, and some shares are filled up.
+        """
         samplings = [
             {"top_p": 0.7, "temperature": 0.5, "seed": 1},
+            {"temperature": 0.0},
             {"logit_bias": {7: 3.0, 250: 3.0}, "frequency_penalty": 2.0, "top_k": 20, "logprobs": 3, "seed": 3},
+            {"seed": 4},
+            {"min_p": 0.1, "logprobs": 1, "seed": 5},
         ]
-        prompts = [[5], [250, 7, 9]]
+        prompts = [[5], [250, 7, 9], [3, 4], [17], [100, 101, 102]]
         arguments = {"path": str(path), "prompts": prompts, "in_kernels": True, "samplings": samplings}
         (alone,) = run_ranks("run_worker", 1, **arguments)
         assert len({token for tokens in alone.token_ids for token in tokens}) > 5
-        assert all(run == alone for run in run_ranks("run_worker", 2, **arguments))
+        for run in run_ranks("run_worker", size, **arguments, lines_at_once=1):
+            assert (run.token_ids, run.captured) == (alone.token_ids, alone.captured)
+            assert run.logprobs.keys() == alone.logprobs.keys() == {2, 4}
+            for index, ours in run.logprobs.items():
+                assert [each.token_ids for each in ours] == [each.token_ids for each in alone.logprobs[index]]
+                assert [each.rank for each in ours] == [each.rank for each in alone.logprobs[index]]
+                values, expected = ([each.logprobs for each in those] for those in (ours, alone.logprobs[index]))
+                torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), atol=2e-5, rtol=0)
 
     @pytest.mark.parametrize(
         ("lengths", "num_single"), [([(5, 9), (3, 3)], 0), ([(1, 9), (1, 4)], 2), ([(1, 9), (1, 4), (5, 9), (3, 3)], 2)]
