@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = read_tasks(arguments.prompts, arguments.file)
     config = engine_config(arguments)
     params = sampling_params(arguments, folder_of(config))
-    if chat_templates(config, wanted=arguments.chat or (True if arguments.system else None)):
+    wanted = True if arguments.system is not None else arguments.chat  # or None: wherever there is a template
+    if chat_templates(config, wanted=wanted):
         tasks = [in_chat(task, arguments.system) for task in tasks]
     answers = [Answer(index, task) for index, task in enumerate(tasks)]
     err = Console(stderr=True)

@@ -181,9 +181,10 @@ class Reply:
         """A choice's, made from its prompt's."""
         if index not in self._offsets:
             if number not in self._contexts:
-                context, skip = [] if self._echo else prompt_token_ids, self.job.params.skip_special_tokens
-                tokenizer = self._served.engine.tokenizer
-                self._contexts[number] = Offsets(tokenizer, context, skip_special_tokens=skip)
+                tokenizer, skip = self._served.engine.tokenizer, self.job.params.skip_special_tokens
+                echoed = self.job.prompts[number].get("prompt") if self._echo else None
+                context = [] if self._echo and echoed is None else prompt_token_ids
+                self._contexts[number] = Offsets(tokenizer, context, skip_special_tokens=skip, echoed=echoed)
             self._offsets[index] = self._contexts[number].copy()
         return self._offsets[index]
 

@@ -43,11 +43,23 @@ def _fewer(entry: Entry, num_top: int) -> Entry:
 
 
 class Offsets:
-    """Where each token's text begins, in characters: the text before it that is certain."""
+    """Where each token's text begins, in characters: the text before it that is certain.
 
-    def __init__(self, tokenizer: Tokenizer | None, context: Sequence[int], *, skip_special_tokens: bool) -> None:
+    Of the tokens after `context`; with `echoed`, the text that these were given as and that is repeated, of them first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        context: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        echoed: str | None = None,
+    ) -> None:
         self._stream = None if tokenizer is None else TextStream(tokenizer, context, skip_special_tokens)
-        self._num_characters = 0
+        self._known = [] if tokenizer is None or echoed is None else _offsets_in(echoed, context, tokenizer)
+        self._num_asked = 0
+        self._num_characters = len(echoed or "")
 
     def copy(self) -> Self:
         """One for another choice."""
@@ -57,10 +69,30 @@ class Offsets:
 
     def of(self, token_id: int) -> int:
         """The offset of the next token."""
+        self._num_asked += 1
+        if self._num_asked <= len(self._known):
+            return self._known[self._num_asked - 1]
         offset = self._num_characters
         if self._stream is not None:
             self._num_characters += len(self._stream.push(token_id))
         return offset
+
+
+def _offsets_in(text: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Where the tokens of a prompt begin in its text. Special ones take room where the text spells them out.
+
+    Those that the tokenizer adds do not.
+    """
+    stream = TextStream(tokenizer, [], skip_special_tokens=True)
+    offsets, place = [], 0
+    for token_id in token_ids:
+        offsets.append(place)
+        if token_id in tokenizer.special_token_ids:
+            spelt = tokenizer.decode([token_id], skip_special_tokens=False)
+            place += len(spelt) if text.startswith(spelt, place) else 0
+        else:
+            place += len(stream.push(token_id))
+    return offsets
 
 
 def text_logprobs(

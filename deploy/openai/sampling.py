@@ -30,7 +30,9 @@ def completion_params(request: CompletionRequest, defaults: Defaults) -> Samplin
         raise ApiError(400, f"{message}; leave it out, or give 1 or n", param="best_of")
     max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = max(DEFAULT_MAX_TOKENS, request.min_tokens or 0)
+        least = request.min_tokens or 0
+        _check("min_tokens", least, SAMPLING["min_tokens"])
+        max_tokens = max(DEFAULT_MAX_TOKENS, least)
     if prompt_only(request):
         if request.min_tokens:
             message = f"min_tokens is {excerpt(request.min_tokens)}, more than max_tokens 0; leave one of them out"

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 
+from eagleray.cluster.frontend.tokenizer import Tokenizer
 from support.processes import command_line
 from support.screen import screen
 from support.tiny_model import write_tiny_model
@@ -135,6 +136,15 @@ def test_json_answers_every_prompt_in_order_and_a_bad_one_hurts_no_other(
     assert re.match(r"eagleray: ready in [\d.]+ s: Ray [\d.]+, processes and imports [\d.]+, joining", times)
     assert figures.startswith("2 requests · ")
     assert complaint.startswith("eagleray: prompt 2: ")
+
+
+def test_a_raw_prompt_goes_through_no_template(joined: dict[str, str], demo_model_dir: Path) -> None:
+    prompt = "def fibonacci(n):"
+    run = subprocess.run(
+        [*EAGLERAY, "generate", *OPTIONS, "--max-tokens", "1", "--json", "--raw", prompt],
+        capture_output=True, text=True, env=joined, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=True,
+    )  # fmt: skip
+    assert json.loads(run.stdout)["num_prompt_tokens"] == len(Tokenizer.from_dir(demo_model_dir).encode(prompt))
 
 
 def test_on_a_terminal_answers_stream_beside_each_other_with_a_bar_and_figures(joined: dict[str, str]) -> None:

@@ -43,6 +43,28 @@ def test_a_text_is_continued(demo: Server) -> None:
     assert choice.logprobs.text_offset[:6] == [0, 3, 11, 14, 21, 24]
 
 
+@pytest.mark.parametrize("skips", [True, False])
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_offsets_are_places_in_an_echo_that_spells_special_tokens_out(
+    demo: Server, skips: bool, as_stream: bool
+) -> None:
+    prompt = "<|im_start|>user\nHi <|im_end|>\n"
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 4, "temperature": 0.0}
+    body |= {"logit_bias": {"0": -100, "1": -100, "2": -100}, "skip_special_tokens": skips}
+    if as_stream:
+        choices = [chunk["choices"][0] for chunk in streamed(demo, "/v1/completions", **body)]
+    else:
+        choices = post(demo, "/v1/completions", **body)["choices"]
+    text = "".join(choice["text"] for choice in choices)
+    tokens, offsets = (
+        [each for choice in choices for each in choice["logprobs"][name]] for name in ("tokens", "text_offset")
+    )
+    assert text.startswith(prompt)
+    assert len(tokens) == 11
+    for offset, token in zip(offsets, tokens, strict=True):
+        assert text[offset : offset + len(token)] == token
+
+
 def test_characters_of_several_tokens_come_whole(demo: Server) -> None:
     """A stream never shows half of one, and holds what the whole answer does."""
     direct = demo.generate("Emoji: 🦅🐟🦅🐟🦅🐟", temperature=0.0, max_tokens=30, ignore_eos=True).outputs[0]

@@ -139,6 +139,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": [258]}, None),
     ({"prompt": [-1]}, None),
     ({"echo": True, "max_tokens": 0, "min_tokens": 5}, "min_tokens"),
+    ({"max_tokens": None, "min_tokens": 2**31}, "min_tokens"),
     ({"prompt": [2**40]}, None),
     ({"prompt": ["fine", "x" * 600]}, None),
     ({"prompt": "x" * 600}, None),
