@@ -14,8 +14,12 @@ FAILURES: dict[int, dict[str, Any]] = {  # whose limits are the server's, and so
     400: {"description": "The request cannot be served as it is; `param` names the field."},
     401: {"description": "There is no valid API key, and the server wants one."},
     404: {"description": "There is no such model."},
+    408: {"description": "The body came too slowly."},
     413: {"description": "The body is longer than the server takes."},
-    429: {"description": "As many requests run and wait as the server takes; try again.", "headers": RETRY_AFTER},
+    429: {
+        "description": "As many requests run and wait, or bytes are on their way, as the server takes; try again.",
+        "headers": RETRY_AFTER,
+    },
     500: {"description": "The server failed; its log says more."},
     503: {"description": "The engine is gone, or ended the request; try again."},
 }

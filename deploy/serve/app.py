@@ -27,7 +27,8 @@ from eagleray.cluster.runtime.launch import launch
 from eagleray.cluster.runtime.placement import Room, choose_device, rank_resources, room_here
 from eagleray.cluster.runtime.resolve import folder_of, found
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.middleware.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.middleware.admission import ApiKeys, BoundedQueue
+from eagleray.deploy.openai.middleware.bodies import BodyLimit
 from eagleray.deploy.openai.middleware.cors import cross_origin
 from eagleray.deploy.openai.middleware.playground import Playground
 from eagleray.deploy.openai.middleware.probes import Figures, Health

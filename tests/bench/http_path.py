@@ -28,7 +28,8 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.cluster.frontend.tokenizer import Tokenizer
 from eagleray.cluster.runtime.engine_client import MAX_NEWS
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.middleware.admission import BodyLimit, BoundedQueue
+from eagleray.deploy.openai.middleware.admission import BoundedQueue
+from eagleray.deploy.openai.middleware.bodies import BodyLimit
 from eagleray.deploy.openai.middleware.cors import cross_origin
 from eagleray.deploy.openai.middleware.playground import Playground
 from eagleray.deploy.openai.middleware.probes import Figures, Health

@@ -16,7 +16,8 @@ from eagleray.cluster.frontend.prompts import Prompt
 from eagleray.cluster.outputs import RequestOutput
 from eagleray.cluster.sampling_params import SamplingParams
 from eagleray.deploy.openai.app import make_app
-from eagleray.deploy.openai.middleware.admission import ApiKeys, BodyLimit, BoundedQueue
+from eagleray.deploy.openai.middleware.admission import ApiKeys, BoundedQueue
+from eagleray.deploy.openai.middleware.bodies import BodyLimit
 from eagleray.deploy.openai.middleware.request_ids import RequestIds
 from eagleray.deploy.openai.served_model import ServedModel
 

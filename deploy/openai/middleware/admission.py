@@ -1,21 +1,17 @@
-"""Middleware that decides who gets in: API keys, a limit on bodies, a bounded queue. Pure ASGI, so that streams pass
-through untouched.
-"""
+"""Middleware that decides who gets in: API keys, a bounded queue. Pure ASGI, so that streams pass through untouched."""
 
 import hmac
 from collections.abc import Sequence
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eagleray.cluster.errors import counted
 from eagleray.deploy.openai.errors import ApiError
-from eagleray.deploy.openai.limits import MAX_CHARACTERS
 from eagleray.deploy.openai.middleware.api_keys import key_digest
 from eagleray.deploy.openai.middleware.respond import refuse
 from eagleray.deploy.openai.request_context import RETRY_AFTER_S, Place, Places, place_taken, queue_full, tenant_asking
 
 TOKENS = ("/tokenize", "/detokenize")
-MAX_COUNTED_BYTES = 6 * MAX_CHARACTERS  # JSON may write a character so
 
 
 class ApiKeys:
@@ -47,51 +43,10 @@ class ApiKeys:
 
     def _number(self, scope: Scope) -> int | None:
         """Which of the keys the request came with."""
-        scheme, _, token = _header(scope, b"authorization").partition(b" ")
+        scheme, _, token = header(scope, b"authorization").partition(b" ")
         given = key_digest(token.strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever matches
         return matches.index(True) if any(matches) and scheme.lower() == b"bearer" else None
-
-
-class BodyLimit:
-    """413 for a body over `max_bytes`, whether it says so or grows beyond. What passes is handed on as one piece.
-
-    What only asks the tokenizer has fewer, since JSON's parser lets no others go on meanwhile.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = _header(scope, b"content-length")
-        body, max_bytes, remedy = None, self._max_bytes, "send less, or raise max_body_bytes"
-        if route_path(scope) in TOKENS and max_bytes > MAX_COUNTED_BYTES:
-            max_bytes, remedy = MAX_COUNTED_BYTES, "send less at once"
-        if not (announced.isdigit() and int(announced) > max_bytes):
-            body = await self._read(receive, max_bytes)
-        if body is None:
-            message = f"the body is longer than {max_bytes} bytes; {remedy}"
-            await refuse(send, ApiError(413, message, code="body_too_large"), {"connection": "close"})
-        else:
-            await self._app(scope, _replay(body, receive), send)
-
-    async def _read(self, receive: Receive, max_bytes: int) -> list[Message] | None:
-        """The whole body as one message, with the disconnection that cut it, if any; None if it is too long."""
-        chunks, length = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return [message]
-            chunks.append(message.get("body", b""))
-            length += len(chunks[-1])
-            if length > max_bytes:
-                return None
-            if not message.get("more_body", False):
-                return [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
 
 
 class BoundedQueue:
@@ -144,13 +99,6 @@ def may_generate(scope: Scope) -> bool:
     return path.startswith("/v1/") or path in TOKENS
 
 
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    async def replayed() -> Message:
-        return messages.pop(0) if messages else await receive()
-
-    return replayed
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
+def header(scope: Scope, name: bytes) -> bytes:
     """The first header of this name, in lower case as ASGI has it; empty if there is none."""
     return next((value for key, value in scope["headers"] if key == name), b"")

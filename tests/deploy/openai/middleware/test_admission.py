@@ -4,13 +4,11 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from eagleray.cluster.core.messages import EngineRequest, RequestMessage, Submit
 from eagleray.cluster.errors import EngineDeadError
@@ -20,37 +18,20 @@ from eagleray.cluster.frontend.inputs import ModelLimits
 from eagleray.deploy.openai.app import make_app
 from eagleray.deploy.openai.errors import ApiError
 from eagleray.deploy.openai.middleware.admission import (
-    MAX_COUNTED_BYTES,
     ApiKeys,
-    BodyLimit,
     BoundedQueue,
     may_generate,
 )
 from eagleray.deploy.openai.middleware.api_keys import key_digest
+from eagleray.deploy.openai.middleware.bodies import BodyLimit
 from eagleray.deploy.openai.middleware.cors import cross_origin
 from eagleray.deploy.openai.middleware.probes import Figures, Health
 from eagleray.deploy.openai.middleware.request_ids import RequestIds
 from eagleray.deploy.openai.middleware.respond import answer, refuse
 from eagleray.deploy.openai.request_context import place_taken, tenant_asking
 from eagleray.deploy.openai.served_model import ServedModel
+from support.asgi import client, length_of_body
 from support.local_engine import LocalEngine
-
-
-async def length_of_body(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with how long the body was."""
-    length, more = 0, True
-    while more:
-        message = await receive()
-        length += len(message["body"])
-        more = message["more_body"]
-    seen = scope.get("state", {}).get("request_id", "-")
-    await answer(send, 200, str(length).encode(), "text/plain", {"request-id-seen": seen})
-
-
-@asynccontextmanager
-async def client(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
-        yield made
 
 
 @pytest.mark.parametrize(
@@ -106,53 +87,6 @@ async def test_other_connections_need_a_key_too() -> None:
 
     await ApiKeys(length_of_body, ["one"])({"type": "websocket", "headers": []}, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def pieces(count: int, size: int) -> Callable[[], AsyncIterator[bytes]]:
-    async def body() -> AsyncIterator[bytes]:
-        for _ in range(count):
-            yield b"x" * size
-
-    return body
-
-
-@pytest.mark.parametrize(("count", "status"), [(0, 200), (9, 200), (10, 200), (11, 413)])
-async def test_bodies_up_to_the_limit_arrive_whole_however_they_are_sent(count: int, status: int) -> None:
-    async with client(BodyLimit(length_of_body, 100)) as http:
-        for content in (b"x" * 10 * count, pieces(count, 10)()):
-            reply = await http.post("/", content=content)
-            assert reply.status_code == status
-            assert reply.text == str(10 * count) if status == 200 else reply.json()["error"]["code"] == "body_too_large"
-
-
-@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
-async def test_what_is_only_counted_has_fewer_bytes(path: str) -> None:
-    async with client(BodyLimit(length_of_body, MAX_COUNTED_BYTES + 10)) as http:
-        for size, target, status in (
-            (MAX_COUNTED_BYTES, path, 200),
-            (MAX_COUNTED_BYTES + 1, path, 413),
-            (MAX_COUNTED_BYTES + 1, "/v1/completions", 200),
-        ):
-            assert (await http.post(target, content=b"x" * size)).status_code == status
-
-
-async def test_an_endless_body_is_read_no_further_than_the_limit() -> None:
-    num_read = 0
-
-    async def receive() -> Any:
-        nonlocal num_read
-        num_read += 1
-        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
-
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"5")]}
-    await BodyLimit(length_of_body, 100)(scope, receive, send)
-    assert sent[0]["status"] == 413
-    assert num_read == 11
 
 
 async def test_the_queue_takes_as_many_as_it_may_and_one_more_once_one_is_done() -> None:
