@@ -117,10 +117,22 @@ def find_blocks(blocks, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
+def load_planned(field):
+    """A number of the plan or the block table, from the L2 cache: a processor's own may hold that of the step before."""
+    return tl.load(field, cache_modifier=".cg")
+
+
+@triton.jit
 def load_split(work, split):
     """2 * request (+ 1 if it is one split), row, first key, end, keys per chunk."""
     field = work + split * FIELDS
-    return tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
+    return (
+        load_planned(field),
+        load_planned(field + 1),
+        load_planned(field + 2),
+        load_planned(field + 3),
+        load_planned(field + 4),
+    )
 
 
 @triton.jit
@@ -136,7 +148,7 @@ def prefetch(
     inside = tl.minimum(lane % LINES * line, HEAD_BYTES - 1)
     for tile in tl.static_range(TILES):
         key = tl.minimum(first + tile * TILE + lane // LINES, end - 1)
-        block = tl.load(blocks + key // BLOCK_SIZE).to(tl.int64)
+        block = load_planned(blocks + key // BLOCK_SIZE).to(tl.int64)
         offset = block * block_stride + key % BLOCK_SIZE * slot_stride
         for side in tl.static_range(2):
             place = (keys if side == 0 else values) + offset
@@ -194,7 +206,7 @@ def attend_kernel(
         gdc_launch_dependents()
     head_row, dim, lane = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, TILE)
     own = (head_row < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
-    items = tl.load(splits) * KV_HEADS
+    items = load_planned(splits) * KV_HEADS
     item = tl.program_id(0)
     tag, row, lowest, end, chunk = load_split(work, item // KV_HEADS)
     if PDL:
@@ -332,9 +344,9 @@ def combine_kernel(
     if PDL:
         gdc_launch_dependents()
     start, count, ratio = (
-        tl.load(requests + request * 4),
-        tl.load(requests + request * 4 + 1),
-        tl.load(requests + request * 4 + 2),
+        load_planned(requests + request * 4),
+        load_planned(requests + request * 4 + 1),
+        load_planned(requests + request * 4 + 2),
     )
     if PDL:
         gdc_wait()
