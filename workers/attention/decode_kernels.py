@@ -118,7 +118,7 @@ def find_blocks(blocks, tile, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr)
 
 @triton.jit
 def load_planned(field):
-    """A number of the plan or the block table, from the L2 cache: a processor's own may hold that of the step before."""
+    """A number of the plan or block table, from the L2 cache: a processor's own may hold that of the step before."""
     return tl.load(field, cache_modifier=".cg")
 
 
