@@ -29,6 +29,7 @@ from eagleray.workers.sampling.redraw.sigma_kernel import top_n_sigma_kernel
 from eagleray.workers.sampling.table import Feature, SamplingTable
 
 LINES_AT_ONCE = 64  # more come one slab after another, in the same memory, which is about a large L2 cache
+SCORED_AT_ONCE = 1024  # lines whose log-probabilities are found: a program each, which takes as long for one as for 200
 LANES = 2048  # of the survey of a line
 CAPACITY = 2048  # candidates of a line
 FEW = 512  # of these, for log-probabilities
@@ -48,7 +49,8 @@ class KernelSampler:
     """Draws lines of whole vocabularies for rows of `table`.
 
     It takes 8 bytes for each token of the vocabulary in each of up to `LINES_AT_ONCE` lines, and 25 KB a line: 79 MB
-    for 64 lines of 152 thousand tokens. `RowLists` takes 23 KB a row beside that.
+    for 64 lines of 152 thousand tokens. Log-probabilities take 4 KB for each of up to `SCORED_AT_ONCE` lines.
+    `RowLists` takes 23 KB a row beside that.
     """
 
     def __init__(
@@ -72,6 +74,9 @@ class KernelSampler:
         self._survey = torch.empty(lines, LANES, dtype=torch.int32, device=device)
         self._candidates = torch.empty(lines, CAPACITY, dtype=torch.int64, device=device)
         self._num_candidates = torch.empty(lines, dtype=torch.int32, device=device)
+        self._likeliest = torch.empty(
+            min(max_rows, SCORED_AT_ONCE), min(FEW, CAPACITY), dtype=torch.int64, device=device
+        )
         self._logprob_ids = torch.empty(max_rows, 1 + MAX_LOGPROBS, dtype=torch.int64, device=device)
         self._logprobs = torch.empty(max_rows, 1 + MAX_LOGPROBS, device=device)
         self._ranks = torch.empty(max_rows, dtype=torch.int64, device=device)
@@ -125,22 +130,24 @@ class KernelSampler:
             self._edit(raw[slab], rows[slab], num_tokens[slab], pairs[slab], features)
             self._draw(rows[slab], num_tokens[slab], pairs[slab], features, may_be_wide)
 
-    def logprobs(self, raw: Tensor, rows: Tensor, pairs: Tensor, place: int = 0) -> None:
+    def logprobs(
+        self, raw: Tensor, rows: Tensor, pairs: Tensor, place: int = 0, *, lines: Tensor | None = None
+    ) -> None:
         """Find them for the tokens of `pairs` [n], and for as many of the likeliest as each row asks for, if it does.
 
         They stand in `found_logprobs` from `place` on. `raw` [n, vocab] and `rows` [n] are as in `redraw`, and graphs
-        may capture this, too.
+        may capture this, too. With `lines` [m] int64, of these alone.
         """
         assert raw.stride(1) == 1
-        n, cap = len(rows), self._soft_cap
-        for begin in range(0, n, len(self._work)):
-            slab = slice(begin, min(begin + len(self._work), n))
-            logprob_kernel[slab.stop - begin,](
-                raw[slab], raw.stride(0), rows[slab], self.lists.fields, pairs[slab], self._candidates, CAPACITY,
-                self._logprob_ids[place + begin :], self._logprobs[place + begin :], self._ranks[place + begin :],
-                self._vocab_size,
-                1.0 if cap is None else cap, cap is not None, LANES, min(FEW, CAPACITY), 1 + MAX_LOGPROBS, OVERLAP,
-                num_warps=8, **EXACT,
+        n, cap, at_once = len(rows if lines is None else lines), self._soft_cap, len(self._likeliest)
+        for begin in range(0, n, at_once):
+            part, to = slice(begin, begin + at_once), place + begin
+            chosen, of = (None, part) if lines is None else (lines[part], slice(None))
+            logprob_kernel[min(at_once, n - begin),](
+                raw[of], raw.stride(0), rows[of], self.lists.fields, pairs[of], chosen, self._likeliest,
+                self._logprob_ids[to:], self._logprobs[to:], self._ranks[to:], self._vocab_size,
+                1.0 if cap is None else cap, chosen is not None, cap is not None, LANES, self._likeliest.shape[1],
+                1 + MAX_LOGPROBS, OVERLAP, num_warps=8, **EXACT,
             )  # fmt: skip
 
     def found_logprobs(self, places: slice) -> LogprobTensors:

@@ -169,30 +169,32 @@ class Sampler:
     ) -> LogprobTensors | None:
         """Draw `lines` [m] int64 anew, or all that `plain` has. With log-probabilities of each, if somebody asks.
 
-        Each rank draws its share of them, and they tell each other. Asks nothing of the host. A slab at a time, so that
-        whole logits take little memory.
+        Asks nothing of the host. A slab at a time, so that whole logits take little memory.
         """
-        num_lines = len(plain.rows if lines is None else lines)
-        at_once = LINES_AT_ONCE * self._tp.size
-        for begin in range(0, num_lines, at_once):
-            part = slice(begin, min(begin + at_once, num_lines))
+        num_lines, size = len(plain.rows if lines is None else lines), self._tp.size
+        for begin in range(0, num_lines if features or size > 1 else 0, LINES_AT_ONCE * size):
+            part = slice(begin, min(begin + LINES_AT_ONCE * size, num_lines))
             which = part if lines is None else lines[part]
             some = plain.of(which)
             own = self._shares.own(some)
             if features:
                 kernels.redraw(own.logits, own.rows, own.num_tokens, own.pairs, features, may_be_wide=may_be_wide)
-                if self._tp.size > 1:
-                    some.pairs.copy_(self._shares.all(own.pairs, len(some.pairs)))
-                    self._rows.tokens[some.rows, some.num_tokens.long()] = unpack_ids(some.pairs).int()
+                if size > 1:
+                    self._tell(own, some)
                 if lines is not None:
                     plain.pairs[which] = some.pairs
-            if with_logprobs:
+            if with_logprobs and size > 1:
                 kernels.logprobs(own.logits, own.rows, own.pairs, begin)
-                if self._tp.size > 1:
-                    found = kernels.found_logprobs(slice(begin, begin + len(own.rows)))
-                    everyones = found.map(partial(self._shares.all, num_lines=len(some.rows)))
-                    kernels.found_logprobs(part).copy_(everyones)
+                found = kernels.found_logprobs(slice(begin, begin + len(own.rows)))
+                kernels.found_logprobs(part).copy_(found.map(partial(self._shares.all, num_lines=len(some.rows))))
+        if with_logprobs and size == 1:
+            kernels.logprobs(plain.logits, plain.rows, plain.pairs, lines=lines)
         return kernels.found_logprobs(slice(num_lines)) if with_logprobs else None
+
+    def _tell(self, own: PlainDraw, some: PlainDraw) -> None:
+        """Write what each rank has drawn, for its share `own` of `some` lines, into their pairs and their rows."""
+        some.pairs.copy_(self._shares.all(own.pairs, len(some.pairs)))
+        self._rows.tokens[some.rows, some.num_tokens.long()] = unpack_ids(some.pairs).int()
 
     def _fill_static_lines(self, lines: IntArray, count: int, spare: int) -> Tensor:
         """The numbers of `lines`, made up to `count` with the spare one, where graphs read them."""

@@ -224,6 +224,7 @@ else:
 
     def test_more_lines_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_sampler, "LINES_AT_ONCE", 2)
+        monkeypatch.setattr(kernel_sampler, "SCORED_AT_ONCE", 2)
         kinds: list[dict[str, Any]] = [
             {"top_k": 4},
             {"top_p": 0.4},

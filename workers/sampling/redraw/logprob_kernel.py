@@ -33,23 +33,28 @@ def _raw_keys(raw, columns, vocab, cap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def logprob_kernel(
-    raw, stride, rows, fields, pairs, candidates, capacity, token_ids, logprobs, ranks, vocab, cap,
-    HAS_CAP: tl.constexpr, LANES: tl.constexpr, FEW: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+    raw, stride, rows, fields, pairs, lines, candidates, token_ids, logprobs, ranks, vocab, cap,
+    HAS_LINES: tl.constexpr, HAS_CAP: tl.constexpr, LANES: tl.constexpr, FEW: tl.constexpr, WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a line whose row asks: the token of its pair first, then the likeliest in order.
 
     `token_ids` int64 and `logprobs` float32 have `WIDTH` columns, of which one more is written than the row asks for;
-    `ranks` [lines] int64 are those of the first. `candidates` [lines, capacity] int64 is memory for `FEW` pairs.
+    `ranks` [lines] int64 are those of the first. `candidates` [lines, FEW] int64 is memory. With `lines` int64, those
+    are looked at in place of the first ones.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     line = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + line).to(tl.int64)
+    source = line
+    if HAS_LINES:
+        source = tl.load(lines + line)
+    row = tl.load(rows + source).to(tl.int64)
     if (word_of(fields, row) & _LOGPROBS) != 0:
         token_ids += line * WIDTH
         logprobs += line * WIDTH
-        pair = tl.load(pairs + line)
+        pair = tl.load(pairs + source)
         if is_marked(pair):  # nothing can be said, and nobody will look
             places = tl.arange(0, LANES)
             tl.store(token_ids + places, 0, mask=places < WIDTH)
@@ -57,7 +62,7 @@ def logprob_kernel(
             tl.store(ranks + line, tl.full([], 1, tl.int64))
         else:
             rank = _describe(
-                raw + line * stride, id_of_pair(pair), candidates + line * capacity, token_ids, logprobs,
+                raw + source * stride, id_of_pair(pair), candidates + line * FEW, token_ids, logprobs,
                 tl.minimum(field(fields, row, NUM_LOGPROBS), vocab), vocab, cap, HAS_CAP, LANES, FEW,
             )  # fmt: skip
             tl.store(ranks + line, rank)
