@@ -215,13 +215,13 @@ class KernelSampler:
         tiles, chunks = _cut(n, vocab)
         begin_kernel[n,](
             rows, self.lists.fields, table.log_min_p, table.top_k, table.top_p, pairs, self._survey,
-            self._num_candidates, self._masses, self._candidates, self._states, self._sums,
+            self._num_candidates, self._masses, self._candidates, self._states, self._sums, vocab,
             LANES, CAPACITY, num_sums, OVERLAP, num_warps=8, **EXACT,
         )  # fmt: skip
         for turn in range(ROUNDS):
             narrow_kernel[n, chunks](
-                rows, table.temperatures, self._work, self._survey, self._states, self._sums, vocab, tiles,
-                LANES, turn, num_sums, NARROW_PIVOTS, TILE, OVERLAP, num_warps=8, **EXACT,
+                rows, table.temperatures, self._work, self._states, self._sums, vocab, tiles,
+                turn, num_sums, NARROW_PIVOTS, CAPACITY, TILE, OVERLAP, num_warps=8, **EXACT,
             )  # fmt: skip
         gather_kernel[n, chunks](
             rows, num_tokens, table.temperatures, table.seeds, self._work, self._states, self._sums,

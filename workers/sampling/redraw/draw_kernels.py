@@ -193,7 +193,7 @@ def finish_kernel(
             if NARROWS:
                 is_wide = is_wide_line(states, line)
             if is_wide:
-                low, last, above = bracket_of(states, sums, line, ROUNDS, NUM_SUMS, NARROW_PIVOTS)
+                low, last, above, _ = bracket_of(states, sums, line, ROUNDS, NUM_SUMS, NARROW_PIVOTS, CAPACITY)
                 noise_key = row_key(tl.load(seeds + row), position)
                 wide = _draw_wide(
                     work + line * vocab, vocab, maxima + line * LANES, candidates + line * CAPACITY, cuts + line,

@@ -19,7 +19,7 @@ _NUM_FIELDS = tl.constexpr(row_lists.NUM_FIELDS)
 _REDRAWN = tl.constexpr(int(sum(Feature) & ~(Feature.RANDOM | Feature.LOGPROBS)))
 
 # a line's state in `narrow_kernels.py`, of eight numbers
-IS_WIDE, LOW, LAST, ABOVE, LIMIT = (tl.constexpr(place) for place in range(5))
+IS_WIDE, LOW, LAST, ABOVE, LIMIT, TOTAL, HIGHEST = (tl.constexpr(place) for place in range(7))
 NUM_STATES = tl.constexpr(8)
 
 
