@@ -21,7 +21,6 @@ from eagleray.models.attention import AttentionSpec
 from eagleray.parallel import low_latency_reduce, skinny
 from eagleray.workers import row_kernels
 from eagleray.workers.attention import decode, kv_kernels
-from eagleray.workers.attention.context import PagedKVLayer
 from eagleray.workers.attention.varlen import VarlenBackend
 from eagleray.workers.protocol.messages import Sampling
 from eagleray.workers.sampling.kernel_sampler import KernelSampler
