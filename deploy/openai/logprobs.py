@@ -88,7 +88,7 @@ def _offsets_in(text: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> li
     for token_id in token_ids:
         offsets.append(place)
         if token_id in tokenizer.special_token_ids:
-            spelt = tokenizer.decode([token_id], skip_special_tokens=False)
+            spelt = tokenizer.text_of(token_id)
             place += len(spelt) if text.startswith(spelt, place) else 0
         else:
             place += len(stream.push(token_id))

@@ -28,8 +28,8 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._coming: dict[int, _Body] = {}  # in part, by their identity
-        self._num_bytes = 0  # of these
+        self._coming: dict[_Body, None] = {}  # in order of arrival
+        self._num_bytes = 0  # that have come of these
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,6 +60,7 @@ class BodyLimit:
         Raises `_TooLongError`, or `TimeoutError` if it takes too long or has to give way.
         """
         begin = asyncio.get_running_loop().time()
+        self._coming[body] = None
         async with asyncio.timeout_at(begin + GRACE_S) as body.timeout:
             try:
                 while True:
@@ -69,44 +70,42 @@ class BodyLimit:
                     if message["type"] == "http.disconnect":
                         return [message]
                     piece = message.get("body", b"")
-                    body.length += len(piece)
-                    if body.length > max_bytes:
-                        raise _TooLongError
-                    body.pieces.append(piece)
-                    if not message.get("more_body", False):
-                        return [{"type": "http.request", "body": b"".join(body.pieces), "more_body": False}]
-                    self._coming[id(body)] = body
+                    body.come += piece
                     self._num_bytes += len(piece)
-                    body.num_counted += len(piece)
-                    body.timeout.reschedule(begin + GRACE_S + body.length / BYTES_PER_S)
+                    if len(body.come) > max_bytes:
+                        raise _TooLongError
+                    if not message.get("more_body", False):
+                        return [{"type": "http.request", "body": bytes(body.come), "more_body": False}]
+                    body.timeout.reschedule(begin + GRACE_S + len(body.come) / BYTES_PER_S)
                     self._make_way()
             finally:
                 self._forget(body)
 
     def _make_way(self) -> None:
-        """The largest body goes as long as all together are too large."""
+        """The largest body, the oldest of several, goes as long as all together are too large."""
         while self._num_bytes > LARGEST_AT_ONCE * self._max_bytes:
-            largest = max(self._coming.values(), key=lambda body: body.length)
+            largest = max(self._coming, key=lambda body: len(body.come))
             largest.gives_way = True
             self._forget(largest)
             assert largest.timeout is not None
             largest.timeout.reschedule(0)
 
     def _forget(self, body: "_Body") -> None:
-        if self._coming.pop(id(body), None) is not None:
-            self._num_bytes -= body.num_counted
-        body.pieces = []
+        if body in self._coming:
+            del self._coming[body]
+            body.length = len(body.come)
+            self._num_bytes -= body.length
+            body.come = bytearray()
 
 
 @dataclass(eq=False)
 class _Body:
     """One that is on its way."""
 
-    pieces: list[bytes] = field(default_factory=list)
-    length: int = 0  # so far
-    num_counted: int = 0  # bytes, among those of all bodies
+    come: bytearray = field(default_factory=bytearray)  # one piece of memory, however small the pieces are
     timeout: asyncio.Timeout | None = None
     gives_way: bool = False
+    length: int = 0  # bytes that had come when it was whole or given up
 
     def too_slow(self) -> ApiError:
         within = f"{GRACE_S:g} s and 1 s more for every {BYTES_PER_S} bytes"

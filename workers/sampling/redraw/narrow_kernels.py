@@ -90,7 +90,7 @@ def begin_kernel(
                 low = tl.maximum(
                     floor_of(highest, tl.load(log_min_ps + row)), _key_without(total - limit, highest, vocab)
                 )
-                tl.store(states + LOW, tl.minimum(low, last).to(tl.int64))
+                tl.store(states + LOW, low.to(tl.int64))
                 tl.store(states + LAST, last.to(tl.int64))
                 tl.store(states + ABOVE, above)
                 tl.store(states + LIMIT, limit)
